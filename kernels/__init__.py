@@ -1,0 +1,1 @@
+"""Triton kernels for packed deltas, each beside a plain torch reference."""

@@ -1,0 +1,1 @@
+"""Celery tasks, the job steps they run, and the inference engine."""
