@@ -1,0 +1,214 @@
+"""Every text a user can meet in the core: what happened, and what to do next."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# A list longer than this is cut in a text; the whole list stays in UserError.params.
+LISTED_ITEMS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    title: str
+    what: str
+    do: str
+
+
+MESSAGES: dict[str, Message] = {
+    "backbone_digest_mismatch": Message(
+        title="This is not the backbone the delta was made from",
+        what="Other weights were found in: {tensors}.",
+        do="Pull the backbone whose digest starts with {expected} and try again.",
+    ),
+    "backbone_mismatch": Message(
+        title="The fine-tune does not fit this backbone",
+        what="Tensors that differ: {tensors}.",
+        do="Choose the backbone this model was fine-tuned from, or upload that backbone first.",
+    ),
+    "budget_impossible": Message(
+        title="The size budget is too small for this matrix",
+        what="{name} needs at least {smallest} bits per parameter; {asked} were asked for.",
+        do="Raise the bits per parameter to {smallest} or more.",
+    ),
+    "calibration_too_short": Message(
+        title="The calibration text is too short",
+        what="It holds {n_tokens} tokens; {needed} are needed.",
+        do="Add more text of the kind the fine-tune is used on, or choose the datafree recipe.",
+    ),
+    "config_unsafe": Message(
+        title="The model asks for its own code",
+        what="{file} holds {found}, which would run Python code that came with the model.",
+        do="Remove it and use an architecture that ships with transformers.",
+    ),
+    "delta_invalid": Message(
+        title="The delta is damaged or not a delta",
+        what="{reason}.",
+        do="Pull or compress it again. If it stays like this, tell whoever made the file.",
+    ),
+    "delta_version_unsupported": Message(
+        title="The delta was written by a newer version",
+        what="It has format version {found}; this program reads version {supported}.",
+        do="Upgrade deltacome and try again.",
+    ),
+    "device_unavailable": Message(
+        title="The device is not available",
+        what="{device} was asked for, but this machine does not offer it.",
+        do="Choose another device, for example cpu.",
+    ),
+    "duplicate_tensor": Message(
+        title="A tensor is stored twice",
+        what="{name} occurs more than once in {file}.",
+        do="Save the checkpoint again with save_pretrained.",
+    ),
+    "file_digest_mismatch": Message(
+        title="A file changed on its way",
+        what="{file} has another sha256 than its record says.",
+        do="Download the file again.",
+    ),
+    "file_missing": Message(
+        title="A file is missing",
+        what="{file} was not found.",
+        do="Check the path, or download the folder again.",
+    ),
+    "file_truncated": Message(
+        title="The file is cut short",
+        what="{file} has {found} bytes; its header promises {expected}.",
+        do="Copy or upload the file again.",
+    ),
+    "header_invalid": Message(
+        title="The safetensors header is not valid",
+        what="{file}: {reason}.",
+        do="Save the checkpoint again with save_pretrained.",
+    ),
+    "header_too_large": Message(
+        title="The safetensors header is too large",
+        what="{file} has a header of {found} bytes; {limit} are allowed.",
+        do="Split the checkpoint into shards with fewer tensors each.",
+    ),
+    "header_truncated": Message(
+        title="The safetensors header is cut short",
+        what="{file} ends inside its own header.",
+        do="Copy or upload the file again.",
+    ),
+    "index_invalid": Message(
+        title="The shard index is not valid",
+        what="{reason}.",
+        do="Save the checkpoint again with save_pretrained, which writes a matching index.",
+    ),
+    "name_unsafe": Message(
+        title="A name is not allowed",
+        what="{name} is not a plain name.",
+        do="Use letters, digits, dots, dashes and underscores.",
+    ),
+    "nan_weights": Message(
+        title="The weights hold numbers that are not finite",
+        what="NaN or infinity in: {tensors}.",
+        do="Upload a checkpoint from before the training diverged.",
+    ),
+    "not_a_checkpoint": Message(
+        title="No checkpoint was found",
+        what="{path}: {reason}.",
+        do="Choose a folder with config.json and safetensors weights.",
+    ),
+    "not_safetensors": Message(
+        title="The file is not safetensors",
+        what="{file} looks like {found}.",
+        do="Convert it: load the model and call save_pretrained(safe_serialization=True).",
+    ),
+    "output_exists": Message(
+        title="The output is already there",
+        what="{path} exists and will not be overwritten.",
+        do="Choose another output path, or remove that one first.",
+    ),
+    "recipe_invalid": Message(
+        title="The recipe is not valid",
+        what="{reason}.",
+        do="Correct the value; `deltacome compress --help` lists the limits.",
+    ),
+    "recipe_unknown": Message(
+        title="No recipe has this name",
+        what="{name} is not a recipe. Known: {known}.",
+        do="Choose one of the known recipes.",
+    ),
+    "shape_mismatch": Message(
+        title="A tensor has another shape than expected",
+        what="{name}: expected {expected}, found {found}.",
+        do="Check that backbone and fine-tune belong together.",
+    ),
+    "shard_missing": Message(
+        title="A shard is missing",
+        what="The index names {files}, which is not in the folder.",
+        do="Download or upload the missing file.",
+    ),
+    "tensor_gap": Message(
+        title="The safetensors file has bytes that belong to no tensor",
+        what="{file}: unclaimed bytes before or after {name}.",
+        do="Save the checkpoint again with save_pretrained.",
+    ),
+    "tensor_missing": Message(
+        title="A tensor is missing",
+        what="Not found: {tensors}.",
+        do="Check that the checkpoint is complete.",
+    ),
+    "tensor_overlap": Message(
+        title="Two tensors share bytes",
+        what="{file}: {name} overlaps the tensor before it.",
+        do="Save the checkpoint again with save_pretrained.",
+    ),
+    "unknown_dtype": Message(
+        title="A tensor has a data type we do not know",
+        what="{name} in {file} has the data type {dtype}.",
+        do="Convert the checkpoint to bfloat16, float16 or float32.",
+    ),
+}
+
+
+class _Fields(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return f"(no {key} given)"
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    listed = ", ".join(str(item) for item in value[:LISTED_ITEMS])
+    hidden = len(value) - LISTED_ITEMS
+    return f"{listed} and {hidden} more" if hidden > 0 else listed
+
+
+def explain(code: str, params: Mapping[str, object]) -> Message | None:
+    """Fill the message of a code with its values.
+
+    Args:
+        code: a key of MESSAGES.
+        params: values for the placeholders; lists are shortened.
+
+    Returns:
+        The message with every placeholder replaced, or None for a code without a text here.
+    """
+    message = MESSAGES.get(code)
+    if message is None:
+        return None
+    fields = _Fields({key: _shown(value) for key, value in params.items()})
+    return Message(
+        title=message.title,
+        what=message.what.format_map(fields),
+        do=message.do.format_map(fields),
+    )
+
+
+def render(code: str, params: Mapping[str, object]) -> str:
+    """Write one line that says what happened and what to do.
+
+    Args:
+        code: a key of MESSAGES; another code is shown as it is, with its values.
+        params: values for the placeholders.
+
+    Returns:
+        The line.
+    """
+    message = explain(code, params)
+    if message is None:
+        values = ", ".join(f"{key}={_shown(value)}" for key, value in params.items())
+        return f"{code} ({values})" if values else code
+    return f"{message.title}. {message.what} {message.do}"

@@ -1,0 +1,171 @@
+"""How a delta is compressed: presets, and the exact bytes a choice of rank bands costs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from deltacome_core.errors import UserError
+from deltacome_core.layout import PLANES, Group, RankBand, matrix_payload
+
+__all__ = ["PRESETS", "RankBand", "Recipe", "get_recipe", "matrix_size_bytes", "plan_bands"]
+
+# The published setting is 2 @ 8 bit + 32 @ 3 bit + the rest @ 2 bit for 4096 x 4096, whose rank
+# at 1 bit per parameter and 1 bit per code would be 2048 (thunlp/Delta-CoMe, run.sh).
+_PUBLISHED_SPAN = 2048
+_PUBLISHED_RANK_8BIT = 2
+_PUBLISHED_RANK_3BIT = 32
+MIN_BITS_PER_PARAM = 0.05
+MAX_BITS_PER_PARAM = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A named way to compress; `bits_per_param` counts every byte of the low-rank matrices."""
+
+    name: str
+    bits_per_param: float = 1.0
+    embedding_bits: int = 4
+    group_size: int = 128
+    damping: float = 0.01
+    calibrated: bool = True
+
+    def __post_init__(self) -> None:
+        if not MIN_BITS_PER_PARAM <= self.bits_per_param <= MAX_BITS_PER_PARAM:
+            reason = f"bits per parameter is {self.bits_per_param}, outside 0.05 to 8"
+            raise UserError("recipe_invalid", reason=reason)
+        if self.embedding_bits not in PLANES:
+            reason = f"embedding bits is {self.embedding_bits}, not 2, 3, 4 or 8"
+            raise UserError("recipe_invalid", reason=reason)
+        if self.group_size < 1:
+            raise UserError("recipe_invalid", reason=f"group size is {self.group_size}, below 1")
+        if not 0 < self.damping < 1:
+            raise UserError("recipe_invalid", reason=f"damping is {self.damping}, outside 0 to 1")
+
+    @property
+    def group_u(self) -> Group:
+        return (1, self.group_size)
+
+    @property
+    def group_v(self) -> Group:
+        return (1, self.group_size)
+
+
+PRESETS: dict[str, Recipe] = {
+    "come": Recipe(name="come"),
+    "datafree": Recipe(name="datafree", calibrated=False),
+}
+
+
+def get_recipe(name: str, *, bits_per_param: float | None = None) -> Recipe:
+    """Look a recipe up by name.
+
+    Args:
+        name: a key of PRESETS.
+        bits_per_param: budget to use instead of the preset's.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        UserError: recipe_unknown, recipe_invalid.
+    """
+    if name not in PRESETS:
+        raise UserError("recipe_unknown", name=name, known=sorted(PRESETS))
+    preset = PRESETS[name]
+    return preset if bits_per_param is None else replace(preset, bits_per_param=bits_per_param)
+
+
+def matrix_size_bytes(
+    out_features: int,
+    in_features: int,
+    bands: Sequence[RankBand],
+    *,
+    group_u: Group,
+    group_v: Group,
+    has_zero: bool,
+) -> int:
+    """Count the bytes of a packed matrix as stored.
+
+    Args:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        bands: rank bands.
+        group_u: scale group of U [out, rank].
+        group_v: scale group of V [rank, in].
+        has_zero: whether zero points are stored.
+
+    Returns:
+        Bytes of sigma, codes, scales and zeros, alignment padding included.
+    """
+    return matrix_payload(
+        out_features,
+        in_features,
+        bands=bands,
+        group_u=group_u,
+        group_v=group_v,
+        symmetric=not has_zero,
+    ).size_bytes
+
+
+def _clamp(value: float, low: int, high: int) -> int:
+    return max(low, min(high, round(value)))
+
+
+def _leading_bands(out_features: int, in_features: int, budget: float) -> list[list[RankBand]]:
+    span = budget * out_features * in_features / (out_features + in_features) / _PUBLISHED_SPAN
+    rank_8bit = _clamp(_PUBLISHED_RANK_8BIT * span, 1, _PUBLISHED_RANK_8BIT)
+    rank_3bit = _clamp(_PUBLISHED_RANK_3BIT * span, 1, _PUBLISHED_RANK_3BIT)
+    # Small matrices cannot pay the metadata of three bands; the costly bands go first.
+    return [
+        [RankBand(8, rank_8bit), RankBand(3, rank_3bit)],
+        [RankBand(3, rank_3bit)],
+        [],
+    ]
+
+
+def plan_bands(out_features: int, in_features: int, recipe: Recipe) -> tuple[RankBand, ...]:
+    """Choose the rank bands of a matrix within the recipe's budget.
+
+    Args:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        recipe: gives the budget and the group size.
+
+    Returns:
+        Bands by falling bits, all-in size at most bits_per_param * out * in / 8 bytes. The 2-bit
+        band takes every rank that still fits; a matrix too small for three bands gets fewer.
+
+    Raises:
+        UserError: budget_impossible, naming the smallest possible bits per parameter.
+
+    Source: Delta-CoMe (arXiv 2406.08903), 8+3+2 bit setting, scaled by m*n/(m+n).
+    """
+    limit_bytes = recipe.bits_per_param * out_features * in_features / 8
+    max_rank = min(out_features, in_features)
+
+    def size_bytes(bands: list[RankBand]) -> int:
+        return matrix_size_bytes(
+            out_features,
+            in_features,
+            bands,
+            group_u=recipe.group_u,
+            group_v=recipe.group_v,
+            has_zero=True,
+        )
+
+    for leading in _leading_bands(out_features, in_features, recipe.bits_per_param):
+        fits, over = 0, max_rank - sum(band.rank for band in leading) + 1
+        while over - fits > 1:
+            middle = (fits + over) // 2
+            if size_bytes([*leading, RankBand(2, middle)]) <= limit_bytes:
+                fits = middle
+            else:
+                over = middle
+        if fits:
+            return (*leading, RankBand(2, fits))
+    smallest = size_bytes([RankBand(2, 1)]) * 8 / (out_features * in_features)
+    raise UserError(
+        "budget_impossible",
+        name=f"A matrix of {out_features} x {in_features}",
+        smallest=f"{smallest:.3f}",
+        asked=f"{recipe.bits_per_param:g}",
+    )
