@@ -176,17 +176,20 @@ def _shown(value: object) -> str:
     return f"{listed} and {hidden} more" if hidden > 0 else listed
 
 
-def explain(code: str, params: Mapping[str, object]) -> Message | None:
+def explain(
+    code: str, params: Mapping[str, object], *, table: Mapping[str, Message] = MESSAGES
+) -> Message | None:
     """Fill the message of a code with its values.
 
     Args:
-        code: a key of MESSAGES.
+        code: a key of the table.
         params: values for the placeholders; lists are shortened.
+        table: the texts; the hub adds its own to MESSAGES.
 
     Returns:
         The message with every placeholder replaced, or None for a code without a text here.
     """
-    message = MESSAGES.get(code)
+    message = table.get(code)
     if message is None:
         return None
     fields = _Fields({key: _shown(value) for key, value in params.items()})
@@ -197,17 +200,20 @@ def explain(code: str, params: Mapping[str, object]) -> Message | None:
     )
 
 
-def render(code: str, params: Mapping[str, object]) -> str:
+def render(
+    code: str, params: Mapping[str, object], *, table: Mapping[str, Message] = MESSAGES
+) -> str:
     """Write one line that says what happened and what to do.
 
     Args:
-        code: a key of MESSAGES; another code is shown as it is, with its values.
+        code: a key of the table; another code is shown as it is, with its values.
         params: values for the placeholders.
+        table: the texts; the hub adds its own to MESSAGES.
 
     Returns:
         The line.
     """
-    message = explain(code, params)
+    message = explain(code, params, table=table)
     if message is None:
         values = ", ".join(f"{key}={_shown(value)}" for key, value in params.items())
         return f"{code} ({values})" if values else code

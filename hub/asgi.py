@@ -1,0 +1,62 @@
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from django.conf import settings
+from django.core.asgi import get_asgi_application
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "hub.settings")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# The largest body of any route: one part, or one safetensors header of 8 MiB and its length.
+MAX_HEADER_BYTES = 8 * 2**20 + 8
+
+
+def limit_body(app: App, *, max_bytes: int) -> App:
+    """Refuse a larger body before Django spools it to disk."""
+
+    async def limited(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > max_bytes:
+            await _refuse(send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            # A chunked body has no declared length: cut the connection when it grows too long.
+            return {"type": "http.disconnect"} if received > max_bytes else message
+
+        await app(scope, counted, send)
+
+    return limited
+
+
+async def _refuse(send: Send) -> None:
+    body = json.dumps(
+        {
+            "code": "body_too_large",
+            "message": "The request body is larger than any route accepts.",
+            "do": "Send files in parts of the size that the upload names.",
+            "fields": {},
+        }
+    ).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": 413, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+application = limit_body(
+    get_asgi_application(), max_bytes=max(settings.UPLOAD_PART_BYTES, MAX_HEADER_BYTES) + 1
+)

@@ -1,0 +1,59 @@
+from collections.abc import Awaitable, Callable
+
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
+
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none';"
+    " script-src 'self';"
+    " style-src 'self';"
+    " img-src 'self' data:;"
+    " font-src 'self';"
+    " connect-src 'self';"
+    " worker-src 'self';"
+    " form-action 'self';"
+    " base-uri 'none';"
+    " frame-ancestors 'none';"
+    " require-trusted-types-for 'script';"
+    " trusted-types hub htmx"
+)
+HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=(), payment=(), usb=()",
+}
+
+
+class SecurityHeaders:
+    async_capable = True
+    sync_capable = True
+
+    def __init__(
+        self, get_response: Callable[[HttpRequest], HttpResponseBase | Awaitable[HttpResponseBase]]
+    ) -> None:
+        self.get_response = get_response
+        self.is_async = iscoroutinefunction(get_response)
+        if self.is_async:
+            markcoroutinefunction(self)
+
+    def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
+        response = self.get_response(request)
+        if isinstance(response, HttpResponseBase):
+            return add_headers(response)
+        return self._add_later(response)
+
+    async def _add_later(self, response: Awaitable[HttpResponseBase]) -> HttpResponseBase:
+        return add_headers(await response)
+
+
+def add_headers(response: HttpResponseBase) -> HttpResponseBase:
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    if isinstance(response, HttpResponse) and "Cache-Control" not in response.headers:
+        response.headers["Cache-Control"] = "private, no-cache"
+    return response
