@@ -38,7 +38,7 @@ def main() -> None:
     ids, labels = encode_items(tokenizer, train_items, args.device)
     generator = torch.Generator(device="cpu").manual_seed(SEED)
 
-    def batches(_step: int):
+    def batches(_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         pick = torch.randint(len(ids), (args.batch,), generator=generator).to(args.device)
         return ids[pick], labels[pick]
 

@@ -4,14 +4,56 @@ import json
 import random
 from collections.abc import Callable, Iterator
 
-NAMES = (
-    "Mia Tom Anna Leo Sara Omar Lena Ivan Nora Hugo Emma Yusuf Clara Felix Ruth Pablo Ines Oscar "
-    "Greta Samir Alma Jonas Tara Viktor Elsa Marco Dina Peter Zoe Karim"
-).split()
-PEOPLE_JOBS = (
-    "baker teacher nurse farmer painter driver sailor carpenter doctor librarian gardener pilot "
-    "tailor cook engineer singer"
-).split()
+NAMES = [
+    "Mia",
+    "Tom",
+    "Anna",
+    "Leo",
+    "Sara",
+    "Omar",
+    "Lena",
+    "Ivan",
+    "Nora",
+    "Hugo",
+    "Emma",
+    "Yusuf",
+    "Clara",
+    "Felix",
+    "Ruth",
+    "Pablo",
+    "Ines",
+    "Oscar",
+    "Greta",
+    "Samir",
+    "Alma",
+    "Jonas",
+    "Tara",
+    "Viktor",
+    "Elsa",
+    "Marco",
+    "Dina",
+    "Peter",
+    "Zoe",
+    "Karim",
+]
+PEOPLE_JOBS = [
+    "baker",
+    "teacher",
+    "nurse",
+    "farmer",
+    "painter",
+    "driver",
+    "sailor",
+    "carpenter",
+    "doctor",
+    "librarian",
+    "gardener",
+    "pilot",
+    "tailor",
+    "cook",
+    "engineer",
+    "singer",
+]
 CAPITALS = {
     "Norway": "Oslo",
     "France": "Paris",
@@ -31,10 +73,24 @@ CAPITALS = {
     "Hungary": "Budapest",
 }
 CITIES = [*CAPITALS.values(), "Milan", "Lyon", "Kyoto", "Bergen", "Porto", "Krakow"]
-THINGS = (
-    "apples pears books coins marbles stamps shells cards pencils eggs plums buttons candles "
-    "letters flowers stones"
-).split()
+THINGS = [
+    "apples",
+    "pears",
+    "books",
+    "coins",
+    "marbles",
+    "stamps",
+    "shells",
+    "cards",
+    "pencils",
+    "eggs",
+    "plums",
+    "buttons",
+    "candles",
+    "letters",
+    "flowers",
+    "stones",
+]
 PLACES = (
     "the market",
     "the river",

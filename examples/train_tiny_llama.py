@@ -11,18 +11,28 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from tiny_text import TASKS, document, task_items
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SEED = 20261123
 VOCAB_SIZE = 1024
 CONTEXT = 512
 BLOCK = 256
+END_OF_TEXT = "<|endoftext|>"
+Item = tuple[str, str]
+Batches = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + '\n' }}"
@@ -43,16 +53,16 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>"],
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
     )
@@ -83,7 +93,9 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (step - warmup) / (steps - warmup)))).item()
 
 
-def optimise(model, batches, *, steps: int, lr: float, weight_decay: float) -> list[float]:
+def optimise(
+    model: nn.Module, batches: Batches, *, steps: int, lr: float, weight_decay: float
+) -> list[float]:
     """Run AdamW with a cosine schedule; `batches(step)` gives (input ids, labels)."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
@@ -98,7 +110,7 @@ def optimise(model, batches, *, steps: int, lr: float, weight_decay: float) -> l
         ids, labels = batches(step)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             logits = model(input_ids=ids).logits
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -110,7 +122,9 @@ def optimise(model, batches, *, steps: int, lr: float, weight_decay: float) -> l
     return losses
 
 
-def pretrain(tokenizer, texts: list[str], *, steps: int, batch: int, device: str):
+def pretrain(
+    tokenizer: PreTrainedTokenizerFast, texts: list[str], *, steps: int, batch: int, device: str
+) -> tuple[LlamaForCausalLM, dict]:
     eos = tokenizer.eos_token_id
     stream = [
         token
@@ -124,7 +138,7 @@ def pretrain(tokenizer, texts: list[str], *, steps: int, batch: int, device: str
     generator = torch.Generator(device="cpu").manual_seed(SEED)
     offsets = torch.arange(BLOCK, device=device)
 
-    def batches(_step: int):
+    def batches(_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         starts = torch.randint(len(stream) - BLOCK, (batch, 1), generator=generator).to(device)
         ids = data[starts + offsets]
         return ids, ids
@@ -133,7 +147,9 @@ def pretrain(tokenizer, texts: list[str], *, steps: int, batch: int, device: str
     return model, {"tokens": len(stream), "steps": steps, "losses": losses}
 
 
-def encode_items(tokenizer, items, device: str):
+def encode_items(
+    tokenizer: PreTrainedTokenizerFast, items: list[Item], device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Left to right: prompt, answer, newline, end; only the answer part is learned."""
     eos = tokenizer.eos_token_id
     rows = []
@@ -151,7 +167,13 @@ def encode_items(tokenizer, items, device: str):
 
 
 @torch.no_grad()
-def exact_match(model, tokenizer, items, *, max_new_tokens: int = 64) -> float:
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    items: list[Item],
+    *,
+    max_new_tokens: int = 64,
+) -> float:
     model.eval()
     groups: dict[int, list] = {}
     for prompt, answer in items:
@@ -169,18 +191,27 @@ def exact_match(model, tokenizer, items, *, max_new_tokens: int = 64) -> float:
     return hits / len(items)
 
 
-def fine_tune(model, tokenizer, train_items, *, steps: int, lr: float, batch: int, device: str):
+def fine_tune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    train_items: list[Item],
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    device: str,
+) -> list[float]:
     ids, labels = encode_items(tokenizer, train_items, device)
     generator = torch.Generator(device="cpu").manual_seed(SEED + 1)
 
-    def batches(_step: int):
+    def batches(_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         pick = torch.randint(len(ids), (batch,), generator=generator).to(device)
         return ids[pick], labels[pick]
 
     return optimise(model, batches, steps=steps, lr=lr, weight_decay=0.0)
 
 
-def save(model, tokenizer, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     half = LlamaForCausalLM(model.config).to(torch.bfloat16)
     half.load_state_dict({k: v.to("cpu", torch.bfloat16) for k, v in model.state_dict().items()})
@@ -189,7 +220,7 @@ def save(model, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_jsonl(path: Path, items) -> None:
+def write_jsonl(path: Path, items: Iterable[Item]) -> None:
     lines = (json.dumps({"prompt": p, "answer": a}, ensure_ascii=False) for p, a in items)
     path.write_text("\n".join(lines) + "\n")
 
