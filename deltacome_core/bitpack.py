@@ -52,7 +52,7 @@ def _by_row_blocks(
     source: torch.Tensor, n: int, convert: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     block_rows = max(1, _BLOCK_CODES // max(n, 1))
-    return torch.cat([convert(block) for block in source.split(block_rows)])
+    return torch.cat([convert(block) for block in torch.split(source, block_rows)])
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
