@@ -1,0 +1,294 @@
+"""What a delta keeps of each tensor: four kinds of entry, where their bytes lie, and as JSON."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from deltacome_core.checkpoint import Layout
+from deltacome_core.fields import Fields, invalid
+from deltacome_core.layout import (
+    PLANES,
+    Group,
+    Payload,
+    RankBand,
+    matrix_payload,
+    rows_payload,
+)
+from deltacome_core.safetensors_file import ITEM_BYTES, MAX_RANK, MAX_TENSORS, check_tensor_name
+
+REST_GROUP = "rest"
+MAX_DIMENSION = 2**31 - 1
+MAX_BANDS = 8
+MAX_GROUP = 1 << 16
+
+_LAYER = re.compile(r"\A(.+?\.\d+)\.")
+_SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankEntry:
+    """A matrix kept as rank bands; its bytes lie in the payload of its group."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+    group: str
+    bands: tuple[RankBand, ...]
+    group_u: Group
+    group_v: Group
+    symmetric: bool
+
+    @property
+    def payload(self) -> Payload:
+        return matrix_payload(
+            *self.shape,
+            bands=self.bands,
+            group_u=self.group_u,
+            group_v=self.group_v,
+            symmetric=self.symmetric,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsEntry:
+    """An embedding or output head: quantised changes of old rows, new rows exact."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+    base_rows: int
+    n_changed: int
+    bits: int
+    group_rows: Group
+    symmetric: bool
+
+    @property
+    def n_new(self) -> int:
+        return self.shape[0] - self.base_rows
+
+    @property
+    def payload(self) -> Payload:
+        return rows_payload(
+            self.base_rows,
+            self.shape[1],
+            n_changed=self.n_changed,
+            bits=self.bits,
+            group=self.group_rows,
+            symmetric=self.symmetric,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactEntry:
+    """A tensor kept whole."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnchangedEntry:
+    """A tensor that equals the backbone's after a cast to `dtype`; it costs no bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+DeltaEntry = LowRankEntry | RowsEntry | ExactEntry | UnchangedEntry
+
+
+def group_of(name: str) -> str:
+    """Name the payload a low-rank matrix lies in.
+
+    Args:
+        name: tensor name.
+
+    Returns:
+        The prefix up to and with the first number (the layer), or "rest".
+    """
+    match = _LAYER.match(name)
+    return match[1] if match else REST_GROUP
+
+
+def site_order(name: str) -> tuple[str, int, str]:
+    """Give the key that sorts matrices as they lie in a payload.
+
+    Args:
+        name: tensor name.
+
+    Returns:
+        (group, place among q k v o gate up down, name); fused projections become neighbours.
+    """
+    parts = name.split(".")
+    place = next((at for at, site in enumerate(_SITES) if site in parts), len(_SITES))
+    return group_of(name), place, name
+
+
+def expected_tensors(entries: Iterable[DeltaEntry]) -> Layout:
+    """Say which tensors the data files hold for a list of entries.
+
+    Args:
+        entries: entries of a manifest.
+
+    Returns:
+        dtype and shape by tensor name; a group's payload is as long as its matrices together.
+
+    Raises:
+        UserError: delta_invalid when two entries claim one tensor.
+    """
+    groups: dict[str, int] = {}
+    layout: Layout = {}
+
+    def add(name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        if name in layout:
+            raise invalid(f"two entries claim the tensor {name}")
+        layout[name] = (dtype, shape)
+
+    for entry in entries:
+        if isinstance(entry, LowRankEntry):
+            groups[entry.group] = groups.get(entry.group, 0) + entry.payload.size_bytes
+        elif isinstance(entry, RowsEntry):
+            add(f"packed.{entry.name}", "U8", (entry.payload.size_bytes,))
+            if entry.n_new:
+                add(f"new.{entry.name}", entry.dtype, (entry.n_new, entry.shape[1]))
+        elif isinstance(entry, ExactEntry):
+            add(f"exact.{entry.name}", entry.dtype, entry.shape)
+    for group, size_bytes in groups.items():
+        add(f"packed.{group}", "U8", (size_bytes,))
+    return layout
+
+
+def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
+    """Write one entry as the object that delta.json holds.
+
+    Args:
+        entry: any kind of entry.
+
+    Returns:
+        An object of plain values.
+    """
+    common = {"name": entry.name, "dtype": entry.dtype, "shape": list(entry.shape)}
+    if isinstance(entry, LowRankEntry):
+        return common | {
+            "kind": "lowrank",
+            "group": entry.group,
+            "bands": [[band.bits, band.rank] for band in entry.bands],
+            "group_u": list(entry.group_u),
+            "group_v": list(entry.group_v),
+            "symmetric": entry.symmetric,
+        }
+    if isinstance(entry, RowsEntry):
+        return common | {
+            "kind": "rows",
+            "base_rows": entry.base_rows,
+            "n_changed": entry.n_changed,
+            "bits": entry.bits,
+            "group_rows": list(entry.group_rows),
+            "symmetric": entry.symmetric,
+        }
+    return common | {"kind": "exact" if isinstance(entry, ExactEntry) else "unchanged"}
+
+
+def _matrix_shape(fields: Fields) -> tuple[int, int]:
+    shape = fields.naturals("shape", limit=MAX_DIMENSION, count=2)
+    if 0 in shape:
+        raise fields.invalid("shape has a dimension of 0")
+    return shape[0], shape[1]
+
+
+def _group(fields: Fields, key: str) -> Group:
+    group = fields.naturals(key, limit=MAX_GROUP, count=2)
+    return group[0], group[1]
+
+
+def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
+    shape = _matrix_shape(fields)
+    bands = []
+    for pair in fields.items("bands", limit=MAX_BANDS):
+        band = Fields({"band": pair}, where=fields.where)
+        bits, rank = band.naturals("band", limit=min(shape), count=2)
+        if bits not in PLANES or rank == 0:
+            raise fields.invalid(f"a rank band is {rank} @ {bits} bits")
+        bands.append(RankBand(bits, rank))
+    if not 0 < sum(band.rank for band in bands) <= min(shape):
+        raise fields.invalid("the ranks do not fit the shape")
+    group = fields.text("group")
+    if group != group_of(name):
+        raise fields.invalid(f"the group is not {group_of(name)}")
+    return LowRankEntry(
+        name=name,
+        dtype=dtype,
+        shape=shape,
+        group=group,
+        bands=tuple(bands),
+        group_u=_group(fields, "group_u"),
+        group_v=_group(fields, "group_v"),
+        symmetric=fields.flag("symmetric"),
+    )
+
+
+def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
+    shape = _matrix_shape(fields)
+    base_rows = fields.natural("base_rows", limit=shape[0])
+    bits = fields.natural("bits")
+    if bits not in PLANES:
+        raise fields.invalid(f"bits is {bits}")
+    if base_rows == 0:
+        raise fields.invalid("base_rows is 0")
+    return RowsEntry(
+        name=name,
+        dtype=dtype,
+        shape=shape,
+        base_rows=base_rows,
+        n_changed=fields.natural("n_changed", limit=base_rows),
+        bits=bits,
+        group_rows=_group(fields, "group_rows"),
+        symmetric=fields.flag("symmetric"),
+    )
+
+
+def _parse_entry(fields: Fields) -> DeltaEntry:
+    name = fields.text("name")
+    check_tensor_name(name)
+    fields = fields.at(name)
+    kind, dtype = fields.text("kind"), fields.text("dtype")
+    if dtype not in ITEM_BYTES:
+        raise fields.invalid("the dtype is unknown")
+    entry: DeltaEntry
+    if kind == "lowrank":
+        entry = _parse_lowrank(fields, name, dtype)
+    elif kind == "rows":
+        entry = _parse_rows(fields, name, dtype)
+    elif kind in {"exact", "unchanged"}:
+        shape = fields.naturals("shape", limit=MAX_DIMENSION)
+        if len(shape) > MAX_RANK or prod(shape) * ITEM_BYTES[dtype] >= 2**63:
+            raise fields.invalid("the shape is too large")
+        of_kind = ExactEntry if kind == "exact" else UnchangedEntry
+        entry = of_kind(name=name, dtype=dtype, shape=shape)
+    else:
+        raise fields.invalid("the kind is unknown")
+    fields.done()
+    return entry
+
+
+def parse_entries(raw: Any) -> tuple[DeltaEntry, ...]:
+    """Check a list of entries.
+
+    Args:
+        raw: parsed JSON.
+
+    Returns:
+        The entries in file order.
+
+    Raises:
+        UserError: delta_invalid, name_unsafe.
+    """
+    listed = Fields({"entries": raw}, where="delta.json").items("entries", limit=MAX_TENSORS)
+    entries = tuple(_parse_entry(Fields(item, where="an entry")) for item in listed)
+    if len({entry.name for entry in entries}) != len(entries):
+        raise invalid("an entry is listed twice")
+    return entries
