@@ -15,6 +15,16 @@ class Message:
 
 
 MESSAGES: dict[str, Message] = {
+    "activations_not_finite": Message(
+        title="The model's activations overflow",
+        what="NaN or infinity came out of {layer} on the calibration text.",
+        do="Check that the fine-tune answers sensibly, or choose the datafree recipe.",
+    ),
+    "architecture_unknown": Message(
+        title="The architecture is not supported",
+        what="transformers cannot build this model: {reason}.",
+        do="Check model_type in config.json, or choose the datafree recipe, which needs no model.",
+    ),
     "backbone_digest_mismatch": Message(
         title="This is not the backbone the delta was made from",
         what="Other weights were found in: {tensors}.",
@@ -154,6 +164,16 @@ MESSAGES: dict[str, Message] = {
         title="Two tensors share bytes",
         what="{file}: {name} overlaps the tensor before it.",
         do="Save the checkpoint again with save_pretrained.",
+    ),
+    "texts_invalid": Message(
+        title="The text file cannot be read",
+        what="{file}, line {line}: {reason}.",
+        do="Use UTF-8 text, or JSON lines with text, prompt and answer, or messages.",
+    ),
+    "tokenizer_missing": Message(
+        title="No tokenizer was found",
+        what="Neither folder holds one: {directories}.",
+        do="Put tokenizer.json beside the weights, or choose the datafree recipe.",
     ),
     "unknown_dtype": Message(
         title="A tensor has a data type we do not know",

@@ -1,0 +1,45 @@
+"""Truncated singular value decomposition of a weight delta."""
+
+import torch
+
+# A singular value this far below the first is rounding noise of the fp64 Gram matrix (its square
+# root halves the digits, so 1e-16 becomes 1e-8; one decade of margin).
+_RELATIVE_NOISE = 1e-7
+
+
+def truncated_svd(
+    delta: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Decompose a delta into its leading singular triplets.
+
+    The eigenvectors of the smaller Gram matrix, taken in fp64, give one side; the other side is the
+    projection of the delta on it, so that each sigma is the true length of its projection.
+    Directions whose sigma is rounding noise come back as sigma 0 and zero vectors.
+
+    Args:
+        delta: float [out, in], finite.
+        rank: number of triplets, 1 <= rank <= min(out, in).
+
+    Returns:
+        U float32 [out, rank], S float32 [rank] descending, V float32 [rank, in];
+        delta is about U @ diag(S) @ V.
+
+    Source: Delta-CoMe (arXiv 2406.08903), section 3; Gram route after Golub & Van Loan, 8.6.
+    """
+    out_features, in_features = delta.shape
+    if out_features > in_features:
+        left, sigma, right = truncated_svd(delta.T, rank)
+        return right.T.contiguous(), sigma, left.T.contiguous()
+    exact = delta.double()
+    # eigh sorts ascending: the last columns are the leading directions.
+    directions = torch.linalg.eigh(exact @ exact.T).eigenvectors[:, -rank:].flip(1)  # [out, rank]
+    projected = directions.T @ exact  # [rank, in]
+    sigma = torch.linalg.vector_norm(projected, dim=1)
+    # The projection lengths can swap neighbours that tie in the Gram spectrum.
+    sigma, order = torch.sort(sigma, descending=True, stable=True)
+    directions, projected = directions[:, order], projected[order]
+    kept = sigma > sigma[0] * _RELATIVE_NOISE
+    sigma = torch.where(kept, sigma, 0.0)
+    vectors = torch.where(kept[:, None], projected / sigma.clamp_min(1e-300)[:, None], 0.0)
+    directions = torch.where(kept[None, :], directions, 0.0)
+    return directions.float().contiguous(), sigma.float(), vectors.float().contiguous()
