@@ -30,17 +30,10 @@ def is_triton(function: FunctionNode) -> bool:
 
 
 def public_functions(path: Path) -> Iterator[FunctionNode]:
-    """Functions of the module and methods of its public classes, without a leading underscore."""
-    bodies: list[ast.Module | ast.ClassDef] = [parse(path)]
-    bodies += [
-        node
-        for node in parse(path).body
-        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
-    ]
-    for body in bodies:
-        for node in body.body:
-            if isinstance(node, FunctionNode) and not node.name.startswith("_"):
-                yield node
+    """Functions of the module without a leading underscore."""
+    for node in parse(path).body:
+        if isinstance(node, FunctionNode) and not node.name.startswith("_"):
+            yield node
 
 
 def called_name(call: ast.Call) -> str:

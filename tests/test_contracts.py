@@ -60,6 +60,8 @@ def read_variables() -> set[str]:
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and ENV_READERS.match(ast.unparse(node.func)):
                 names |= {n for n in map(_constant, node.args[:1]) if n}
+            elif isinstance(node, ast.keyword) and node.arg == "envvar":
+                names |= {n for n in [_constant(node.value)] if n}
             elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
                 names |= {n for n in [_constant(node.slice)] if n}
     return names

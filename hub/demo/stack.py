@@ -195,7 +195,7 @@ class Stack:
     def find_dead(self) -> list[str]:
         return [name for name, process in self.processes.items() if process.poll() is not None]
 
-    def manage(self, *arguments: str) -> str:
+    def manage(self, *arguments: str, stdin: str = "") -> str:
         """Run a management command in the stack's environment and return what it printed.
 
         Raises:
@@ -205,6 +205,7 @@ class Stack:
             [sys.executable, str(ROOT / "manage.py"), *arguments],
             cwd=ROOT,
             env=self.env,
+            input=stdin,
             capture_output=True,
             text=True,
             check=False,
