@@ -3,7 +3,18 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-step() { echo "check: $1"; shift; "$@"; }
+# Shows what a check says only when it fails.
+step() {
+    local name=$1 said
+    shift
+    if said=$("$@" 2>&1); then
+        echo "check: $name"
+    else
+        echo "check: $name FAILED"
+        echo "$said"
+        exit 1
+    fi
+}
 
 mapfile -t templates < <(git ls-files --cached --others --exclude-standard 'templates/*.html')
 
@@ -11,7 +22,8 @@ step "ruff" ruff check --quiet .
 step "ruff format" ruff format --check --quiet .
 step "djade" djade --check --target-version 5.2 "${templates[@]}"
 step "djlint" djlint --lint --quiet templates
-step "import contracts" lint-imports --no-cache >/dev/null || { lint-imports --no-cache; exit 1; }
+step "import contracts" lint-imports --no-cache
 step "mypy" mypy
 step "migrations" python manage.py makemigrations --check --dry-run
 step "django" python manage.py check --fail-level WARNING
+step "no machine paths, no registry hosts" bash scripts/find_leaks.sh
