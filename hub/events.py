@@ -37,6 +37,7 @@ def connect(url: str) -> redis.Redis:
     return redis.Redis.from_url(
         url,
         decode_responses=True,
+        protocol=2,
         socket_timeout=TIMEOUT_S,
         socket_connect_timeout=TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
@@ -63,7 +64,7 @@ async def read_events(
     Raises:
         redis.RedisError: Redis is away.
     """
-    found = await client.xread({stream_key(job_id): last_id}, count=500, block=block_ms)
+    found: Any = await client.xread({stream_key(job_id): last_id}, count=500, block=block_ms)
     entries = found[0][1] if found else []
     return [
         Event(id=entry_id, type=fields["type"], data=json.loads(fields["data"]))

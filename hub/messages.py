@@ -6,10 +6,10 @@ from deltacome_core import messages as core
 from deltacome_core.messages import Message
 
 HUB_MESSAGES: dict[str, Message] = {
-    "already_signed_in": Message(
-        title="You are signed in",
-        what="A new account cannot be made while you are signed in.",
-        do="Sign out first.",
+    "account_invalid": Message(
+        title="The name or password is not accepted",
+        what="{reason}",
+        do="Choose another one.",
     ),
     "backbone_kind": Message(
         title="This repo is not a backbone",
@@ -166,6 +166,11 @@ HUB_MESSAGES: dict[str, Message] = {
         what="{revision} is {state}.",
         do="Only published revisions can be yanked.",
     ),
+    "text_invalid": Message(
+        title="A text file holds binary data",
+        what="{file} has NUL bytes.",
+        do="Upload the file as text in UTF-8.",
+    ),
     "too_many_uploads": Message(
         title="Too many uploads are open",
         what="You have {count} open uploads; {limit} are allowed.",
@@ -192,7 +197,6 @@ MESSAGES: dict[str, Message] = core.MESSAGES | HUB_MESSAGES
 
 # What is not named here is the content's fault: 422.
 HTTP_STATUS: dict[str, int] = {
-    "already_signed_in": 409,
     "content_digest_missing": 400,
     "digest_published": 409,
     "disk_full": 507,

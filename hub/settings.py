@@ -66,8 +66,8 @@ def parse_database_url(url: str) -> dict[str, object]:
 
 
 DEBUG = envbool("DEBUG", default=False)
-# Django itself refuses to start anything that signs when this is empty.
-SECRET_KEY = os.environ.get("SECRET_KEY", "")
+# Django refuses to sign anything with an empty key; hub.E001 refuses a short one.
+SECRET_KEY = os.environ.get("SECRET_KEY", "known-to-everybody" if DEBUG else "")
 TOKEN_PEPPER = os.environ.get("TOKEN_PEPPER", "") or SECRET_KEY
 ALLOWED_HOSTS = envlist("ALLOWED_HOSTS", "localhost,127.0.0.1,[::1]")
 CSRF_TRUSTED_ORIGINS = envlist("CSRF_TRUSTED_ORIGINS", "")
@@ -79,7 +79,7 @@ DATABASES = {
     )
 }
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
-ENGINE_URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8001")
+ENGINE_URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8100")
 
 BLOB_STORE = os.environ.get("BLOB_STORE", "local")
 S3_BUCKET = os.environ.get("S3_BUCKET", "")

@@ -5,7 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,10 +30,14 @@ class StoredBlob:
     size_bytes: int
 
 
-class BlobStore(Protocol):
-    def put(self, chunks: Iterable[bytes]) -> StoredBlob: ...
+# Called with the digest before the bytes get their name: from then on pruning spares them.
+Claim = Callable[[StoredBlob], object]
 
-    def put_file(self, path: Path) -> StoredBlob: ...
+
+class BlobStore(Protocol):
+    def put(self, chunks: Iterable[bytes], claim: Claim) -> StoredBlob: ...
+
+    def put_file(self, path: Path, claim: Claim) -> StoredBlob: ...
 
     def has(self, sha256: str) -> bool: ...
 
@@ -53,7 +57,7 @@ class LocalStore:
             raise InternalError(f"not a sha256: {sha256!r}")
         return self.root / "sha256" / sha256[:2] / sha256[2:4] / sha256
 
-    def put(self, chunks: Iterable[bytes]) -> StoredBlob:
+    def put(self, chunks: Iterable[bytes], claim: Claim) -> StoredBlob:
         scratch = self.root / "incoming"
         scratch.mkdir(parents=True, exist_ok=True)
         digest, size_bytes = hashlib.sha256(), 0
@@ -66,13 +70,15 @@ class LocalStore:
                     file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
-                self._publish(temporary, digest.hexdigest())
+                stored = StoredBlob(sha256=digest.hexdigest(), size_bytes=size_bytes)
+                claim(stored)
+                self._publish(temporary, stored.sha256)
             finally:
                 temporary.unlink(missing_ok=True)
-        return StoredBlob(sha256=digest.hexdigest(), size_bytes=size_bytes)
+        return stored
 
-    def put_file(self, path: Path) -> StoredBlob:
-        return self.put(read_chunks(path))
+    def put_file(self, path: Path, claim: Claim) -> StoredBlob:
+        return self.put(read_chunks(path), claim)
 
     def has(self, sha256: str) -> bool:
         return self.path(sha256).is_file()
@@ -102,7 +108,7 @@ class S3Store:
     def key(self, sha256: str) -> str:
         return f"sha256/{sha256[:2]}/{sha256[2:4]}/{sha256}"
 
-    def put(self, chunks: Iterable[bytes]) -> StoredBlob:
+    def put(self, chunks: Iterable[bytes], claim: Claim) -> StoredBlob:
         # The key is known only after the last byte, so the bytes pass through a local file.
         spool = settings.DATA_DIR / "spool"
         spool.mkdir(parents=True, exist_ok=True)
@@ -110,21 +116,22 @@ class S3Store:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
-            return self.put_file(Path(file.name))
+            return self.put_file(Path(file.name), claim)
 
-    def put_file(self, path: Path) -> StoredBlob:
+    def put_file(self, path: Path, claim: Claim) -> StoredBlob:
         from boto3.s3.transfer import TransferConfig
 
         digest = hashlib.sha256()
         for chunk in read_chunks(path):
             digest.update(chunk)
-        sha256 = digest.hexdigest()
-        if not self.has(sha256):
+        stored = StoredBlob(sha256=digest.hexdigest(), size_bytes=path.stat().st_size)
+        claim(stored)
+        if not self.has(stored.sha256):
             config = TransferConfig(
                 multipart_threshold=S3_PART_BYTES, multipart_chunksize=S3_PART_BYTES
             )
-            self.client.upload_file(str(path), self.bucket, self.key(sha256), Config=config)
-        return StoredBlob(sha256=sha256, size_bytes=path.stat().st_size)
+            self.client.upload_file(str(path), self.bucket, self.key(stored.sha256), Config=config)
+        return stored
 
     def has(self, sha256: str) -> bool:
         from botocore.exceptions import ClientError

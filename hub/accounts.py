@@ -1,0 +1,70 @@
+from django.contrib.auth.password_validation import validate_password
+from django.core.exceptions import ValidationError
+from django.db import IntegrityError, transaction
+
+from deltacome_core.errors import UserError
+from hub.models import Membership, Namespace, User
+from hub.models.account import RESERVED_NAMES, validate_name
+
+
+def sign_up(username: str, email: str, *, password: str | None) -> User:
+    """Make a user and the namespace of the same name.
+
+    Raises:
+        UserError: account_invalid, name_taken.
+    """
+    user = User(username=username, email=email)
+    try:
+        validate_name(username)
+        if password is not None:
+            validate_password(password, user)
+    except ValidationError as error:
+        raise UserError("account_invalid", reason=" ".join(error.messages)) from error
+    # Without a password nobody can sign in: the account of a robot, which has tokens only.
+    user.set_password(password)
+    with transaction.atomic():
+        namespace = _create_namespace(username, Namespace.Kind.USER)
+        _save_user(user)
+        Membership.objects.create(namespace=namespace, user=user, role=Membership.Role.OWNER)
+    return user
+
+
+def create_org(name: str, owner: User) -> Namespace:
+    """Make a namespace that people share; its maker owns it.
+
+    Raises:
+        UserError: account_invalid, name_taken.
+    """
+    try:
+        validate_name(name)
+    except ValidationError as error:
+        raise UserError("account_invalid", reason=" ".join(error.messages)) from error
+    with transaction.atomic():
+        namespace = _create_namespace(name, Namespace.Kind.ORG)
+        Membership.objects.create(namespace=namespace, user=owner, role=Membership.Role.OWNER)
+    return namespace
+
+
+def set_role(namespace: Namespace, user: User, role: str) -> Membership:
+    membership, _ = Membership.objects.update_or_create(
+        namespace=namespace, user=user, defaults={"role": role}
+    )
+    return membership
+
+
+def _create_namespace(name: str, kind: str) -> Namespace:
+    if name.lower() in RESERVED_NAMES:
+        raise UserError("name_taken", name=name)
+    try:
+        with transaction.atomic():
+            return Namespace.objects.create(name=name, kind=kind)
+    except IntegrityError:
+        raise UserError("name_taken", name=name) from None
+
+
+def _save_user(user: User) -> None:
+    try:
+        with transaction.atomic():
+            user.save(force_insert=True)
+    except IntegrityError:
+        raise UserError("name_taken", name=user.username) from None

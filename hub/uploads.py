@@ -1,0 +1,385 @@
+"""A checkpoint arrives in parts: headers first, checked before gigabytes move, resumable always."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from django.conf import settings
+from django.core.exceptions import ValidationError
+from django.db import IntegrityError, transaction
+from django.db.models import Q, QuerySet, Sum
+from django.db.models.functions import Now
+
+from deltacome_core.checkpoint import Layout
+from deltacome_core.errors import UserError
+from deltacome_core.recipe import get_recipe
+from deltacome_core.safetensors_file import parse_header
+from hub import access, backbones, catalog, jobs, parts, storage, upload_files
+from hub.jobs import from_now
+from hub.models import Job, Namespace, Part, Repo, Revision, Upload, UploadFile, User
+from hub.models.repo import validate_repo_name
+
+MAX_LISTED_PARTS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpec:
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadSpec:
+    repo: str
+    kind: str
+    files: tuple[FileSpec, ...]
+    backbone: str | None = None
+    recipe: str = "come"
+    bits_per_param: float = 1.0
+    visibility: str = Repo.Visibility.PRIVATE
+    description: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStatus:
+    index: int
+    path: str
+    size_bytes: int
+    needs_header: bool
+    header_ok: bool
+    n_parts: int
+    parts: tuple[int, ...]
+
+
+def open_upload(owner: User, spec: UploadSpec, *, idempotency_key: str | None = None) -> Upload:
+    """Reserve room for a checkpoint; the same key and request give the same upload.
+
+    Raises:
+        UserError: what is wrong with the request, the right, the quota or the disk.
+    """
+    request_sha256 = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()
+    if idempotency_key is not None:
+        before = Upload.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
+        if before is not None:
+            return _same_request(before, request_sha256)
+    upload_files.check_files({file.path: file.size_bytes for file in spec.files})
+    if spec.kind == Repo.Kind.DELTA:
+        get_recipe(spec.recipe, bits_per_param=spec.bits_per_param)
+    storage.require_space(spec.size_bytes)
+    try:
+        with transaction.atomic():
+            return _create_upload(owner, spec, idempotency_key, request_sha256)
+    except IntegrityError:
+        # Two requests with one key arrived together: the first has won.
+        before = Upload.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
+        if before is None or idempotency_key is None:
+            raise
+        return _same_request(before, request_sha256)
+
+
+def _create_upload(
+    owner: User, spec: UploadSpec, idempotency_key: str | None, request_sha256: str
+) -> Upload:
+    repo = _find_or_create_repo(owner, spec)
+    _check_limits(owner, repo.namespace, spec)
+    backbone = _named_backbone(owner, spec.backbone) if spec.backbone else None
+    delta_spec = {"recipe": spec.recipe, "bits_per_param": spec.bits_per_param}
+    upload = Upload.objects.create(
+        repo=repo,
+        owner=owner,
+        spec=delta_spec if spec.kind == Repo.Kind.DELTA else {},
+        part_size_bytes=settings.UPLOAD_PART_BYTES,
+        backbone=backbone,
+        idempotency_key=idempotency_key,
+        request_sha256=request_sha256,
+        expires_at=from_now(settings.UPLOAD_TTL_S),
+    )
+    UploadFile.objects.bulk_create(
+        UploadFile(upload=upload, index=index, path=file.path, size_bytes=file.size_bytes)
+        for index, file in enumerate(spec.files)
+    )
+    upload.refresh_from_db()
+    return upload
+
+
+def _find_or_create_repo(owner: User, spec: UploadSpec) -> Repo:
+    namespace_name, _, name = spec.repo.partition("/")
+    namespace = Namespace.objects.filter(name__iexact=namespace_name).first()
+    if namespace is None:
+        raise UserError("not_found")
+    # The right is asked before the repo is looked up: a stranger learns nothing of its names.
+    access.require_in(owner, namespace, access.Right.WRITE)
+    try:
+        validate_repo_name(name)
+    except ValidationError:
+        raise UserError("name_unsafe", name=ascii(name[:80])) from None
+    repo = Repo.objects.named(namespace_name, name).select_related("namespace").first()
+    if repo is None:
+        return Repo.objects.create(
+            namespace=namespace,
+            name=name,
+            kind=spec.kind,
+            visibility=spec.visibility,
+            description=spec.description,
+            created_by=owner,
+        )
+    if repo.kind != spec.kind:
+        raise UserError("repo_kind", repo=str(repo), kind=repo.kind)
+    return repo
+
+
+def _named_backbone(owner: User, name: str) -> Revision:
+    revision = catalog.find_revision(owner, name)
+    if revision.repo.kind != Repo.Kind.BACKBONE:
+        raise UserError("backbone_kind", repo=str(revision.repo))
+    return revision
+
+
+def _check_limits(owner: User, namespace: Namespace, spec: UploadSpec) -> None:
+    n_open = Upload.objects.filter(owner=owner, state=Upload.State.OPEN).count()
+    if n_open >= settings.UPLOAD_MAX_OPEN:
+        raise UserError("too_many_uploads", count=n_open, limit=settings.UPLOAD_MAX_OPEN)
+    in_files = Revision.objects.filter(repo__namespace=namespace)
+    held = in_files.aggregate(total=Sum("files__blob__size_bytes"))["total"] or 0
+    arriving = UploadFile.objects.filter(
+        upload__repo__namespace=namespace, upload__state=Upload.State.OPEN
+    ).aggregate(total=Sum("size_bytes"))
+    if held + (arriving["total"] or 0) + spec.size_bytes > settings.NAMESPACE_QUOTA_BYTES:
+        raise UserError(
+            "quota_exceeded",
+            namespace=namespace.name,
+            quota_bytes=settings.NAMESPACE_QUOTA_BYTES,
+        )
+
+
+def _same_request(upload: Upload, request_sha256: str) -> Upload:
+    if upload.request_sha256 != request_sha256:
+        raise UserError("idempotency_conflict")
+    return upload
+
+
+def put_header(upload: Upload, index: int, raw: bytes) -> UploadFile:
+    """Check the first bytes of a safetensors file; with the last header, check the layout.
+
+    Args:
+        upload: an open upload.
+        index: number of the file.
+        raw: the file's first bytes, at least up to the end of the header.
+
+    Raises:
+        UserError: what is wrong with the header, or backbone_mismatch.
+    """
+    file = find_file(upload, index)
+    if not file.needs_header:
+        raise UserError("header_not_wanted", file=file.path)
+    header = parse_header(raw, file_size_bytes=file.size_bytes, file=file.path)
+    checked = raw[: header.data_start]
+    digest = hashlib.sha256(checked).hexdigest()
+    if file.header_ok and file.header_sha256 != digest:
+        raise UserError("header_differs", file=file.path)
+    parts.write_header(file, checked)
+    file.header_ok, file.header_sha256 = True, digest
+    file.save(update_fields=["header_ok", "header_sha256"])
+    if not _files_without_header(upload).exists():
+        check_layout(upload)
+    return file
+
+
+def check_layout(upload: Upload) -> None:
+    """Compare the fine-tune's tensors with the named backbone, or find one that fits.
+
+    Raises:
+        UserError: duplicate_tensor, backbone_mismatch, backbone_unknown.
+    """
+    layout = _read_headers(upload)
+    if upload.repo.kind == Repo.Kind.BACKBONE:
+        upload.layout = {"n_tensors": len(layout)}
+    else:
+        named = [upload.backbone] if upload.backbone else backbones.visible_backbones(upload.owner)
+        fits = backbones.find_fits(layout, named)
+        report = fits[0].report
+        upload.backbone = fits[0].revision
+        upload.layout = {
+            "n_tensors": len(layout),
+            "matched": len(report.matched),
+            "grown_rows": list(report.grown_rows),
+            "missing": list(report.missing),
+            "unexpected": list(report.unexpected),
+            # Equal shapes may belong to several backbones: ingest decides by the weights.
+            "candidates": [
+                {"revision": str(fit.revision.pk), "name": str(fit.revision)} for fit in fits
+            ],
+        }
+    upload.save(update_fields=["layout", "backbone"])
+
+
+def _read_headers(upload: Upload) -> Layout:
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in upload.files.filter(path__endswith=".safetensors"):
+        raw = parts.read_header(file)
+        header = parse_header(raw, file_size_bytes=file.size_bytes, file=file.path)
+        for info in header.tensors:
+            if info.name in layout:
+                raise UserError("duplicate_tensor", name=info.name, file=file.path)
+            layout[info.name] = (info.dtype, info.shape)
+    return layout
+
+
+def store_part(
+    upload: Upload, index: int, number: int, *, chunks: Iterable[bytes], sha256: str
+) -> Part:
+    """Write one part to disk, durably, if its length, digest and header are as announced.
+
+    Raises:
+        UserError: header_missing, part_number, part_too_large, part_too_small,
+            part_digest_mismatch, header_differs, disk_full, upload_closed.
+    """
+    file = find_file(upload, index)
+    if upload.layout is None:
+        waiting = _files_without_header(upload).first()
+        if waiting is not None:
+            raise UserError("header_missing", file=waiting.path)
+        check_layout(upload)
+    expected_bytes = parts.expected_size(file, upload.part_size_bytes, number)
+    storage.require_space(expected_bytes)
+    parts.write_part(file, number, chunks=chunks, sha256=sha256, expected_bytes=expected_bytes)
+    with transaction.atomic():
+        is_open = Upload.objects.filter(pk=upload.pk, state=Upload.State.OPEN)
+        if not is_open.update(expires_at=from_now(settings.UPLOAD_TTL_S)):
+            raise UserError("upload_closed", state=upload.state.lower())
+        part, _ = Part.objects.update_or_create(
+            upload_file=file,
+            number=number,
+            defaults={"sha256": sha256, "size_bytes": expected_bytes},
+        )
+    return part
+
+
+def upload_status(upload: Upload) -> tuple[FileStatus, ...]:
+    """Tell which parts are held, so that any client can go on."""
+    held: dict[object, list[int]] = {}
+    rows = Part.objects.filter(upload_file__upload=upload).order_by("number")
+    for file_id, number in rows.values_list("upload_file_id", "number"):
+        held.setdefault(file_id, []).append(number)
+    return tuple(
+        FileStatus(
+            index=file.index,
+            path=file.path,
+            size_bytes=file.size_bytes,
+            needs_header=file.needs_header,
+            header_ok=file.header_ok,
+            n_parts=parts.count_parts(file, upload.part_size_bytes),
+            parts=tuple(held.get(file.pk, ())),
+        )
+        for file in upload.files.all()
+    )
+
+
+def seal_upload(upload: Upload) -> Job:
+    """Close the upload and queue its job; sealing twice gives the same job.
+
+    Raises:
+        UserError: header_missing, parts_missing, upload_closed.
+    """
+    if upload.state == Upload.State.SEALED:
+        return upload.job
+    _require_complete(upload)
+    with transaction.atomic():
+        row = Upload.objects.filter(pk=upload.pk, state=Upload.State.OPEN)
+        if row.update(state=Upload.State.SEALED, sealed_at=Now()):
+            job = _create_job(upload)
+        else:
+            upload.refresh_from_db()
+            if upload.state != Upload.State.SEALED:
+                raise UserError("upload_closed", state=upload.state.lower())
+            return upload.job
+    jobs.announce(job)
+    return job
+
+
+def _require_complete(upload: Upload) -> None:
+    waiting = _files_without_header(upload).first()
+    if upload.state == Upload.State.OPEN and waiting is not None:
+        raise UserError("header_missing", file=waiting.path)
+    missing = [
+        f"{file.path}:{number}"
+        for file in upload_status(upload)
+        for number in sorted(set(range(file.n_parts)) - set(file.parts))
+    ]
+    if upload.state == Upload.State.OPEN and missing:
+        listed = missing[:MAX_LISTED_PARTS]
+        raise UserError("parts_missing", count=len(missing), parts=listed)
+
+
+def _create_job(upload: Upload) -> Job:
+    revision = Revision.objects.create(
+        repo=upload.repo,
+        backbone=upload.backbone,
+        recipe=upload.spec,
+        created_by=upload.owner,
+    )
+    kind = upload.repo.kind
+    job = Job.objects.create(
+        kind=kind, owner=upload.owner, upload=upload, revision=revision, step=jobs.STEPS[kind][0]
+    )
+    job.events.create(new=job.state, step=job.step, attempt=0)
+    jobs.enqueue(job)
+    job.refresh_from_db()
+    return job
+
+
+def abort_upload(upload: Upload) -> None:
+    """Throw an open upload away.
+
+    Raises:
+        UserError: upload_closed.
+    """
+    row = Upload.objects.filter(pk=upload.pk, state=Upload.State.OPEN)
+    if not row.update(state=Upload.State.ABORTED):
+        raise UserError("upload_closed", state=upload.state.lower())
+    parts.delete_parts(upload.pk)
+
+
+def find_file(upload: Upload, index: int) -> UploadFile:
+    """Return the file of an open upload.
+
+    Raises:
+        UserError: upload_closed, not_found.
+    """
+    if upload.state != Upload.State.OPEN:
+        raise UserError("upload_closed", state=upload.state.lower())
+    file = upload.files.filter(index=index).first()
+    if file is None:
+        raise UserError("not_found")
+    return file
+
+
+def expire_uploads() -> int:
+    """Abort what nobody continued, and let go of the sources that no job needs any more."""
+    expired = Upload.objects.filter(state=Upload.State.OPEN, expires_at__lt=Now())
+    ended = 0
+    for upload_id in expired.values_list("pk", flat=True)[:1000]:
+        if expired.filter(pk=upload_id).update(state=Upload.State.ABORTED):
+            parts.delete_parts(upload_id)
+            ended += 1
+    # A failed job may be retried for a while; a finished one never reads its sources again.
+    age = Q(job__finished_at__lt=from_now(-settings.UPLOAD_TTL_S)) | Q(job__state=Job.State.DONE)
+    over = Upload.objects.filter(age, state=Upload.State.SEALED, job__finished_at__isnull=False)
+    for upload in over.exclude(files__blob=None)[:1000]:
+        release_sources(upload)
+    return ended
+
+
+def release_sources(upload: Upload) -> None:
+    """Drop the fine-tune's own bytes: the published delta stands in for them."""
+    upload.files.update(blob=None)
+    parts.delete_parts(upload.pk)
+
+
+def _files_without_header(upload: Upload) -> QuerySet[UploadFile]:
+    return upload.files.filter(path__endswith=".safetensors", header_ok=False)
