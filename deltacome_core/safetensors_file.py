@@ -311,9 +311,8 @@ def write_safetensors(
         for name, dtype, shape, data in sources:
             missing = prod(shape) * ITEM_BYTES[dtype]
             for chunk in _chunks_of(data):
-                view = memoryview(chunk).cast("B")
-                missing -= len(view)
-                file.write(view)
+                missing -= memoryview(chunk).nbytes
+                file.write(chunk)
             if missing:
                 raise InternalError(f"{name} is off by {missing} bytes")
         file.flush()

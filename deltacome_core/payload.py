@@ -1,0 +1,208 @@
+"""Packed tensors to payload bytes and back, section by section; see docs/format.md."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+from deltacome_core.bitpack import used_bits
+from deltacome_core.entries import LowRankEntry, RowsEntry
+from deltacome_core.errors import InternalError
+from deltacome_core.fields import invalid
+from deltacome_core.layout import FactorShape, Payload, Section, matrix_factors
+from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix, PackedRows
+from deltacome_core.tensors import tensor_bytes
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "U32": torch.int32, "U8": torch.uint8}
+
+
+def _assemble(payload: Payload, arrays: dict[str, torch.Tensor]) -> bytes:
+    raw = bytearray(payload.size_bytes)
+    for section in payload.sections:
+        data = tensor_bytes(arrays[section.key])
+        if len(data) != section.size_bytes:
+            raise InternalError(f"section {section.key} has {len(data)} bytes")
+        raw[section.start : section.start + section.size_bytes] = data
+    return bytes(raw)
+
+
+def _factor_arrays(key: str, factor: PackedFactor) -> Iterator[tuple[str, torch.Tensor]]:
+    yield f"{key}.codes", factor.codes
+    yield f"{key}.scale", factor.scale
+    if factor.zero is not None:
+        yield f"{key}.zero", factor.zero
+
+
+def matrix_to_payload(entry: LowRankEntry, matrix: PackedMatrix) -> bytes:
+    """Lay a matrix out as it is stored.
+
+    Args:
+        entry: what the manifest will say of it.
+        matrix: the packed matrix.
+
+    Returns:
+        entry.payload.size_bytes bytes.
+    """
+    arrays = {"sigma": matrix.sigma}
+    for number, band in enumerate(matrix.bands):
+        arrays |= dict(_factor_arrays(f"{number}.v", band.v))
+        arrays |= dict(_factor_arrays(f"{number}.u", band.u))
+    return _assemble(entry.payload, arrays)
+
+
+def rows_to_payload(entry: RowsEntry, rows: PackedRows) -> bytes:
+    """Lay the quantised part of a row delta out as it is stored.
+
+    Args:
+        entry: what the manifest will say of it.
+        rows: the packed rows.
+
+    Returns:
+        entry.payload.size_bytes bytes.
+    """
+    bitmap = np.packbits(rows.changed.cpu().numpy(), bitorder="little")
+    arrays = {"changed": torch.from_numpy(bitmap)}
+    if rows.factor is None:
+        empty = torch.empty(0, dtype=torch.uint8)
+        arrays |= dict.fromkeys(("rows.codes", "rows.scale", "rows.zero"), empty)
+    else:
+        arrays |= dict(_factor_arrays("rows", rows.factor))
+    return _assemble(entry.payload, arrays)
+
+
+def _view(payload: torch.Tensor, section: Section) -> torch.Tensor:
+    raw = payload[section.start : section.start + section.size_bytes]
+    return raw.view(_DTYPES[section.dtype]).view(section.shape)
+
+
+def _views(payload: torch.Tensor, layout: Payload) -> dict[str, torch.Tensor]:
+    if payload.dtype != torch.uint8 or payload.shape != (layout.size_bytes,):
+        raise InternalError(f"the payload is {payload.dtype} {tuple(payload.shape)}")
+    return {section.key: _view(payload, section) for section in layout.sections}
+
+
+def _factor(views: dict[str, torch.Tensor], shape: FactorShape) -> PackedFactor:
+    return PackedFactor(
+        codes=views[f"{shape.key}.codes"],
+        scale=views[f"{shape.key}.scale"],
+        zero=views.get(f"{shape.key}.zero"),
+        bits=shape.bits,
+        rows=shape.rows,
+        cols=shape.cols,
+        group=shape.group,
+    )
+
+
+def matrix_from_payload(entry: LowRankEntry, payload: torch.Tensor) -> PackedMatrix:
+    """See a matrix in the bytes it is stored as; nothing is copied.
+
+    Args:
+        entry: what the manifest says of it.
+        payload: u8 [entry.payload.size_bytes], at least 16-byte aligned, on any device.
+
+    Returns:
+        A matrix whose arrays are views of `payload`.
+    """
+    views = _views(payload, entry.payload)
+    shapes = matrix_factors(
+        *entry.shape,
+        bands=entry.bands,
+        group_u=entry.group_u,
+        group_v=entry.group_v,
+        symmetric=entry.symmetric,
+    )
+    factors = [_factor(views, shape) for shape in shapes]
+    bands = zip(factors[::2], factors[1::2], strict=True)
+    return PackedMatrix(
+        name=entry.name,
+        out_features=entry.shape[0],
+        in_features=entry.shape[1],
+        sigma=views["sigma"],
+        bands=tuple(PackedBand(v=v, u=u) for v, u in bands),
+    )
+
+
+def rows_from_payload(
+    entry: RowsEntry, payload: torch.Tensor, new_rows: torch.Tensor | None
+) -> PackedRows:
+    """See a row delta in the bytes it is stored as.
+
+    Args:
+        entry: what the manifest says of it.
+        payload: u8 [entry.payload.size_bytes] on the CPU.
+        new_rows: [n_new, cols] in the fine-tune's dtype, or None.
+
+    Returns:
+        The packed rows.
+
+    Raises:
+        UserError: delta_invalid when the row map does not mark exactly n_changed rows.
+    """
+    views = _views(payload, entry.payload)
+    bits = np.unpackbits(views["changed"].numpy(), bitorder="little")
+    changed = torch.from_numpy(bits).to(torch.bool)
+    if int(changed.sum()) != entry.n_changed or bool(changed[entry.base_rows :].any()):
+        raise invalid(f"{entry.name}: the row map does not mark {entry.n_changed} rows")
+    shape = FactorShape(
+        key="rows",
+        rows=entry.n_changed,
+        cols=entry.shape[1],
+        bits=entry.bits,
+        group=entry.group_rows,
+        symmetric=entry.symmetric,
+    )
+    return PackedRows(
+        name=entry.name,
+        rows=entry.base_rows,
+        cols=entry.shape[1],
+        changed=changed[: entry.base_rows],
+        factor=_factor(views, shape) if entry.n_changed else None,
+        new_rows=new_rows,
+    )
+
+
+def _is_magnitude(values: torch.Tensor) -> bool:
+    return bool(torch.isfinite(values).all()) and not bool((values < 0).any())
+
+
+def _check_factor(name: str, factor: PackedFactor) -> None:
+    if not _is_magnitude(factor.scale):
+        raise invalid(f"{name}: a scale is negative or not finite")
+    if factor.zero is not None and bool((factor.zero >= 1 << factor.bits).any()):
+        raise invalid(f"{name}: a zero point lies outside the codes")
+    unused = ~used_bits(factor.cols, factor.bits)
+    columns = unused.nonzero().flatten()
+    if bool((factor.codes[:, columns] & unused[columns]).any()):
+        raise invalid(f"{name}: a bit that belongs to no code is set")
+
+
+def _check_padding(name: str, payload: torch.Tensor, layout: Payload) -> None:
+    starts = [section.start for section in layout.sections] + [layout.size_bytes]
+    ends = [0] + [section.start + section.size_bytes for section in layout.sections]
+    if any(bool(payload[end:start].any()) for start, end in zip(starts, ends, strict=True)):
+        raise invalid(f"{name}: a padding byte is not 0")
+
+
+def check_packed(packed: PackedMatrix | PackedRows, payload: torch.Tensor, layout: Payload) -> None:
+    """Refuse numbers no writer produces, before any arithmetic meets them.
+
+    Args:
+        packed: what was read.
+        payload: u8, the bytes it was read from, on the CPU.
+        layout: where the sections lie.
+
+    Raises:
+        UserError: delta_invalid for a scale or singular value that is negative or not finite, a
+            zero point outside the codes, or a bit set that belongs to nothing.
+    """
+    factors: Iterable[PackedFactor | None]
+    if isinstance(packed, PackedMatrix):
+        if not _is_magnitude(packed.sigma):
+            raise invalid(f"{packed.name}: a singular value is negative or not finite")
+        factors = [factor for band in packed.bands for factor in (band.v, band.u)]
+    else:
+        factors = [packed.factor]
+    for factor in factors:
+        if factor is not None:
+            _check_factor(packed.name, factor)
+    _check_padding(packed.name, payload, layout)
