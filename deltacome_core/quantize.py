@@ -163,8 +163,9 @@ def round_to_nearest(
 def refit_sigma(delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Solve for the sigma that makes quantised factors fit the delta best.
 
-    Minimises ||delta - left @ diag(sigma) @ right||_F; the normal matrix is the elementwise product
-    of the two Gram matrices, slightly damped because quantised vectors can be nearly parallel.
+    Minimises ||delta - left @ diag(sigma) @ right||_F over sigma >= 0. The normal matrix is the
+    elementwise product of the two Gram matrices, slightly damped because quantised vectors can be
+    nearly parallel; directions that would turn negative are dropped until none is left.
 
     Args:
         delta: float32 [out, in].
@@ -172,11 +173,20 @@ def refit_sigma(delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         right: float32 [rank, in], dequantised V.
 
     Returns:
-        float32 [rank].
+        float32 [rank], not negative.
     """
     exact_left, exact_right = left.double(), right.double()
     normal = (exact_left.T @ exact_left) * (exact_right @ exact_right.T)
     target = ((exact_left.T @ delta.double()) * exact_right).sum(dim=1)
     normal.diagonal().add_(1e-6 * normal.diagonal().mean().clamp_min(1e-30))
-    sigma: torch.Tensor = torch.linalg.solve(normal, target)
+    kept = torch.arange(target.numel(), device=target.device)
+    while kept.numel():
+        solution: torch.Tensor = torch.linalg.solve(normal[kept][:, kept], target[kept])
+        positive = solution >= 0
+        if bool(positive.all()):
+            break
+        kept = kept[positive]
+    sigma = torch.zeros_like(target)
+    if kept.numel():
+        sigma[kept] = solution
     return sigma.float()

@@ -110,6 +110,16 @@ def test_refitted_sigma_is_the_least_squares_optimum():
     assert error(refitted) < error(sigma)
 
 
+def test_refitted_sigma_is_never_negative():
+    delta = draw(30, 40)
+    left, right = draw(30, 25, seed=7), draw(25, 40, seed=8)
+    refitted = refit_sigma(delta, left, right)
+    assert (refitted >= 0).all()
+    assert (refitted == 0).any()
+    gradient = ((left.T @ ((left * refitted) @ right - delta)) * right).sum(dim=1)
+    assert gradient[refitted > 0].abs().max() < 1e-2
+
+
 def test_refit_survives_directions_that_quantised_to_zero():
     delta = draw(40, 40)
     left, sigma, right = truncated_svd(delta, 4)

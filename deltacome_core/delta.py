@@ -1,0 +1,153 @@
+"""The difference between two checkpoints, one tensor at a time, and what becomes of each tensor."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+
+from deltacome_core.checkpoint import (
+    Checkpoint,
+    checkpoint_digest,
+    compare_layout,
+    hash_tensor,
+    is_vocabulary_tensor,
+)
+from deltacome_core.errors import UserError
+from deltacome_core.tensors import as_float32, load_tensor
+
+# Below this a low-rank form of both factors and their scales is no smaller than the matrix.
+MIN_LOWRANK_DIMENSION = 32
+# Reading and hashing overlap; more threads than this only contend for memory bandwidth.
+_MAX_SCAN_THREADS = 8
+
+
+class TensorKind(StrEnum):
+    """What a delta keeps of a tensor."""
+
+    LOWRANK = "lowrank"
+    ROWS = "rows"
+    EXACT = "exact"
+    UNCHANGED = "unchanged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScannedCheckpoint:
+    """A checkpoint whose weights were all read once: finite, and hashed."""
+
+    checkpoint: Checkpoint
+    hashes: dict[str, str]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPair:
+    """One tensor of the fine-tune beside the backbone's, each in its own dtype.
+
+    base is None for a tensor that only the fine-tune has.
+    """
+
+    name: str
+    base: torch.Tensor | None
+    tuned: torch.Tensor
+
+    @property
+    def kind(self) -> TensorKind:
+        if self.base is None:
+            return TensorKind.EXACT
+        grown = self.base.shape != self.tuned.shape
+        if not grown and torch.equal(self.base.to(self.tuned.dtype), self.tuned):
+            return TensorKind.UNCHANGED
+        if not self.tuned.is_floating_point() or self.tuned.ndim != 2:  # noqa: PLR2004 - a matrix
+            return TensorKind.EXACT
+        if is_vocabulary_tensor(self.name):
+            return TensorKind.ROWS
+        small = min(self.tuned.shape) < MIN_LOWRANK_DIMENSION
+        return TensorKind.EXACT if small or "norm" in self.name else TensorKind.LOWRANK
+
+    def difference(self) -> torch.Tensor:
+        """Return fine-tune minus backbone.
+
+        Returns:
+            float32 of the fine-tune's shape; both sides are widened before the subtraction.
+        """
+        if self.base is None:
+            return as_float32(self.tuned)
+        return as_float32(self.tuned) - as_float32(self.base)
+
+
+def check_backbone(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Refuse a fine-tune whose tensors do not fit the backbone.
+
+    Args:
+        base: the backbone.
+        tuned: the fine-tune.
+
+    Raises:
+        UserError: backbone_mismatch, naming every tensor with both shapes.
+    """
+    report = compare_layout(base.layout, tuned.layout)
+    if report.is_compatible:
+        return
+    lines = list(report.mismatched) + [
+        f"{name}: expected {list(base.layout[name][1])} found nothing" for name in report.missing
+    ]
+    if not lines:
+        lines = [f"{name}: expected nothing" for name in report.unexpected]
+    raise UserError("backbone_mismatch", tensors=lines)
+
+
+def scan_checkpoint(checkpoint: Checkpoint) -> ScannedCheckpoint:
+    """Read every weight once: hash it and refuse NaN and infinity.
+
+    Args:
+        checkpoint: an opened checkpoint.
+
+    Returns:
+        The checkpoint with its hashes and digest.
+
+    Raises:
+        UserError: nan_weights, naming tensors and files.
+    """
+
+    def scan(name: str) -> tuple[str, bool]:
+        tensor = load_tensor(checkpoint, name)
+        finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+        return hash_tensor(checkpoint, name), finite
+
+    threads = min(_MAX_SCAN_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        results = dict(zip(checkpoint.tensors, pool.map(scan, checkpoint.tensors), strict=True))
+    broken = [
+        f"{name} ({checkpoint.tensors[name].file.name})"
+        for name, (_, finite) in results.items()
+        if not finite
+    ]
+    if broken:
+        raise UserError("nan_weights", tensors=broken)
+    hashes = {name: digest for name, (digest, _) in results.items()}
+    return ScannedCheckpoint(
+        checkpoint=checkpoint,
+        hashes=hashes,
+        digest=checkpoint_digest(checkpoint.layout, hashes),
+    )
+
+
+def load_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> TensorPair:
+    """Read one tensor of the fine-tune and its counterpart.
+
+    Args:
+        base: the backbone.
+        tuned: the fine-tune, which has the tensor.
+        name: tensor name.
+
+    Returns:
+        The pair.
+    """
+    found = name in base.tensors
+    return TensorPair(
+        name=name,
+        base=load_tensor(base, name) if found else None,
+        tuned=load_tensor(tuned, name),
+    )

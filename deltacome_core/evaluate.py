@@ -1,0 +1,151 @@
+"""Task scores by exact match, with one harness for backbone, fine-tune and delta."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltacome_core.errors import UserError
+from deltacome_core.generate import decode_greedily, end_tokens
+from deltacome_core.texts import TextItem, read_texts
+
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """hits holds one entry per item, in file order, so that subjects can be paired."""
+
+    hits: tuple[bool, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.hits)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.hits) / len(self.hits)
+
+    @property
+    def se(self) -> float:
+        """Standard error of the accuracy, binomial."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / len(self.hits))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "accuracy": self.accuracy,
+            "n": self.n,
+            "se": self.se,
+            "hits": [int(hit) for hit in self.hits],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedDifference:
+    """How the items of two subjects differ: gained and lost count changes from first to second."""
+
+    gained: int
+    lost: int
+    difference: float
+    se: float
+
+
+def read_evaluation(path: Path) -> tuple[TextItem, ...]:
+    """Read evaluation items.
+
+    Args:
+        path: .jsonl file of {"prompt", "answer"} lines.
+
+    Returns:
+        The items, at least one, each with a prompt and an answer.
+
+    Raises:
+        UserError: texts_invalid.
+    """
+    items = read_texts(path)
+    for number, item in enumerate(items, start=1):
+        if not item.prompt or not item.answer.strip():
+            reason = "an evaluation item needs a prompt and an answer"
+            raise UserError("texts_invalid", file=path.name, line=number, reason=reason)
+    return items
+
+
+def evaluate_exact_match(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[TextItem],
+    *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = 16,
+) -> EvalReport:
+    """Answer each prompt greedily; a hit is the first line equal to the answer, stripped.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        items: prompt and answer each.
+        max_new_tokens: length of the longest answer.
+        batch_size: prompts decoded side by side.
+
+    Returns:
+        One hit or miss per item.
+    """
+    prompts = [tokenizer.encode(item.prompt) for item in items]
+    answers = decode_greedily(
+        model,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=end_tokens(model, tokenizer),
+        batch_size=batch_size,
+        is_finished=lambda tokens: "\n" in tokenizer.decode(tokens),
+    )
+    hits = []
+    for item, tokens in zip(items, answers, strict=True):
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        hits.append(text.partition("\n")[0].strip() == item.answer.strip())
+    return EvalReport(hits=tuple(hits))
+
+
+def compare_hits(first: EvalReport, second: EvalReport) -> PairedDifference:
+    """Compare two subjects item by item.
+
+    Args:
+        first: report of one subject.
+        second: report of the other, on the same items.
+
+    Returns:
+        Items gained and lost from first to second, and the accuracy difference with the standard
+        error of a paired comparison.
+    """
+    gained = sum(b and not a for a, b in zip(first.hits, second.hits, strict=True))
+    lost = sum(a and not b for a, b in zip(first.hits, second.hits, strict=True))
+    difference = (gained - lost) / first.n
+    variance = (gained + lost) / first.n - difference**2
+    return PairedDifference(
+        gained=gained,
+        lost=lost,
+        difference=difference,
+        se=math.sqrt(max(variance, 0.0) / first.n),
+    )
+
+
+def summarise_subjects(reports: Mapping[str, EvalReport]) -> dict[str, Any]:
+    """Lay the reports of several subjects side by side.
+
+    Args:
+        reports: by subject; "finetune" and "delta" are also compared item by item.
+
+    Returns:
+        A JSON-ready object.
+    """
+    summary: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
+    if "finetune" in reports and "delta" in reports:
+        paired = compare_hits(reports["finetune"], reports["delta"])
+        summary["paired"] = {
+            "gained": paired.gained,
+            "lost": paired.lost,
+            "difference": paired.difference,
+            "se": paired.se,
+        }
+    return summary

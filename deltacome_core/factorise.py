@@ -1,0 +1,247 @@
+"""From the delta of a tensor to its packed form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltacome_core.bitpack import pack_codes
+from deltacome_core.gptq import Feedback, prepare_feedback, quantise_with_feedback
+from deltacome_core.layout import RankBand
+from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix, PackedRows
+from deltacome_core.quantize import (
+    QuantisedFactor,
+    largest_codes,
+    refit_sigma,
+    round_to_nearest,
+)
+from deltacome_core.recipe import Recipe, plan_bands
+from deltacome_core.svd import truncated_svd
+
+# Rows of a vocabulary widened to float32 at once: 8192 rows of 4096 take 128 MiB a copy.
+_ROWS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedDelta:
+    """delta float32 [out, in] of one matrix."""
+
+    name: str
+    delta: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorisedMatrix:
+    """A packed matrix on the host, and ||reconstruction - delta|| / ||delta||."""
+
+    packed: PackedMatrix
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decomposed:
+    source: NamedDelta
+    bands: tuple[RankBand, ...]
+    left: torch.Tensor
+    sigma: torch.Tensor
+    right: torch.Tensor
+
+
+def factorise_matrices(
+    deltas: Sequence[NamedDelta], recipe: Recipe, *, hessian: torch.Tensor | None
+) -> tuple[FactorisedMatrix, ...]:
+    """Decompose and quantise the deltas of matrices that read the same input.
+
+    V goes first, with the Hessian of the input; then U, band by band, with the Hessian that the
+    quantised V leaves it. Rows of V are independent, so all bands of all matrices share one pass.
+
+    Args:
+        deltas: float32 [out, in] each, one `in` for all, on the device that does the work.
+        recipe: gives the rank bands and the quantiser.
+        hessian: float32 [in, in], mean of x x^T; None rounds without feedback.
+
+    Returns:
+        One packed matrix per delta, in order.
+
+    Raises:
+        UserError: budget_impossible.
+
+    Source: Delta-CoMe (arXiv 2406.08903), section 3; H_U = S V H V^T S replaces its second sweep.
+    """
+    decomposed = [_decompose(source, recipe) for source in deltas]
+    tops = [_codes_by_row(item.bands, item.right.device) for item in decomposed]
+    rights = torch.cat([item.right for item in decomposed])
+    quantised = _quantise(rights, torch.cat(tops), _feedback(hessian, recipe), recipe)
+    counts = [item.right.shape[0] for item in decomposed]
+    pieces = _split_rows(quantised, counts)
+    return tuple(
+        _finish(item, piece, recipe, hessian=hessian)
+        for item, piece in zip(decomposed, pieces, strict=True)
+    )
+
+
+def _decompose(source: NamedDelta, recipe: Recipe) -> _Decomposed:
+    out_features, in_features = source.delta.shape
+    bands = plan_bands(out_features, in_features, recipe)
+    left, sigma, right = truncated_svd(source.delta, sum(band.rank for band in bands))
+    return _Decomposed(source=source, bands=bands, left=left, sigma=sigma, right=right)
+
+
+def _codes_by_row(bands: Sequence[RankBand], device: torch.device) -> torch.Tensor:
+    return torch.cat([largest_codes(band.bits, band.rank, device) for band in bands])
+
+
+def _feedback(hessian: torch.Tensor | None, recipe: Recipe) -> Feedback | None:
+    if hessian is None:
+        return None
+    return prepare_feedback(hessian, group_size=recipe.group_size, damping=recipe.damping)
+
+
+def _quantise(
+    values: torch.Tensor, max_code: torch.Tensor, feedback: Feedback | None, recipe: Recipe
+) -> QuantisedFactor:
+    if feedback is not None:
+        return quantise_with_feedback(values, max_code, feedback)
+    # A calibrated recipe without a Hessian is GPTQ with the identity: plain min-max rounding.
+    clip_search = not recipe.calibrated
+    return round_to_nearest(values, max_code, group_size=recipe.group_size, clip_search=clip_search)
+
+
+def _split_rows(factor: QuantisedFactor, counts: Sequence[int]) -> list[QuantisedFactor]:
+    pieces = []
+    start = 0
+    for count in counts:
+        rows = slice(start, start + count)
+        pieces.append(
+            QuantisedFactor(
+                codes=factor.codes[rows],
+                scale=factor.scale[rows],
+                zero=None if factor.zero is None else factor.zero[rows],
+                group_size=factor.group_size,
+                max_code=factor.max_code[rows],
+            )
+        )
+        start += count
+    return pieces
+
+
+def _finish(
+    item: _Decomposed, right: QuantisedFactor, recipe: Recipe, *, hessian: torch.Tensor | None
+) -> FactorisedMatrix:
+    lefts: list[QuantisedFactor] = []
+    rights = _split_rows(right, [band.rank for band in item.bands])
+    start = 0
+    for band, right_band in zip(item.bands, rights, strict=True):
+        columns = slice(start, start + band.rank)
+        left_hessian = None
+        if hessian is not None:
+            reading = right_band.dequantise() * item.sigma[columns, None]  # [rank, in]
+            left_hessian = reading @ hessian @ reading.T
+        left = item.left[:, columns].contiguous()
+        top = largest_codes(band.bits, left.shape[0], left.device)
+        lefts.append(_quantise(left, top, _feedback(left_hessian, recipe), recipe))
+        start += band.rank
+    left_values = torch.cat([factor.dequantise() for factor in lefts], dim=1)
+    right_values = right.dequantise()
+    sigma = item.sigma
+    if not recipe.calibrated:
+        sigma = refit_sigma(item.source.delta, left_values, right_values)
+    error = torch.linalg.vector_norm((left_values * sigma) @ right_values - item.source.delta)
+    size = torch.linalg.vector_norm(item.source.delta).clamp_min(1e-30)
+    out_features, in_features = item.source.delta.shape
+    packed = PackedMatrix(
+        name=item.source.name,
+        out_features=out_features,
+        in_features=in_features,
+        sigma=sigma.cpu(),
+        bands=tuple(
+            PackedBand(
+                u=pack_factor(left, band.bits, recipe.group_size),
+                v=pack_factor(right_band, band.bits, recipe.group_size),
+            )
+            for band, left, right_band in zip(item.bands, lefts, rights, strict=True)
+        ),
+    )
+    return FactorisedMatrix(packed=packed, relative_error=float(error / size))
+
+
+def pack_factor(factor: QuantisedFactor, bits: int, group_size: int) -> PackedFactor:
+    """Pack codes into words and move everything to the host.
+
+    Args:
+        factor: codes uint8 [rows, cols] and their grid.
+        bits: width of the codes.
+        group_size: columns that share a scale.
+
+    Returns:
+        The factor as stored.
+    """
+    rows, cols = factor.codes.shape
+    return PackedFactor(
+        codes=pack_codes(factor.codes, bits).cpu(),
+        scale=factor.scale.cpu(),
+        zero=None if factor.zero is None else factor.zero.cpu(),
+        bits=bits,
+        rows=rows,
+        cols=cols,
+        group=(1, group_size),
+    )
+
+
+def factorise_rows(
+    name: str, base: torch.Tensor, tuned: torch.Tensor, recipe: Recipe, *, device: torch.device
+) -> PackedRows:
+    """Quantise the rows of a vocabulary that changed; rows the backbone lacks stay exact.
+
+    Args:
+        name: tensor name.
+        base: float [base rows, cols] in its own dtype.
+        tuned: float [rows, cols] in its own dtype, rows >= base rows.
+        recipe: gives the bits and the group size.
+        device: where the quantiser runs.
+
+    Returns:
+        The packed rows, on the host.
+    """
+    rows, cols = base.shape
+    old = tuned[:rows]
+    changed = torch.cat(
+        [
+            (ours != theirs.to(ours.dtype)).any(dim=1)
+            for ours, theirs in zip(
+                torch.split(old, _ROWS_AT_ONCE), torch.split(base, _ROWS_AT_ONCE), strict=True
+            )
+        ]
+    )
+    pieces: list[PackedFactor] = []
+    for index in torch.split(changed.nonzero()[:, 0], _ROWS_AT_ONCE):
+        if index.numel() == 0:
+            continue
+        delta = old[index].to(device).float() - base[index].to(device).float()
+        top = largest_codes(recipe.embedding_bits, index.numel(), device)
+        factor = round_to_nearest(delta, top, group_size=recipe.group_size, clip_search=True)
+        pieces.append(pack_factor(factor, recipe.embedding_bits, recipe.group_size))
+    return PackedRows(
+        name=name,
+        rows=rows,
+        cols=cols,
+        changed=changed,
+        factor=_stack(pieces),
+        new_rows=tuned[rows:].clone() if tuned.shape[0] > rows else None,
+    )
+
+
+def _stack(pieces: Sequence[PackedFactor]) -> PackedFactor | None:
+    if not pieces:
+        return None
+    first = pieces[0]
+    zeros = [piece.zero for piece in pieces if piece.zero is not None]
+    return PackedFactor(
+        codes=torch.cat([piece.codes for piece in pieces]),
+        scale=torch.cat([piece.scale for piece in pieces]),
+        zero=torch.cat(zeros) if zeros else None,
+        bits=first.bits,
+        rows=sum(piece.rows for piece in pieces),
+        cols=first.cols,
+        group=first.group,
+    )
