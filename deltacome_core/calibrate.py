@@ -12,6 +12,7 @@ from torch import nn
 
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.errors import InternalError, UserError
+from deltacome_core.manifest import CalibrationRecord
 from deltacome_core.models import (
     build_skeleton,
     compute_dtype,
@@ -43,6 +44,16 @@ class CalibrationTokens:
     @property
     def n_tokens(self) -> int:
         return self.sequences.numel()
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the token ids: another tokenizer or length gives another one."""
+        shape = repr(tuple(self.sequences.shape)).encode()
+        return hashlib.sha256(shape + self.sequences.numpy().tobytes()).hexdigest()
+
+    @property
+    def record(self) -> CalibrationRecord:
+        return CalibrationRecord(source=self.source, n_tokens=self.n_tokens, sha256=self.sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,418 @@
+"""Compress a fine-tune into a delta, layer by layer, resuming where a killed run stopped."""
+
+import hashlib
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltacome_core import __version__, strict_json
+from deltacome_core.calibrate import (
+    SEQUENCE_TOKENS,
+    CalibrationTokens,
+    LayerCalibrator,
+    SharedHessian,
+    read_calibration,
+)
+from deltacome_core.checkpoint import Checkpoint, open_checkpoint
+from deltacome_core.delta import (
+    ScannedCheckpoint,
+    TensorKind,
+    TensorPair,
+    check_backbone,
+    load_pair,
+    scan_checkpoint,
+)
+from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
+from deltacome_core.errors import UserError
+from deltacome_core.factorise import NamedDelta, factorise_matrices, factorise_rows
+from deltacome_core.inspection import inspect_delta
+from deltacome_core.manifest import (
+    BackboneRecord,
+    CalibrationRecord,
+    DeltaManifest,
+    FineTuneRecord,
+)
+from deltacome_core.models import load_tokenizer, resolve_device
+from deltacome_core.packed import ExactTensor, PackedTensor
+from deltacome_core.parts import read_part, write_delta, write_part
+from deltacome_core.recipe import Recipe
+from deltacome_core.texts import DEFAULT_CALIBRATION
+
+_MATRIX_RANK = 2
+CALIBRATION_NAMES = ("calibration.jsonl", "calibration.txt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDone:
+    """Progress: one layer is on disk; relative_error is the mean over its low-rank matrices."""
+
+    group: str
+    index: int
+    n_layers: int
+    n_matrices: int
+    relative_error: float
+    seconds: float
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressReport:
+    """What a compression made and what it cost; sizes count the whole delta."""
+
+    out: Path
+    seconds: float
+    peak_host_bytes: int
+    peak_gpu_bytes: int
+    total_bytes: int
+    ratio: float
+    bits_per_param: float
+    n_params: int
+    entries: dict[str, int]
+    calibration: CalibrationRecord | None
+    resumed_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Unit:
+    """The tensors of one part: a decoder layer, or everything outside the layers."""
+
+    group: str
+    names: tuple[str, ...]
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    base: ScannedCheckpoint
+    tuned: ScannedCheckpoint
+    recipe: Recipe
+    device: torch.device
+    fingerprint: str
+
+    def is_unchanged(self, name: str) -> bool:
+        same_type = self.base.checkpoint.layout.get(name) == self.tuned.checkpoint.layout[name]
+        return same_type and self.base.hashes[name] == self.tuned.hashes[name]
+
+    def is_changed_matrix(self, name: str) -> bool:
+        _, shape = self.tuned.checkpoint.layout[name]
+        return len(shape) == _MATRIX_RANK and not self.is_unchanged(name)
+
+
+def find_calibration(tuned_dir: Path) -> Path:
+    """Choose the calibration text: the fine-tune's own when it brings one, else the default.
+
+    Args:
+        tuned_dir: folder of the fine-tune.
+
+    Returns:
+        Path of an existing file.
+    """
+    own = [tuned_dir / name for name in CALIBRATION_NAMES if (tuned_dir / name).is_file()]
+    return own[0] if own else DEFAULT_CALIBRATION
+
+
+def parts_folder(out_dir: Path) -> Path:
+    """Return where finished layers wait until the delta is whole.
+
+    Args:
+        out_dir: folder that the delta will have.
+
+    Returns:
+        A hidden sibling of out_dir.
+    """
+    return out_dir.with_name(f".{out_dir.name}.parts")
+
+
+def compress_checkpoint(
+    base_dir: Path,
+    tuned_dir: Path,
+    out_dir: Path,
+    recipe: Recipe,
+    *,
+    calibration: Path | None = None,
+    device: str = "cpu",
+    on_layer: Callable[[LayerDone], None] | None = None,
+) -> CompressReport:
+    """Compress a fine-tune into a delta folder.
+
+    Finished layers are kept beside out_dir, under a fingerprint of both checkpoints, the recipe,
+    the calibration text, the device and the versions. A run that was killed continues after the
+    last of them and writes the bytes an undisturbed run would have written.
+
+    Args:
+        base_dir: checkpoint folder of the backbone.
+        tuned_dir: checkpoint folder of the fine-tune.
+        out_dir: folder to create; it appears whole or not at all.
+        recipe: rank bands and quantiser.
+        calibration: .txt or .jsonl file; by default the fine-tune's own, else the built-in text.
+        device: "cpu" or "cuda".
+        on_layer: told about each layer once it is on disk.
+
+    Returns:
+        Sizes, time and peak memory.
+
+    Raises:
+        UserError: output_exists, backbone_mismatch, nan_weights, calibration_too_short,
+            budget_impossible, device_unavailable, and what opening the checkpoints raises.
+
+    Source: Delta-CoMe (arXiv 2406.08903).
+    """
+    started = time.monotonic()
+    target = resolve_device(device)
+    if out_dir.exists():
+        raise UserError("output_exists", path=str(out_dir))
+    base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
+    check_backbone(base, tuned)
+    tokens = None
+    if recipe.calibrated:
+        tokens = read_calibration(
+            calibration or find_calibration(tuned_dir),
+            load_tokenizer(tuned_dir, base_dir),
+            max_positions=_max_positions(tuned.config),
+        )
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+    scanned = scan_checkpoint(base), scan_checkpoint(tuned)
+    work = _Work(
+        base=scanned[0],
+        tuned=scanned[1],
+        recipe=recipe,
+        device=target,
+        fingerprint=_fingerprint(*scanned, recipe=recipe, tokens=tokens, device=target),
+    )
+    folder = parts_folder(out_dir)
+    units = _plan_units(tuned, _open_parts(folder, work.fingerprint))
+    resumed = _write_parts(work, units, tokens, on_layer or (lambda _done: None))
+    write_delta(
+        out_dir,
+        [unit.path for unit in units],
+        head=_head(work, tokens),
+        sidecars=tuned.sidecars,
+    )
+    shutil.rmtree(folder)
+    return _report(
+        out_dir, seconds=time.monotonic() - started, device=target, resumed_layers=resumed
+    )
+
+
+def _max_positions(config: dict[str, Any]) -> int:
+    nested = config.get("text_config")
+    settings = nested if isinstance(nested, dict) else config
+    found = settings.get("max_position_embeddings")
+    return found if isinstance(found, int) and found > 0 else SEQUENCE_TOKENS
+
+
+def _fingerprint(
+    base: ScannedCheckpoint,
+    tuned: ScannedCheckpoint,
+    *,
+    recipe: Recipe,
+    tokens: CalibrationTokens | None,
+    device: torch.device,
+) -> str:
+    identity = {
+        "backbone": base.digest,
+        "fine_tune": tuned.digest,
+        "recipe": asdict(recipe),
+        "calibration": None if tokens is None else [tokens.sha256, tokens.digest],
+        "device": device.type,
+        "tools": _tools(),
+    }
+    return hashlib.sha256(strict_json.dumps_canonical(identity)).hexdigest()
+
+
+def _tools() -> dict[str, str]:
+    return {"deltacome": __version__, "torch": str(torch.__version__)}
+
+
+def _open_parts(folder: Path, fingerprint: str) -> Path:
+    """Make the folder for parts; those of other inputs will never be asked for again."""
+    own = folder / fingerprint
+    if folder.is_dir():
+        for stale in folder.iterdir():
+            if stale != own:
+                shutil.rmtree(stale)
+    own.mkdir(parents=True, exist_ok=True)
+    return own
+
+
+def _plan_units(tuned: Checkpoint, folder: Path) -> list[_Unit]:
+    groups: dict[str, list[str]] = {}
+    for name in sorted(tuned.tensors):
+        groups.setdefault(group_of(name), []).append(name)
+
+    def layer_order(group: str) -> tuple[str, int]:
+        prefix, _, number = group.rpartition(".")
+        return (prefix, int(number)) if number.isdigit() else (group, -1)
+
+    return [
+        _Unit(group=group, names=tuple(groups[group]), path=folder / f"{index:05d}.safetensors")
+        for index, group in enumerate(sorted(groups, key=layer_order))
+    ]
+
+
+def _write_parts(
+    work: _Work,
+    units: Sequence[_Unit],
+    tokens: CalibrationTokens | None,
+    on_layer: Callable[[LayerDone], None],
+) -> int:
+    """Write the parts that are missing, calibrated layers first; return how many were there."""
+    place = {unit.group: index for index, unit in enumerate(units)}
+    pending = {unit.group: unit for unit in units if not unit.path.is_file()}
+
+    def announce(unit: _Unit, errors: Sequence[float], started: float, *, resumed: bool) -> None:
+        on_layer(
+            LayerDone(
+                group=unit.group,
+                index=place[unit.group],
+                n_layers=len(units),
+                n_matrices=len(errors),
+                relative_error=sum(errors) / len(errors) if errors else 0.0,
+                seconds=time.monotonic() - started,
+                resumed=resumed,
+            )
+        )
+
+    def write(unit: _Unit, hessians: Sequence[SharedHessian]) -> None:
+        started = time.monotonic()
+        tensors, errors = _compress_unit(work, unit, hessians)
+        layout = work.tuned.checkpoint.layout
+        write_part(unit.path, tensors, layout=layout, fingerprint=work.fingerprint)
+        del pending[unit.group]
+        announce(unit, errors, started, resumed=False)
+
+    resumed = [unit for unit in units if unit.group not in pending]
+    for unit in resumed:
+        read_part(unit.path)
+        announce(unit, (), time.monotonic(), resumed=True)
+    for group, hessians in _walk_layers(work, pending, tokens):
+        write(pending[group], hessians)
+    for unit in list(pending.values()):
+        write(unit, ())
+    return len(resumed)
+
+
+def _walk_layers(
+    work: _Work, pending: dict[str, _Unit], tokens: CalibrationTokens | None
+) -> Iterator[tuple[str, tuple[SharedHessian, ...]]]:
+    """Yield the Hessians of each layer that is pending and changed, then stop the model early."""
+    matrices = {
+        group
+        for group, unit in pending.items()
+        if group != REST_GROUP and any(work.is_changed_matrix(name) for name in unit.names)
+    }
+    if tokens is None or not matrices:
+        return
+    calibrator = LayerCalibrator(work.tuned.checkpoint.path, tokens, work.device)
+
+    def is_wanted(names: set[str]) -> bool:
+        return any(group_of(name) in matrices for name in names)
+
+    for hessians in calibrator.layers(is_wanted):
+        groups = {group_of(name) for shared in hessians for name in shared.weights}
+        for group in sorted(groups & matrices):
+            yield group, hessians
+        matrices -= groups
+        if not matrices:
+            return
+
+
+def _compress_unit(
+    work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]
+) -> tuple[list[PackedTensor | UnchangedEntry], list[float]]:
+    packed: list[PackedTensor | UnchangedEntry] = []
+    deltas: dict[str, NamedDelta] = {}
+    for name in unit.names:
+        dtype, shape = work.tuned.checkpoint.layout[name]
+        unchanged = UnchangedEntry(name=name, dtype=dtype, shape=shape)
+        if work.is_unchanged(name):
+            packed.append(unchanged)
+            continue
+        pair = load_pair(work.base.checkpoint, work.tuned.checkpoint, name)
+        kind = pair.kind
+        if kind is TensorKind.LOWRANK:
+            deltas[name] = NamedDelta(name=name, delta=pair.difference().to(work.device))
+        elif kind is TensorKind.UNCHANGED:
+            packed.append(unchanged)
+        else:
+            packed.append(_pack_whole(pair, work))
+    errors = []
+    for names, hessian in _share_inputs(tuple(deltas), hessians):
+        members = [deltas.pop(name) for name in names]
+        for matrix in factorise_matrices(members, work.recipe, hessian=hessian):
+            packed.append(matrix.packed)
+            errors.append(matrix.relative_error)
+    return packed, errors
+
+
+def _pack_whole(pair: TensorPair, work: _Work) -> PackedTensor:
+    if pair.kind is TensorKind.ROWS and pair.base is not None:
+        return factorise_rows(pair.name, pair.base, pair.tuned, work.recipe, device=work.device)
+    return ExactTensor(name=pair.name, value=pair.tuned)
+
+
+def _share_inputs(
+    names: Sequence[str], hessians: Sequence[SharedHessian]
+) -> Iterator[tuple[list[str], torch.Tensor | None]]:
+    """Yield matrices with one input together, then each of the others alone."""
+    left = dict.fromkeys(names)
+    for shared in hessians:
+        members = [name for name in shared.weights if name in left]
+        for name in members:
+            del left[name]
+        if members:
+            yield members, shared.hessian
+    for name in left:
+        yield [name], None
+
+
+def _head(work: _Work, tokens: CalibrationTokens | None) -> DeltaManifest:
+    tuned = work.tuned.checkpoint
+    return DeltaManifest(
+        recipe=work.recipe,
+        backbone=BackboneRecord(digest=work.base.digest, tensors=work.base.hashes),
+        fine_tune=FineTuneRecord(
+            digest=work.tuned.digest,
+            size_bytes=tuned.size_bytes,
+            dtype=tuned.dtype,
+            n_params=tuned.n_params,
+            architecture=tuned.architecture,
+        ),
+        entries=(),
+        files={},
+        tools=_tools(),
+        calibration=None if tokens is None else tokens.record,
+    )
+
+
+def _report(
+    out_dir: Path, *, seconds: float, device: torch.device, resumed_layers: int
+) -> CompressReport:
+    inspected = inspect_delta(out_dir)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    is_cuda = device.type == "cuda"
+    return CompressReport(
+        out=out_dir,
+        seconds=seconds,
+        # Linux counts in KiB, macOS in bytes.
+        peak_host_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if is_cuda else 0,
+        total_bytes=inspected.total_bytes,
+        ratio=inspected.ratio,
+        bits_per_param=inspected.bits_per_param,
+        n_params=inspected.n_params,
+        entries=inspected.entries_by_kind,
+        calibration=inspected.manifest.calibration,
+        resumed_layers=resumed_layers,
+    )
