@@ -168,7 +168,7 @@ def _is_magnitude(values: torch.Tensor) -> bool:
 def _check_factor(name: str, factor: PackedFactor) -> None:
     if not _is_magnitude(factor.scale):
         raise invalid(f"{name}: a scale is negative or not finite")
-    if factor.zero is not None and bool((factor.zero >= 1 << factor.bits).any()):
+    if factor.zero is not None and bool((factor.zero > (1 << factor.bits) - 1).any()):
         raise invalid(f"{name}: a zero point lies outside the codes")
     unused = ~used_bits(factor.cols, factor.bits)
     columns = unused.nonzero().flatten()
