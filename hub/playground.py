@@ -1,0 +1,176 @@
+"""Answers come from the engine; the hub says who may ask which model, and hands it the files."""
+
+import json
+import logging
+import weakref
+from asyncio import AbstractEventLoop, get_running_loop
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from django.conf import settings
+
+from deltacome_core.errors import UserError
+from hub import access, catalog
+from hub.models import Repo, Revision, User
+
+log = logging.getLogger(__name__)
+
+MAX_LISTED_MODELS = 1000
+ENGINE_RETRY_S = 5
+# Loading a large backbone takes minutes; connecting to a server that is there does not.
+TIMEOUT = httpx.Timeout(600, connect=3)
+# What a client acts on; everything else of the engine's answer stays inside.
+PASSED_HEADERS = ("content-type", "retry-after", "x-should-retry", "cache-control")
+UNWANTED_FILES = ("README.md", "verification.json", "evaluation.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The engine's response: `chunks` yields its body and frees the connection at its end."""
+
+    status: int
+    headers: Mapping[str, str]
+    chunks: AsyncIterator[bytes]
+
+    @property
+    def is_stream(self) -> bool:
+        return self.headers.get("content-type", "").startswith("text/event-stream")
+
+
+class EngineAwayError(Exception):
+    """Nobody listens at ENGINE_URL."""
+
+
+def find_model(user: User, name: str) -> Revision:
+    """Find "namespace/name", "namespace/name@revision" or "@sha256:digest" among what one may see.
+
+    Raises:
+        UserError: not_found, revision_unknown.
+    """
+    if not name.startswith("@"):
+        return catalog.find_revision(user, name)
+    match = catalog.DIGEST.match(name[1:])
+    visible = Revision.objects.visible_to(user).downloadable()
+    revision = visible.filter(digest=match[1]).first() if match else None
+    if revision is None:
+        raise UserError("not_found")
+    return revision
+
+
+def describe_target(revision: Revision) -> str:
+    """Name every file of the model by digest: all that the engine needs to know."""
+    is_delta = revision.repo.kind == Repo.Kind.DELTA
+    backbone = revision.backbone if is_delta else revision
+    if backbone is None:
+        raise UserError("not_found")
+    target = {
+        "backbone": _describe(backbone),
+        "delta": _describe(revision) if is_delta else None,
+    }
+    return json.dumps(target, separators=(",", ":"))
+
+
+def _describe(revision: Revision) -> dict[str, Any]:
+    files = revision.files.exclude(path__in=UNWANTED_FILES).values_list("path", "blob_id")
+    return {"digest": revision.digest, "files": dict(files)}
+
+
+def list_models(user: access.AnyUser) -> list[dict[str, Any]]:
+    """Describe the latest revision of every repo the user may see, as the OpenAI API does."""
+    published = Revision.objects.visible_to(user).published()
+    revisions = published.select_related("repo__namespace", "backbone__repo__namespace")
+    latest: dict[object, Revision] = {}
+    for revision in revisions.order_by("repo", "-number"):
+        latest.setdefault(revision.repo_id, revision)
+        if len(latest) >= MAX_LISTED_MODELS:
+            break
+    return [describe_model(revision) for revision in latest.values()]
+
+
+def describe_model(revision: Revision) -> dict[str, Any]:
+    name = str(revision.repo)
+    card: dict[str, Any] = {
+        "id": name,
+        "object": "model",
+        "created": int(revision.created_at.timestamp()),
+        "owned_by": revision.repo.namespace.name,
+        "name": name,
+        "root": f"{name}@{revision.label}",
+        "parent": str(revision.backbone.repo) if revision.backbone else None,
+    }
+    if revision.repo.kind == Repo.Kind.DELTA:
+        card["x_delta"] = {
+            "revision": revision.label,
+            "digest": revision.digest,
+            "bits_per_param": revision.bits_per_param,
+            "ratio": revision.ratio,
+        }
+    return card
+
+
+async def ask_engine(route: str, *, body: bytes, target: str) -> Answer:
+    """Forward a request and return as soon as the engine begins to answer.
+
+    Raises:
+        EngineAwayError: it cannot be reached, or broke off before it answered.
+    """
+    client = _client()
+    headers = {
+        "content-type": "application/json",
+        "x-engine-secret": settings.ENGINE_SECRET,
+        "x-deltacome-target": target,
+    }
+    request = client.build_request(
+        "POST", f"{settings.ENGINE_URL}{route}", content=body, headers=headers
+    )
+    try:
+        response = await client.send(request, stream=True)
+    except httpx.HTTPError as error:
+        log.warning("engine_away", extra={"reason": str(error)})
+        raise EngineAwayError from error
+    return Answer(
+        status=response.status_code,
+        headers={
+            name: response.headers[name] for name in PASSED_HEADERS if name in response.headers
+        },
+        chunks=_chunks(response),
+    )
+
+
+async def _chunks(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Closing this early closes the connection, which ends the answer in the engine."""
+    try:
+        async for chunk in response.aiter_raw():
+            yield chunk
+    except httpx.HTTPError as error:
+        log.warning("engine_broke_off", extra={"reason": str(error)})
+        yield _broken_off(response)
+    finally:
+        await response.aclose()
+
+
+def _broken_off(response: httpx.Response) -> bytes:
+    message = "The engine broke off in the middle of the answer."
+    body = json.dumps({"error": error_body(message, code="engine_away", kind="server_error")})
+    is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
+    return f"data: {body}\n\n".encode() if is_stream else body.encode()
+
+
+def error_body(message: str, *, code: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    return {"message": message, "type": kind, "param": param, "code": code}
+
+
+_clients: "weakref.WeakKeyDictionary[AbstractEventLoop, httpx.AsyncClient]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _client() -> httpx.AsyncClient:
+    """One pool of connections per event loop; connections cannot move between loops."""
+    loop = get_running_loop()
+    if loop not in _clients:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+        _clients[loop] = httpx.AsyncClient(timeout=TIMEOUT, limits=limits, trust_env=False)
+    return _clients[loop]

@@ -1,0 +1,48 @@
+"""Base and fine-tune in, delta folder out. Layers that are on disk already are not done again."""
+
+import shutil
+from itertools import count
+from typing import Any
+
+from deltacome_core.compress import LayerDone, compress_checkpoint
+from deltacome_core.errors import UserError
+from deltacome_core.inspection import inspect_delta
+from deltacome_core.recipe import get_recipe
+from workers.devices import pick_device
+from workers.report import Report
+from workers.spec import StepSpec
+
+
+def run(spec: StepSpec, report: Report) -> dict[str, Any]:
+    """Write the delta of `spec.tuned` over `spec.backbone` into `spec.delta`."""
+    finished = count(1)
+
+    def on_layer(layer: LayerDone) -> None:
+        report.progress(
+            done=next(finished),
+            total=layer.n_layers,
+            layer=layer.group,
+            relative_error=layer.relative_error,
+            seconds=layer.seconds,
+        )
+
+    if not _is_whole(spec):
+        shutil.rmtree(spec.delta, ignore_errors=True)
+        compress_checkpoint(
+            spec.backbone,
+            spec.tuned,
+            spec.delta,
+            get_recipe(spec.recipe, bits_per_param=spec.bits_per_param),
+            device=pick_device(spec.device),
+            on_layer=on_layer,
+        )
+    return {"size": inspect_delta(spec.delta).to_json()}
+
+
+def _is_whole(spec: StepSpec) -> bool:
+    """An earlier attempt may have been ended after its last layer, before anyone was told."""
+    try:
+        inspect_delta(spec.delta, verify_digests=True)
+    except (UserError, OSError):
+        return False
+    return True

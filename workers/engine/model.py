@@ -1,0 +1,203 @@
+"""A fine-tune as the engine runs it: modules of its own over the weights of the shared backbone."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from deltacome_core.checkpoint import checkpoint_digest
+from deltacome_core.container import Delta, open_delta
+from deltacome_core.errors import UserError
+from deltacome_core.models import build_skeleton, load_model, load_tokenizer
+from deltacome_core.packed import PackedMatrix
+from deltacome_core.reconstruct import apply_entry
+from deltacome_core.tensors import TORCH_DTYPES
+from kernels import delta_linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """Ready to answer; `size_bytes` counts what this model alone keeps in memory."""
+
+    module: Any
+    tokenizer: Any
+    eos_ids: frozenset[int]
+    device: str
+    context_tokens: int
+    vocabulary: int
+    size_bytes: int
+
+
+class DeltaLinear(nn.Module):
+    """A linear layer of the backbone plus the packed delta of one fine-tune.
+
+    With `factors` (U [out, rank], V [rank, in] with sigma) the delta runs as two plain products;
+    without, the kernel reads the packed codes.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        matrix: PackedMatrix,
+        factors: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self._matrix = matrix
+        self._factors = factors
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._factors is not None:
+            left, right = self._factors
+            base = functional.linear(x, self.weight, self.bias)
+            return base + (x @ right.T) @ left.T
+        return delta_linear(x, self.weight, self._matrix, self.bias)
+
+
+def load_backbone(folder: Path, *, device: str) -> LoadedModel:
+    module = load_model(folder, device=device)
+    parameters = {id(tensor): tensor for tensor in module.parameters()}
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
+    return _loaded(module, folder, folder, device=device, size_bytes=size_bytes)
+
+
+def load_delta(
+    backbone: LoadedModel,
+    backbone_folder: Path,
+    folder: Path,
+    *,
+    factor_bytes: int,
+) -> LoadedModel:
+    """Put a delta on the backbone; up to `factor_bytes` of it is kept dequantised.
+
+    Raises:
+        UserError: the delta is for another backbone, is damaged, or names a tensor that this
+            architecture does not have. Nothing is served in its place.
+    """
+    delta = open_delta(folder)
+    _check_backbone(delta, backbone_folder)
+    module = build_skeleton(folder, backbone.module.dtype)
+    matrices = _fill(module, backbone.module, delta, device=backbone.device)
+    size_bytes = _own_bytes(module, backbone.module)
+    for name, matrix in matrices.items():
+        factors = None
+        if matrix.rank * (matrix.in_features + matrix.out_features) * 4 <= factor_bytes:
+            factors = matrix.factors()
+            kept = sum(factor.numel() * factor.element_size() for factor in factors)
+            factor_bytes -= kept
+            size_bytes += kept
+        size_bytes += matrix.size_bytes
+        layer = name.removesuffix(".weight")
+        module.set_submodule(layer, DeltaLinear(module.get_submodule(layer), matrix, factors))
+    return _loaded(module, folder, backbone_folder, device=backbone.device, size_bytes=size_bytes)
+
+
+def _check_backbone(delta: Delta, backbone_folder: Path) -> None:
+    """Compare what the delta was made from with what the hub says this backbone is."""
+    listing = backbone_folder / "tensors.json"
+    if not listing.exists():
+        return
+    table = json.loads(listing.read_text())
+    layout = {name: (row["dtype"], tuple(row["shape"])) for name, row in table.items()}
+    found = checkpoint_digest(layout, {name: row["sha256"] for name, row in table.items()})
+    expected = delta.manifest.backbone.digest
+    if found != expected:
+        raise UserError(
+            "backbone_digest_mismatch", tensors=[f"the set {found[:12]}"], expected=expected[:12]
+        )
+
+
+def _fill(module: Any, backbone: Any, delta: Delta, *, device: str) -> dict[str, PackedMatrix]:
+    """Give every parameter its tensor; return the matrices that run beside their linear layer."""
+    base = dict(backbone.named_parameters(remove_duplicate=False))
+    wanted = _untied_parameters(module)
+    matrices: dict[str, PackedMatrix] = {}
+    own: dict[str, torch.Tensor] = {}
+    for entry in delta.entries.values():
+        packed = delta.load(entry.name)
+        if packed is None:
+            continue
+        name = _parameter_name(module, entry.name, wanted)
+        if isinstance(packed, PackedMatrix) and _is_linear(module, name):
+            matrices[name] = packed.to(device)
+        else:
+            # Rounded to the fine-tune's dtype first: the very numbers its checkpoint had.
+            exact = apply_entry(base.get(name), packed, dtype=TORCH_DTYPES[entry.dtype])
+            own[name] = exact.to(device=device, dtype=wanted[name].dtype)
+    for name, parameter in wanted.items():
+        tensor = own.get(name, base.get(name))
+        if tensor is None or tensor.shape != parameter.shape:
+            raise UserError("tensor_missing", tensors=[name])
+        _assign(module, name, nn.Parameter(tensor.detach(), requires_grad=False))
+    module.tie_weights()
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+    return matrices
+
+
+def _untied_parameters(module: Any) -> dict[str, torch.Tensor]:
+    """Every parameter but those that `tie_weights` will point at another one."""
+    tied = set(getattr(module, "all_tied_weights_keys", ()) or ())
+    return {
+        name: parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if name not in tied
+    }
+
+
+def _parameter_name(module: Any, entry: str, parameters: Mapping[str, torch.Tensor]) -> str:
+    """Files may leave out or add the prefix of the base model."""
+    prefix = f"{module.base_model_prefix}."
+    for name in (entry, prefix + entry, entry.removeprefix(prefix)):
+        if name in parameters:
+            return name
+    raise UserError("architecture_unknown", reason=f"it has no parameter {entry}")
+
+
+def _assign(module: Any, name: str, parameter: nn.Parameter) -> None:
+    layer, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(layer), leaf, parameter)
+
+
+def _is_linear(module: Any, name: str) -> bool:
+    layer, _, leaf = name.rpartition(".")
+    return leaf == "weight" and type(module.get_submodule(layer)) is nn.Linear
+
+
+def _own_bytes(module: Any, backbone: Any) -> int:
+    shared = {tensor.data_ptr() for tensor in backbone.parameters()}
+    own = {t.data_ptr(): t for t in module.parameters() if t.data_ptr() not in shared}
+    return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+
+
+def _loaded(
+    module: Any, folder: Path, backbone_folder: Path, *, device: str, size_bytes: int
+) -> LoadedModel:
+    tokenizer = load_tokenizer(folder, backbone_folder)
+    text_config = module.config.get_text_config()
+    return LoadedModel(
+        module=module,
+        tokenizer=tokenizer,
+        eos_ids=frozenset(_eos_ids(folder, text_config, tokenizer)),
+        device=device,
+        context_tokens=int(text_config.max_position_embeddings),
+        vocabulary=int(text_config.vocab_size),
+        size_bytes=size_bytes,
+    )
+
+
+def _eos_ids(folder: Path, config: Any, tokenizer: Any) -> Iterator[int]:
+    generation = folder / "generation_config.json"
+    named = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
+    for value in (named, config.eos_token_id, tokenizer.eos_token_id):
+        if isinstance(value, int):
+            yield value
+        elif isinstance(value, list):
+            yield from value

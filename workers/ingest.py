@@ -1,0 +1,84 @@
+"""Look at every byte of an upload: is it a checkpoint, is it sound, and what did it come from."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltacome_core.checkpoint import (
+    Checkpoint,
+    check_config,
+    open_checkpoint,
+    read_json_object,
+)
+from deltacome_core.delta import scan_checkpoint
+from deltacome_core.tensors import as_float32, load_tensor
+from workers.report import Report
+from workers.spec import Candidate, StepSpec
+
+HASHES_NAME = "hashes.json"
+TENSORS_NAME = "tensors.json"
+# Enough matrices to tell two backbones of the same shape apart without reading both in full.
+COMPARED_TENSORS = 24
+
+
+def run(spec: StepSpec, report: Report) -> dict[str, Any]:
+    """Check the checkpoint in `spec.tuned` and find its backbone among `spec.candidates`.
+
+    Raises:
+        UserError: whatever is wrong with the upload.
+    """
+    checkpoint = open_checkpoint(spec.tuned)
+    for sidecar in sorted(spec.tuned.glob("*.json")):
+        check_config(read_json_object(sidecar, code="not_a_checkpoint"), file=sidecar.name)
+    report.log(f"reading {len(checkpoint.tensors)} tensors")
+    scanned = scan_checkpoint(checkpoint)
+    (spec.reports / HASHES_NAME).write_text(json.dumps(scanned.hashes))
+    return {
+        "digest": scanned.digest,
+        "n_params": checkpoint.n_params,
+        "source_size_bytes": checkpoint.size_bytes,
+        "dtype": checkpoint.dtype,
+        "architecture": checkpoint.architecture,
+        "backbone": find_backbone(checkpoint, scanned.hashes, spec.candidates),
+    }
+
+
+def find_backbone(
+    checkpoint: Checkpoint, hashes: Mapping[str, str], candidates: Iterable[Candidate]
+) -> str | None:
+    """Pick the candidate this fine-tune is nearest to, judged by the weights themselves.
+
+    Tensors left as they were give it away; where none was, the smallest difference does.
+    """
+    tables = {candidate: _read_hashes(Path(candidate.folder)) for candidate in candidates}
+    if len(tables) < 2:  # noqa: PLR2004 (nothing to choose between)
+        return next((candidate.revision for candidate in tables), None)
+    equal = {
+        candidate: sum(hashes.get(name) == sha256 for name, sha256 in table.items())
+        for candidate, table in tables.items()
+    }
+    most = max(equal.values())
+    nearest = [candidate for candidate in tables if equal[candidate] == most]
+    return min(nearest, key=lambda item: _distance(checkpoint, Path(item.folder))).revision
+
+
+def _read_hashes(folder: Path) -> dict[str, str]:
+    tensors = json.loads((folder / TENSORS_NAME).read_bytes())
+    return {name: tensor["sha256"] for name, tensor in tensors.items()}
+
+
+def _distance(tuned: Checkpoint, folder: Path) -> float:
+    """Relative squared difference over some matrices spread through the model."""
+    base = open_checkpoint(folder)
+    shared = [
+        name
+        for name, location in base.tensors.items()
+        if name in tuned.tensors and location.info.shape == tuned.tensors[name].info.shape
+    ]
+    difference = size = 0.0
+    for name in shared[:: max(1, len(shared) // COMPARED_TENSORS)]:
+        values = as_float32(load_tensor(base, name))
+        difference += float((as_float32(load_tensor(tuned, name)) - values).square().sum())
+        size += float(values.square().sum())
+    return difference / size if size else float("inf")
