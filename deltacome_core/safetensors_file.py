@@ -43,10 +43,14 @@ DATA_ALIGNMENT_BYTES = 256
 LENGTH_BYTES = 8
 _MAX_OFFSET = 2**63 - 1
 _OFFSETS = 2
-# Quotes and brackets that a header of MAX_TENSORS tensors can need; checked before JSON turns
+# Marks that a header of MAX_TENSORS tensors and full metadata can need; counted before JSON turns
 # eight mebibytes into hundreds of mebibytes of objects.
-_MAX_QUOTES = 10 * MAX_TENSORS + 2 * MAX_METADATA_BYTES
-_MAX_BRACKETS = 3 * MAX_TENSORS + 2 * MAX_METADATA_BYTES
+_MAX_MARKS = {
+    b"{": MAX_TENSORS + 1 + MAX_METADATA_BYTES,
+    b"[": 2 * MAX_TENSORS + MAX_METADATA_BYTES,
+    b'"': 10 * MAX_TENSORS + 2 * MAX_METADATA_BYTES,
+    b",": (MAX_RANK + 4) * MAX_TENSORS + MAX_METADATA_BYTES,
+}
 _UNSAFE_CHARS = frozenset("<>\"'`&\\")
 _FOREIGN_MAGIC = (
     (b"PK\x03\x04", "a zip archive or a PyTorch file"),
@@ -54,7 +58,7 @@ _FOREIGN_MAGIC = (
     (b"\x89HDF", "an HDF5 file"),
     (b"\x93NUMPY", "a NumPy file"),
     (b"\x1f\x8b", "a gzip archive"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself"),
+    (b"version h", "a Git LFS pointer, not the file itself"),
     *((bytes([0x80, protocol]), "a Python pickle") for protocol in range(2, 6)),
 )
 _COPY_BYTES = 8 << 20
@@ -142,8 +146,8 @@ def _invalid(file: str, reason: str) -> UserError:
 def _load_json(text: bytes, file: str) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise _invalid(file, "it does not start with an opening brace")
-    if text.count(b"{") + text.count(b"[") > _MAX_BRACKETS or text.count(b'"') > _MAX_QUOTES:
-        raise _invalid(file, f"it describes more than {MAX_TENSORS} tensors")
+    if any(text.count(mark) > limit for mark, limit in _MAX_MARKS.items()):
+        raise _invalid(file, f"it describes more than {MAX_TENSORS} tensors can need")
     try:
         document = strict_json.loads(text)
     except strict_json.DuplicateKeyError as error:
