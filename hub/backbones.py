@@ -27,14 +27,13 @@ class Fit:
         return sum(map(len, (found.mismatched, found.missing, found.unexpected, found.grown_rows)))
 
 
-def dump_tensors(digest: str, layout: Layout, hashes: Mapping[str, str]) -> bytes:
-    """Write a backbone's tensors.json: {"digest", "tensors": {name: {dtype, shape, sha256}}}."""
+def dump_tensors(layout: Layout, hashes: Mapping[str, str]) -> bytes:
+    """Write a backbone's tensors.json: {name: {dtype, shape, sha256}}."""
     tensors = {
         name: {"dtype": dtype, "shape": list(shape), "sha256": hashes[name]}
         for name, (dtype, shape) in layout.items()
     }
-    document = {"digest": digest, "tensors": tensors}
-    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(tensors, sort_keys=True, separators=(",", ":")).encode()
 
 
 def read_layout(revision: Revision) -> Layout:
@@ -46,11 +45,8 @@ def read_layout(revision: Revision) -> Layout:
 
 @lru_cache(maxsize=64)
 def _load_layout(sha256: str) -> Layout:
-    document = json.loads(b"".join(storage.get_store().read(sha256)))
-    return {
-        name: (tensor["dtype"], tuple(tensor["shape"]))
-        for name, tensor in document["tensors"].items()
-    }
+    table = json.loads(b"".join(storage.get_store().read(sha256)))
+    return {name: (row["dtype"], tuple(row["shape"])) for name, row in table.items()}
 
 
 def visible_backbones(user: AnyUser) -> Iterable[Revision]:

@@ -1,12 +1,12 @@
 """What there is to find and read."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
-from django.db.models import Model, Q, QuerySet
+from django.db.models import Model, OuterRef, Q, QuerySet, Subquery
 
 from deltacome_core.errors import UserError
 from hub import access
@@ -64,6 +64,21 @@ def list_repos(
             revisions__backbone__repo=revision_of, revisions__state=Revision.State.PUBLISHED
         ).distinct()
     return repos
+
+
+def list_revisions(repo: Repo) -> QuerySet[Revision]:
+    return repo.revisions.downloadable().select_related(
+        "repo__namespace", "backbone__repo__namespace"
+    )
+
+
+def latest_revisions(repos: Iterable[Repo]) -> dict[UUID, Revision]:
+    """Map each repo that has a published revision to its newest one."""
+    newest = Revision.objects.published().filter(repo=OuterRef("repo")).order_by("-number")
+    found = Revision.objects.filter(
+        repo__in=list(repos), pk=Subquery(newest.values("pk")[:1])
+    ).select_related("repo__namespace", "backbone__repo__namespace")
+    return {revision.repo_id: revision for revision in found}
 
 
 def split_name(name: str) -> tuple[str, str]:

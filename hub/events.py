@@ -11,6 +11,7 @@ from uuid import UUID
 import redis
 import redis.asyncio
 from django.conf import settings
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
@@ -41,6 +42,18 @@ def connect(url: str) -> redis.Redis:
         socket_timeout=TIMEOUT_S,
         socket_connect_timeout=TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
+    )
+
+
+def connect_async(url: str) -> redis.asyncio.Redis:
+    """Open a connection for one reader, which waits up to one heartbeat for an event."""
+    return redis.asyncio.Redis.from_url(
+        url,
+        decode_responses=True,
+        protocol=2,
+        socket_timeout=settings.SSE_HEARTBEAT_S + 5 * TIMEOUT_S,
+        socket_connect_timeout=TIMEOUT_S,
+        retry=AsyncRetry(NoBackoff(), 0),
     )
 
 

@@ -287,8 +287,12 @@ def _backoff_s(attempt: int) -> float:
 
 def announce(job: Job) -> None:
     """Tell the people who watch; after commit, and never at the price of the change itself."""
-    data = {"state": job.state, "step": job.step, "attempt": job.attempt}
+    kind = "done" if job.is_finished else "stage"
+    transaction.on_commit(partial(events.publish_event, job.pk, kind, describe(job)), robust=True)
+
+
+def describe(job: Job) -> dict[str, str | int]:
+    data: dict[str, str | int] = {"state": job.state, "step": job.step, "attempt": job.attempt}
     if job.error_code:
         data |= {"code": job.error_code, "text": job.error_text}
-    kind = "done" if job.is_finished else "stage"
-    transaction.on_commit(partial(events.publish_event, job.pk, kind, data), robust=True)
+    return data

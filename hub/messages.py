@@ -26,6 +26,11 @@ HUB_MESSAGES: dict[str, Message] = {
         what="The request has no Content-Digest header with a sha-256.",
         do="Send Content-Digest: sha-256=:<base64 of the part's sha256>:.",
     ),
+    "csrf_failed": Message(
+        title="The page is out of date",
+        what="The request lacks the token that this site gave the page.",
+        do="Reload the page and try again.",
+    ),
     "digest_published": Message(
         title="These bytes are published already",
         what="{revision} has the same digest.",
@@ -80,6 +85,11 @@ HUB_MESSAGES: dict[str, Message] = {
         title="The job is finished",
         what="A job that is {state} cannot be cancelled.",
         do="Nothing needs to be done.",
+    ),
+    "job_moved": Message(
+        title="The job moved meanwhile",
+        what="Its state changed while the request was on its way.",
+        do="Look at the job again and repeat the request if it still applies.",
     ),
     "job_not_retryable": Message(
         title="The job cannot be tried again",
@@ -198,6 +208,7 @@ MESSAGES: dict[str, Message] = core.MESSAGES | HUB_MESSAGES
 # What is not named here is the content's fault: 422.
 HTTP_STATUS: dict[str, int] = {
     "content_digest_missing": 400,
+    "csrf_failed": 403,
     "digest_published": 409,
     "disk_full": 507,
     "header_missing": 409,
@@ -206,6 +217,7 @@ HTTP_STATUS: dict[str, int] = {
     "internal": 500,
     "invalid": 400,
     "job_finished": 409,
+    "job_moved": 409,
     "job_not_retryable": 409,
     "method_not_allowed": 405,
     "name_taken": 409,

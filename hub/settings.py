@@ -80,6 +80,7 @@ DATABASES = {
 }
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
 ENGINE_URL = os.environ.get("ENGINE_URL", "http://127.0.0.1:8100")
+ENGINE_SECRET = os.environ.get("ENGINE_SECRET", "")
 
 BLOB_STORE = os.environ.get("BLOB_STORE", "local")
 S3_BUCKET = os.environ.get("S3_BUCKET", "")
@@ -202,6 +203,7 @@ REST_FRAMEWORK = {
     "DEFAULT_PERMISSION_CLASSES": ["hub.api.auth.Refuse"],
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_PARSER_CLASSES": ["rest_framework.parsers.JSONParser"],
+    "DEFAULT_CONTENT_NEGOTIATION_CLASS": "hub.api.auth.JSONAlways",
     "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
     "EXCEPTION_HANDLER": "hub.api.errors.handle_exception",
     "UNAUTHENTICATED_USER": "django.contrib.auth.models.AnonymousUser",
@@ -212,6 +214,12 @@ SPECTACULAR_SETTINGS = {
     "SERVE_INCLUDE_SCHEMA": False,
     "SCHEMA_PATH_PREFIX": "/api/v1",
     "COMPONENT_SPLIT_REQUEST": True,
+    "ENUM_NAME_OVERRIDES": {
+        "JobState": "hub.models.Job.State",
+        "RevisionState": "hub.models.Revision.State",
+        "UploadState": "hub.models.Upload.State",
+        "RepoKind": "hub.models.Repo.Kind",
+    },
     "SERVE_PERMISSIONS": ["hub.api.auth.Anyone"],
 }
 

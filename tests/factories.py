@@ -109,7 +109,7 @@ def make_backbone(namespace, name=None, *, tensors=None, visibility="public", **
         for key, (dtype, shape) in (tensors or TENSORS).items()
     }
     files = {
-        "tensors.json": json.dumps({"digest": "b" * 64, "tensors": table}).encode(),
+        "tensors.json": json.dumps(table).encode(),
         "config.json": b"{}",
     }
     return make_revision(repo, files=files, checkpoint_digest="b" * 64, **fields)

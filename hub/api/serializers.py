@@ -1,0 +1,272 @@
+"""What goes in and what comes out; serializers check and print, they never save."""
+
+from typing import Any
+
+from drf_spectacular.utils import extend_schema_field
+from rest_framework import serializers
+
+from hub import jobs, messages
+from hub.models import ApiToken, Job, Repo, Revision, Upload
+from hub.uploads import FileSpec, UploadSpec, upload_status
+
+MAX_TOKEN_DAYS = 365
+
+
+class ErrorSerializer(serializers.Serializer[Any]):
+    code = serializers.CharField()
+    message = serializers.CharField()
+    do = serializers.CharField()
+    fields_ = serializers.DictField()
+
+    def get_fields(self) -> dict[str, serializers.Field[Any, Any, Any, Any]]:
+        # `fields` is DRF's own name, so the attribute carries an underscore.
+        found = super().get_fields()
+        found["fields"] = found.pop("fields_")
+        return found
+
+
+class FileSpecSerializer(serializers.Serializer[Any]):
+    path = serializers.CharField(max_length=200)
+    size_bytes = serializers.IntegerField(min_value=0, max_value=2**63 - 1)
+
+
+class UploadSpecSerializer(serializers.Serializer[Any]):
+    repo = serializers.CharField(max_length=200)
+    kind = serializers.ChoiceField(choices=Repo.Kind.choices)
+    backbone = serializers.CharField(max_length=300, allow_null=True, default=None)
+    recipe = serializers.CharField(max_length=40, default="come")
+    bits_per_param = serializers.FloatField(min_value=0.01, max_value=16.0, default=1.0)
+    visibility = serializers.ChoiceField(
+        choices=Repo.Visibility.choices, default=Repo.Visibility.PRIVATE
+    )
+    description = serializers.CharField(max_length=10_000, allow_blank=True, default="")
+    files = FileSpecSerializer(many=True, allow_empty=False)
+
+    def spec(self) -> UploadSpec:
+        fields = dict(self.validated_data)
+        files = tuple(FileSpec(**file) for file in fields.pop("files"))
+        return UploadSpec(files=files, **fields)
+
+
+class FileStatusSerializer(serializers.Serializer[Any]):
+    index = serializers.IntegerField()
+    path = serializers.CharField()
+    size_bytes = serializers.IntegerField()
+    needs_header = serializers.BooleanField()
+    header_ok = serializers.BooleanField()
+    n_parts = serializers.IntegerField()
+    parts = serializers.ListField(child=serializers.IntegerField())
+
+
+class UploadSerializer(serializers.ModelSerializer[Upload]):
+    repo = serializers.CharField()
+    backbone = serializers.SerializerMethodField()
+    layout = serializers.DictField(allow_null=True)
+    files = serializers.SerializerMethodField()
+    job = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Upload
+        fields = ["id", "repo", "state", "part_size_bytes", "backbone", "layout", "files"]
+        fields += ["job", "created_at", "expires_at"]
+
+    def get_backbone(self, upload: Upload) -> str | None:
+        return str(upload.backbone) if upload.backbone else None
+
+    @extend_schema_field(FileStatusSerializer(many=True))
+    def get_files(self, upload: Upload) -> Any:
+        return FileStatusSerializer(upload_status(upload), many=True).data
+
+    def get_job(self, upload: Upload) -> str | None:
+        job = Job.objects.filter(upload=upload).first()
+        return str(job.pk) if job else None
+
+
+class HeaderCheckedSerializer(serializers.Serializer[Any]):
+    index = serializers.IntegerField()
+    path = serializers.CharField()
+    header_ok = serializers.BooleanField()
+    backbone = serializers.CharField(allow_null=True)
+    layout = serializers.DictField(allow_null=True)
+
+
+class PartSerializer(serializers.Serializer[Any]):
+    number = serializers.IntegerField()
+    sha256 = serializers.CharField()
+    size_bytes = serializers.IntegerField()
+
+
+class RevisionNameSerializer(serializers.Serializer[Any]):
+    repo = serializers.CharField()
+    label = serializers.CharField()  # type: ignore[assignment]  # DRF's own `label` is unused here
+    digest = serializers.SerializerMethodField()
+
+    def get_digest(self, revision: Revision) -> str | None:
+        return f"sha256:{revision.digest}" if revision.digest else None
+
+
+class RevisionSerializer(serializers.ModelSerializer[Revision]):
+    repo = serializers.CharField()
+    label = serializers.CharField()  # type: ignore[assignment]  # as above
+    digest = serializers.SerializerMethodField()
+    backbone = RevisionNameSerializer(allow_null=True)
+    recipe = serializers.DictField()
+    ratio = serializers.FloatField()
+
+    class Meta:
+        model = Revision
+        fields = ["id", "repo", "number", "label", "digest", "state", "backbone", "recipe"]
+        fields += ["checkpoint_digest", "architecture", "dtype", "size_bytes"]
+        fields += ["source_size_bytes", "ratio", "n_params", "bits_per_param"]
+        fields += ["yank_reason", "created_at", "published_at"]
+
+    def get_digest(self, revision: Revision) -> str | None:
+        return f"sha256:{revision.digest}" if revision.digest else None
+
+
+class FileSerializer(serializers.Serializer[Any]):
+    path = serializers.CharField()
+    size_bytes = serializers.IntegerField(source="blob.size_bytes")
+    sha256 = serializers.CharField(source="blob_id")
+
+
+class VerificationSerializer(serializers.Serializer[Any]):
+    grade = serializers.CharField()
+    recovery = serializers.FloatField()
+    kl = serializers.FloatField()
+    top1 = serializers.FloatField()
+    ppl_ratio = serializers.FloatField()
+    report = serializers.DictField()
+
+
+class EvaluationSerializer(serializers.Serializer[Any]):
+    task = serializers.CharField()
+    subject = serializers.CharField()
+    accuracy = serializers.FloatField()
+    n = serializers.IntegerField()
+    se = serializers.FloatField()
+
+
+class RevisionDetailSerializer(RevisionSerializer):
+    files = FileSerializer(many=True)
+    verification = serializers.SerializerMethodField()
+    evaluations = EvaluationSerializer(many=True)
+
+    class Meta(RevisionSerializer.Meta):
+        fields = [*RevisionSerializer.Meta.fields, "files", "verification", "evaluations"]
+
+    @extend_schema_field(VerificationSerializer(allow_null=True))
+    def get_verification(self, revision: Revision) -> Any:
+        found = getattr(revision, "verification", None)
+        return VerificationSerializer(found).data if found else None
+
+
+class RepoSerializer(serializers.ModelSerializer[Repo]):
+    namespace = serializers.CharField()
+    full_name = serializers.CharField(source="__str__")
+    latest = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Repo
+        fields = ["id", "namespace", "name", "full_name", "kind", "visibility", "description"]
+        fields += ["latest", "created_at", "updated_at"]
+
+    @extend_schema_field(RevisionSerializer(allow_null=True))
+    def get_latest(self, repo: Repo) -> Any:
+        revision = self.context["latest"].get(repo.pk)
+        return RevisionSerializer(revision).data if revision else None
+
+
+class RepoChangeSerializer(serializers.Serializer[Any]):
+    description = serializers.CharField(max_length=10_000, allow_blank=True, required=False)
+    visibility = serializers.ChoiceField(choices=Repo.Visibility.choices, required=False)
+
+
+class YankSerializer(serializers.Serializer[Any]):
+    reason = serializers.CharField(max_length=1000)
+
+
+class AliasSerializer(serializers.Serializer[Any]):
+    revision = serializers.CharField(max_length=100)
+
+
+class StepSerializer(serializers.Serializer[Any]):
+    name = serializers.CharField()
+    seconds = serializers.FloatField()
+    finished_at = serializers.DateTimeField()
+
+
+class JobErrorSerializer(serializers.Serializer[Any]):
+    code = serializers.CharField()
+    message = serializers.CharField()
+    do = serializers.CharField()
+
+
+class JobSerializer(serializers.ModelSerializer[Job]):
+    repo = serializers.CharField()
+    revision = serializers.SerializerMethodField()
+    steps = serializers.SerializerMethodField()
+    done_steps = StepSerializer(source="steps", many=True)
+    progress = serializers.DictField()
+    error = serializers.SerializerMethodField()
+
+    class Meta:
+        model = Job
+        fields = ["id", "kind", "state", "step", "steps", "done_steps", "attempt", "max_attempts"]
+        fields += ["progress", "error", "repo", "revision", "upload", "created_at", "finished_at"]
+
+    def get_revision(self, job: Job) -> str | None:
+        """The published revision's name, once there is one."""
+        return job.revision.label if job.revision.number else None
+
+    @extend_schema_field(serializers.ListField(child=serializers.CharField()))
+    def get_steps(self, job: Job) -> tuple[str, ...]:
+        return jobs.STEPS[job.kind]
+
+    @extend_schema_field(JobErrorSerializer(allow_null=True))
+    def get_error(self, job: Job) -> Any:
+        if not job.error_code:
+            return None
+        message = messages.explain(job.error_code, job.error_params)
+        text = f"{message.title}. {message.what}"
+        return {"code": job.error_code, "message": text, "do": message.do}
+
+
+class TokenRequestSerializer(serializers.Serializer[Any]):
+    name = serializers.CharField(max_length=100)
+    scopes = serializers.ListField(
+        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=2
+    )
+    expires_in_days = serializers.IntegerField(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
+
+
+class TokenSerializer(serializers.ModelSerializer[ApiToken]):
+    scopes = serializers.ListField(child=serializers.CharField())
+
+    class Meta:
+        model = ApiToken
+        fields = ["id", "name", "prefix", "scopes", "created_at", "expires_at", "last_used_at"]
+        fields += ["revoked_at"]
+
+
+class NewTokenSerializer(TokenSerializer):
+    token = serializers.CharField(source="secret")
+
+    class Meta(TokenSerializer.Meta):
+        fields = [*TokenSerializer.Meta.fields, "token"]
+
+
+class NamespaceSerializer(serializers.Serializer[Any]):
+    name = serializers.CharField(source="namespace.name")
+    kind = serializers.CharField(source="namespace.kind")
+    role = serializers.CharField()
+
+
+class WhoamiSerializer(serializers.Serializer[Any]):
+    username = serializers.CharField()
+    namespaces = NamespaceSerializer(source="memberships", many=True)
+    scopes = serializers.ListField(child=serializers.CharField(), allow_null=True)
+
+
+class SealedSerializer(serializers.Serializer[Any]):
+    job = JobSerializer()
