@@ -60,9 +60,9 @@ def tune(model, *, seed=1, rank=4, size=0.02, new_rows=0):
         for name, weight in model.named_parameters():
             if weight.ndim == 2 and "embed" not in name and "head" not in name:
                 step = torch.randn(weight.shape[0], rank) @ torch.randn(rank, weight.shape[1])
-                weight += size * step
+                weight.add_(step, alpha=size)
             else:
-                weight += size * torch.randn(weight.shape)
+                weight.add_(torch.randn(weight.shape), alpha=size)
     return model
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.nn import functional
 
 from deltacome_core.checkpoint import checkpoint_digest
 from deltacome_core.container import Delta, open_delta
+from deltacome_core.entries import ExactEntry, RowsEntry
 from deltacome_core.errors import UserError
+from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_model, load_tokenizer
 from deltacome_core.packed import PackedMatrix
 from deltacome_core.reconstruct import apply_entry
@@ -96,6 +99,21 @@ def load_delta(
         layer = name.removesuffix(".weight")
         module.set_submodule(layer, DeltaLinear(module.get_submodule(layer), matrix, factors))
     return _loaded(module, folder, backbone_folder, device=backbone.device, size_bytes=size_bytes)
+
+
+def measure_delta(folder: Path, backbone: LoadedModel) -> int:
+    """Say how much memory a delta takes at most, before any of it is loaded.
+
+    Packed matrices stay as they are on disk; rows and exact tensors become dense.
+    """
+    manifest = read_manifest(folder)
+    item_bytes = backbone.module.dtype.itemsize
+    dense = sum(
+        prod(entry.shape) * item_bytes
+        for entry in manifest.entries
+        if isinstance(entry, RowsEntry | ExactEntry)
+    )
+    return dense + sum(manifest.files[name].size_bytes for name in manifest.data_files)
 
 
 def _check_backbone(delta: Delta, backbone_folder: Path) -> None:

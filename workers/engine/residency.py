@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deltacome_core.checkpoint import open_checkpoint
 from workers.engine.errors import broken, too_busy
-from workers.engine.model import LoadedModel, load_backbone, load_delta
+from workers.engine.model import LoadedModel, load_backbone, load_delta, measure_delta
 from workers.engine.snapshots import Snapshot, SnapshotCache, Target
 
 Key = tuple[str, str | None]
@@ -77,9 +77,13 @@ class Residency:
         backbone = self._take(_key(backbone_target)) or self._load_backbone(target.backbone)
         try:
             folder = self._snapshots.materialise(target.delta)
-            self._make_room(sum(path.stat().st_size for path in folder.glob("delta*.safetensors")))
+            needed_bytes = measure_delta(folder, backbone.model)
+            self._make_room(needed_bytes)
             model = load_delta(
-                backbone.model, backbone.folder, folder, factor_bytes=self._factor_bytes()
+                backbone.model,
+                backbone.folder,
+                folder,
+                factor_bytes=self._factor_bytes(needed_bytes),
             )
         except BaseException:
             self.release(backbone_target)
@@ -100,11 +104,11 @@ class Residency:
             self._residents[key] = resident
         return resident
 
-    def _factor_bytes(self) -> int:
+    def _factor_bytes(self, needed_bytes: int) -> int:
         """On a CPU half of the free room may hold dequantised factors; a GPU reads codes faster."""
         if self._device != "cpu":
             return 0
-        return max(0, self._memory_bytes - self.resident_bytes) // 2
+        return max(0, self._memory_bytes - self.resident_bytes - needed_bytes) // 2
 
     def _make_room(self, needed_bytes: int) -> None:
         if needed_bytes > self._memory_bytes:

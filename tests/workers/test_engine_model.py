@@ -1,0 +1,123 @@
+import pytest
+import tiny
+import torch
+
+from deltacome_core.compress import compress_checkpoint
+from deltacome_core.errors import UserError
+from deltacome_core.models import load_model
+from deltacome_core.recipe import get_recipe
+from deltacome_core.reconstruct import reconstruct_checkpoint
+from workers.engine.model import DeltaLinear, load_backbone, load_delta
+
+PROMPT = torch.tensor([[40, 41, 42, 200, 7, 8, 9]])
+SHAPES = {
+    "plain": {},
+    "tied": {"tied": True},
+    "bias": {"bias": True},
+}
+
+
+def make_delta(folder, *, new_rows=0, dtype=torch.float32, **shape):
+    tiny.save(tiny.make_model(**shape), folder / "base", dtype=dtype)
+    tuned = tiny.tune(tiny.make_model(**shape), new_rows=new_rows)
+    tiny.save(tuned, folder / "tuned", dtype=dtype)
+    recipe = get_recipe("datafree", bits_per_param=3.0)
+    compress_checkpoint(folder / "base", folder / "tuned", folder / "delta", recipe)
+    reconstruct_checkpoint(folder / "base", folder / "delta", folder / "rebuilt")
+    return folder
+
+
+def decode_greedily(model, length=24):
+    with torch.inference_mode():
+        return model.generate(PROMPT, max_new_tokens=length, do_sample=False)[0].tolist()
+
+
+@pytest.mark.parametrize("new_rows", [0, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("factor_bytes", [0, 1 << 30], ids=["packed", "factors"])
+def test_a_served_delta_gives_the_logits_of_the_rebuilt_checkpoint(
+    tmp_path, shape, new_rows, factor_bytes
+):
+    folder = make_delta(tmp_path, new_rows=new_rows, **SHAPES[shape])
+    backbone = load_backbone(folder / "base", device="cpu")
+    served = load_delta(
+        backbone, folder / "base", folder / "delta", factor_bytes=factor_bytes
+    ).module
+    rebuilt = load_model(folder / "rebuilt")
+    with torch.inference_mode():
+        ours, theirs = served(PROMPT).logits, rebuilt(PROMPT).logits
+    # The same sums in another order: 1.3e-5 was seen on logits of size 6.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert decode_greedily(served) == decode_greedily(rebuilt)
+
+
+def test_a_bfloat16_delta_is_served_as_near_as_its_rounding_allows(tmp_path):
+    folder = make_delta(tmp_path, new_rows=3, dtype=torch.bfloat16)
+    backbone = load_backbone(folder / "base", device="cpu")
+    served = load_delta(backbone, folder / "base", folder / "delta", factor_bytes=0).module
+    rebuilt = load_model(folder / "rebuilt")
+    with torch.inference_mode():
+        ours, theirs = served(PROMPT).logits, rebuilt(PROMPT).logits
+    # The rebuilt weights were rounded to 8 bits of mantissa, the served ones were not.
+    assert (ours - theirs).norm() / theirs.norm() < 2**-6
+    embedding = rebuilt.get_input_embeddings().weight
+    torch.testing.assert_close(served.get_input_embeddings().weight, embedding, rtol=0, atol=0)
+
+
+def test_loading_a_delta_leaves_the_backbone_as_it_was(tmp_path):
+    folder = make_delta(tmp_path, tied=True, new_rows=2)
+    backbone = load_backbone(folder / "base", device="cpu")
+    with torch.inference_mode():
+        before = backbone.module(PROMPT).logits
+        load_delta(backbone, folder / "base", folder / "delta", factor_bytes=0)
+        after = backbone.module(PROMPT).logits
+        plain = load_model(folder / "base")(PROMPT).logits
+    assert torch.equal(before, after)
+    assert torch.equal(before, plain)
+
+
+def test_a_delta_shares_the_large_weights_and_counts_only_its_own(tmp_path):
+    folder = make_delta(tmp_path)
+    backbone = load_backbone(folder / "base", device="cpu")
+    served = load_delta(backbone, folder / "base", folder / "delta", factor_bytes=0)
+    linears = [part for part in served.module.modules() if isinstance(part, DeltaLinear)]
+    shared = {weight.data_ptr() for weight in backbone.module.parameters()}
+    assert len(linears) == 14
+    assert all(linear.weight.data_ptr() in shared for linear in linears)
+    assert 0 < served.size_bytes < backbone.size_bytes
+
+
+def test_a_delta_of_another_backbone_is_refused(tmp_path):
+    from deltacome_core.checkpoint import hash_tensors, open_checkpoint
+    from hub.backbones import dump_tensors
+
+    folder = make_delta(tmp_path / "one")
+    other = tiny.save(tiny.make_model(seed=9), tmp_path / "other")
+    checkpoint = open_checkpoint(other)
+    table = dump_tensors(checkpoint.layout, hash_tensors(checkpoint))
+    (other / "tensors.json").write_bytes(table)
+    backbone = load_backbone(other, device="cpu")
+    with pytest.raises(UserError) as refusal:
+        load_delta(backbone, other, folder / "delta", factor_bytes=0)
+    assert refusal.value.code == "backbone_digest_mismatch"
+
+
+def test_a_damaged_delta_is_refused(tmp_path):
+    folder = make_delta(tmp_path)
+    path = folder / "delta" / "delta.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    backbone = load_backbone(folder / "base", device="cpu")
+    with pytest.raises(UserError) as refusal:
+        load_delta(backbone, folder / "base", folder / "delta", factor_bytes=0)
+    assert refusal.value.code == "file_digest_mismatch"
+
+
+def test_the_end_tokens_and_the_context_come_from_the_fine_tune(tmp_path):
+    folder = make_delta(tmp_path, new_rows=2)
+    backbone = load_backbone(folder / "base", device="cpu")
+    served = load_delta(backbone, folder / "base", folder / "delta", factor_bytes=0)
+    assert served.eos_ids == {len(tiny.BYTES)}
+    assert served.context_tokens == 256
+    assert served.vocabulary == tiny.VOCABULARY + 2
