@@ -116,6 +116,11 @@ HUB_MESSAGES: dict[str, Message] = {
         what="This needs an account.",
         do="Sign in, or send a token: Authorization: Bearer dch_…",
     ),
+    "out_of_memory": Message(
+        title="The step ran out of memory",
+        what="The step {step} needs more memory than its worker may use.",
+        do="Ask the operator for a larger worker, then retry the job.",
+    ),
     "part_digest_mismatch": Message(
         title="A part arrived damaged",
         what="Part {part} of {file} does not have the digest that was announced.",
@@ -181,6 +186,16 @@ HUB_MESSAGES: dict[str, Message] = {
         what="{file} has NUL bytes.",
         do="Upload the file as text in UTF-8.",
     ),
+    "step_crashed": Message(
+        title="The step broke down",
+        what="The process of the step {step} ended with {exit}.",
+        do="Ask the operator for the worker's log, then retry the job.",
+    ),
+    "step_timeout": Message(
+        title="The step took too long",
+        what="The step {step} was ended at its time limit.",
+        do="Ask the operator for a longer limit or a faster worker, then retry the job.",
+    ),
     "too_many_uploads": Message(
         title="Too many uploads are open",
         what="You have {count} open uploads; {limit} are allowed.",
@@ -196,6 +211,12 @@ HUB_MESSAGES: dict[str, Message] = {
         what="It has {size_bytes} bytes in {files} files; "
         "{limit_bytes} bytes in {limit_files} files are allowed.",
         do="Upload fewer or smaller files.",
+    ),
+    "verification_failed": Message(
+        title="The delta did not pass verification",
+        what="{check} is {value}; the threshold is {threshold}.",
+        do="Upload again with more bits per parameter, or with calibration text of the kind the "
+        "fine-tune is used on.",
     ),
     "worker_lost": Message(
         title="The worker was lost",
@@ -223,6 +244,7 @@ HTTP_STATUS: dict[str, int] = {
     "name_taken": 409,
     "not_found": 404,
     "not_signed_in": 401,
+    "out_of_memory": 500,
     "output_exists": 409,
     "part_number": 404,
     "part_too_large": 413,
@@ -233,6 +255,8 @@ HTTP_STATUS: dict[str, int] = {
     "revision_unknown": 404,
     "session_required": 403,
     "state_conflict": 409,
+    "step_crashed": 500,
+    "step_timeout": 500,
     "too_many_uploads": 429,
     "upload_closed": 409,
     "upload_too_large": 413,
