@@ -19,6 +19,9 @@ import uvicorn
 from django.conf import settings as django_settings
 from django.db import connections
 
+# Read when triton is first imported, which transformers does in other tests of this process.
+os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture
 def alice(db):

@@ -1,0 +1,328 @@
+"""Correctness cases of every op against float64; run by the tests and by `kernels.gpu_check`."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Final, Literal
+
+import torch
+
+from deltacome_core.bitpack import pack_codes
+from deltacome_core.layout import Group, RankBand, scale_shape
+from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix
+from kernels import ACTIVATION_DTYPES, Backend
+
+Op = Literal["dequantise", "shrink", "expand", "merge", "delta_linear"]
+OPS: Final[tuple[Op, ...]] = ("dequantise", "shrink", "expand", "merge", "delta_linear")
+OPS_ON_TOKENS: Final[tuple[Op, ...]] = ("shrink", "expand", "delta_linear")
+BITS: Final = (2, 3, 4, 8)
+MIXED: Final = (RankBand(8, 2), RankBand(3, 9), RankBand(2, 22))
+# A value is exact in fp32. Sums stay below the limit in any order, since no running sum of a kernel
+# is longer than 512 terms or the rank; one kept in tf32 or bf16 misses it a hundredfold.
+ERROR_LIMITS: Final[dict[Op, float]] = dict.fromkeys(OPS, 2e-6) | {"dequantise": 0.0}
+# Half a unit in the last place, relative: what rounding the exact result once may cost.
+ROUNDING: Final = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One call: sizes, formats and the op; the defaults fit no block of any kernel."""
+
+    op: Op
+    bands: tuple[RankBand, ...]
+    out_features: int = 257
+    in_features: int = 300
+    n_tokens: int = 3
+    dtype: torch.dtype = torch.float32
+    group_u: Group = (1, 128)
+    group_v: Group = (1, 128)
+    symmetric: bool = False
+    has_y: bool = True
+
+    def __str__(self) -> str:
+        bands = "+".join(f"{band.rank}@{band.bits}" for band in self.bands)
+        groups = "-".join("x".join(map(str, group)) for group in (self.group_u, self.group_v))
+        flags = ("-symmetric" if self.symmetric else "") + ("" if self.has_y else "-without-y")
+        sizes = f"{self.out_features}x{self.in_features}-t{self.n_tokens}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.op}-{bands}-{sizes}-{dtype}-g{groups}{flags}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How far an op was from float64, beyond the rounding of its output, and how it behaved."""
+
+    error: float
+    error_limit: float
+    is_repeatable: bool
+    stays_inside: bool
+
+    @property
+    def is_correct(self) -> bool:
+        return self.error <= self.error_limit and self.is_repeatable and self.stays_inside
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactMatrix:
+    """A packed matrix and, from the codes before packing, its factors in float64."""
+
+    packed: PackedMatrix
+    u: torch.Tensor
+    v: torch.Tensor
+
+
+def make_factor(
+    rows: int, cols: int, *, bits: int, group: Group, symmetric: bool, seed: torch.Generator
+) -> tuple[PackedFactor, torch.Tensor]:
+    """Draw a packed factor.
+
+    Args:
+        rows: Rows of the factor.
+        cols: Columns of the factor.
+        bits: 2, 3, 4 or 8.
+        group: Codes that share a scale; 0 is the whole dimension.
+        symmetric: Without zero points.
+        seed: Where the codes, scales and zeros come from.
+
+    Returns:
+        The factor and its values, float64 [rows, cols].
+    """
+    levels = 1 << bits
+    codes = torch.randint(levels, (rows, cols), generator=seed)
+    grid = scale_shape(rows, cols, group)
+    scale = (torch.rand(grid, generator=seed) * 2 / levels + 1 / levels).half()
+    zero = None if symmetric else torch.randint(levels, grid, generator=seed).to(torch.uint8)
+    factor = PackedFactor(
+        codes=pack_codes(codes, bits),
+        scale=scale,
+        zero=zero,
+        bits=bits,
+        rows=rows,
+        cols=cols,
+        group=group,
+    )
+    row_group = torch.arange(rows) // (group[0] or rows)
+    col_group = torch.arange(cols) // (group[1] or cols)
+    at = (row_group[:, None], col_group[None, :])
+    centre = (levels - 1) / 2 if zero is None else zero.double()[at]
+    return factor, (codes - centre) * scale.double()[at]
+
+
+def make_matrix(case: Case, *, seed: torch.Generator) -> ExactMatrix:
+    """Draw the packed matrix of a case.
+
+    Args:
+        case: Sizes, bands, groups.
+        seed: Where the numbers come from.
+
+    Returns:
+        The packed matrix on the CPU, u float64 [out, rank] and v float64 [rank, in] with sigma
+        folded in.
+    """
+    bands, left, right = [], [], []
+    for band in case.bands:
+        u, u_values = make_factor(
+            case.out_features,
+            band.rank,
+            bits=band.bits,
+            group=case.group_u,
+            symmetric=case.symmetric,
+            seed=seed,
+        )
+        v, v_values = make_factor(
+            band.rank,
+            case.in_features,
+            bits=band.bits,
+            group=case.group_v,
+            symmetric=case.symmetric,
+            seed=seed,
+        )
+        bands.append(PackedBand(u=u, v=v))
+        left.append(u_values)
+        right.append(v_values)
+    sigma = torch.rand(sum(band.rank for band in case.bands), generator=seed) + 0.5
+    matrix = PackedMatrix(
+        name=str(case),
+        out_features=case.out_features,
+        in_features=case.in_features,
+        sigma=sigma,
+        bands=tuple(bands),
+    )
+    v_exact = torch.cat(right) * sigma.double()[:, None]
+    return ExactMatrix(packed=matrix, u=torch.cat(left, dim=1), v=v_exact)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One op on its inputs: what it should write, and the distance that rounding explains."""
+
+    write: Callable[[torch.Tensor], object]
+    wanted: torch.Tensor
+    dtype: torch.dtype = torch.float32
+    allowed: torch.Tensor | float = 0.0
+
+
+Draw = Callable[..., torch.Tensor]
+
+
+def make_frame(
+    shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate a matrix inside a larger one of NaN, so that no access beyond it goes unseen.
+
+    Args:
+        shape: (m, n) of the matrix.
+        dtype: Of both.
+        device: Of both.
+
+    Returns:
+        The frame [m + 2, n + 16] and the view [m, n] in it, both NaN; the view keeps the
+        alignment that its columns have.
+    """
+    rows, cols = shape
+    frame = torch.full((rows + 2, cols + 16), torch.nan, dtype=dtype, device=device)
+    return frame, frame[1:-1, :cols]
+
+
+def measure(
+    case: Case, backend: Backend, *, device: torch.device | str = "cpu", seed: int = 0
+) -> Outcome:
+    """Run one case twice between NaNs and compare with float64.
+
+    Args:
+        case: The case.
+        backend: `kernels.reference` or `kernels.triton_ops`.
+        device: Where the op runs.
+        seed: Of the inputs.
+
+    Returns:
+        The relative L2 norm of what an output is further from the exact result than rounding it to
+        its dtype explains, whether the two runs agree in every bit, and whether nothing was
+        written beyond the output.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    exact = make_matrix(case, seed=generator)
+    exact = ExactMatrix(packed=exact.packed.to(device), u=exact.u.to(device), v=exact.v.to(device))
+
+    def draw(rows: int, cols: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
+        _, matrix = make_frame((rows, cols), dtype=dtype, device=device)
+        return matrix.copy_(torch.randn((rows, cols), generator=generator))
+
+    call = _PREPARE[case.op](case, backend, exact, draw)
+    outputs, stays_inside = [], True
+    for _ in range(2):
+        frame, out = make_frame(tuple(call.wanted.shape), dtype=call.dtype, device=device)
+        call.write(out)
+        outputs.append(out.clone())
+        out.fill_(torch.nan)
+        stays_inside &= bool(frame.isnan().all())
+    excess = ((outputs[0].double() - call.wanted).abs() - call.allowed).clamp(min=0)
+    return Outcome(
+        error=float(excess.norm() / call.wanted.norm()),
+        error_limit=ERROR_LIMITS[case.op],
+        is_repeatable=torch.equal(*outputs),
+        stays_inside=stays_inside,
+    )
+
+
+def _prepare_dequantise(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw) -> Call:
+    del case, draw
+    u = exact.packed.bands[0].u
+    return Call(write=lambda out: backend.dequantise(u, out=out), wanted=exact.u[:, : u.cols])
+
+
+def _prepare_shrink(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw) -> Call:
+    x = draw(case.n_tokens, case.in_features)
+    return Call(
+        write=lambda out: backend.shrink(x, exact.packed, out=out),
+        wanted=x.double() @ exact.v.T,
+    )
+
+
+def _prepare_expand(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw) -> Call:
+    h = draw(case.n_tokens, exact.packed.rank, torch.float32)
+    y = draw(case.n_tokens, case.out_features) if case.has_y else None
+    wanted = h.double() @ exact.u.T + (0.0 if y is None else y.double())
+    dtype = h.dtype if y is None else y.dtype
+    return Call(
+        write=lambda out: backend.expand(h, exact.packed, y, out=out),
+        wanted=wanted,
+        dtype=dtype,
+        allowed=ROUNDING[dtype] * wanted.abs(),
+    )
+
+
+def _prepare_merge(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw) -> Call:
+    weight = draw(case.out_features, case.in_features)
+    wanted = exact.u @ exact.v + weight.double()
+    return Call(
+        write=lambda out: backend.merge(weight, exact.packed, out=out),
+        wanted=wanted,
+        dtype=case.dtype,
+        allowed=ROUNDING[case.dtype] * wanted.abs(),
+    )
+
+
+def _prepare_delta_linear(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw) -> Call:
+    x = draw(case.n_tokens, case.in_features)
+    weight = draw(case.out_features, case.in_features)
+    bias = draw(1, case.out_features)[0] if case.has_y else None
+    base = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
+    wanted = base + x.double() @ exact.v.T @ exact.u.T
+    # The backbone's term is rounded before the delta's is added.
+    rounding = ROUNDING[case.dtype]
+    return Call(
+        write=lambda out: out.copy_(backend.delta_linear(x, weight, exact.packed, bias)),
+        wanted=wanted,
+        dtype=case.dtype,
+        allowed=rounding * (1 + rounding) * (base.abs() + wanted.abs()),
+    )
+
+
+_PREPARE: Final[dict[Op, Callable[[Case, Backend, ExactMatrix, Draw], Call]]] = {
+    "dequantise": _prepare_dequantise,
+    "shrink": _prepare_shrink,
+    "expand": _prepare_expand,
+    "merge": _prepare_merge,
+    "delta_linear": _prepare_delta_linear,
+}
+
+
+def _list_cases() -> Iterator[Case]:
+    groups: tuple[Group, ...] = ((1, 128), (128, 1), (0, 1), (1, 0), (0, 0), (3, 50))
+    for bits, group, symmetric in product(BITS, groups, (False, True)):
+        bands = (RankBand(bits, 131),)
+        yield Case(op="dequantise", bands=bands, group_u=group, symmetric=symmetric)
+    for bits, dtype in product(BITS, ACTIVATION_DTYPES):
+        bands = (RankBand(bits, 7),)
+        for n_tokens in (1, 17):
+            yield Case(op="shrink", bands=bands, dtype=dtype, n_tokens=n_tokens, in_features=576)
+            yield Case(op="expand", bands=bands, dtype=dtype, n_tokens=n_tokens)
+        yield Case(op="merge", bands=bands, dtype=dtype, out_features=67, in_features=200)
+    for n_tokens in (3, 5, 15, 16):
+        yield Case(op="shrink", bands=MIXED, n_tokens=n_tokens)
+        yield Case(op="expand", bands=(RankBand(3, 131),), n_tokens=n_tokens, has_y=False)
+    for dtype, symmetric in product(ACTIVATION_DTYPES, (False, True)):
+        for op, n_tokens in product(OPS_ON_TOKENS, (1, 2)):
+            yield Case(op=op, bands=MIXED, dtype=dtype, n_tokens=n_tokens, symmetric=symmetric)
+        yield Case(op="merge", bands=MIXED, dtype=dtype, out_features=67, symmetric=symmetric)
+    yield Case(op="merge", bands=(RankBand(3, 131),), out_features=67)
+    yield Case(op="delta_linear", bands=(RankBand(4, 40),), has_y=False)
+    for group_u, group_v in (((128, 1), (0, 1)), ((1, 0), (3, 50)), ((0, 0), (128, 1))):
+        yield Case(op="merge", bands=MIXED, group_u=group_u, group_v=group_v, in_features=150)
+        for op in OPS_ON_TOKENS:
+            yield Case(op=op, bands=MIXED, group_u=group_u, group_v=group_v)
+
+
+CASES: Final = tuple(_list_cases())
+# The published 8+3+2 recipe on the layers of a 7B model, and the longest sum of one.
+LARGE_BANDS: Final = (RankBand(8, 2), RankBand(3, 32), RankBand(2, 968))
+LARGE_CASES: Final = tuple(
+    Case(op=op, bands=LARGE_BANDS, out_features=4096, in_features=size, n_tokens=n, dtype=dtype)
+    for op, size, n, dtype in (
+        *product(OPS, (4096,), (1, 64), (torch.bfloat16,)),
+        ("shrink", 18944, 1, torch.float32),
+        ("shrink", 18944, 17, torch.float32),
+        ("merge", 11008, 1, torch.float32),
+    )
+)
