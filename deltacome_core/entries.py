@@ -210,7 +210,7 @@ def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
     bands = []
     for pair in fields.items("bands", limit=MAX_BANDS):
         band = Fields({"band": pair}, where=fields.where)
-        bits, rank = band.naturals("band", limit=min(shape), count=2)
+        bits, rank = band.naturals("band", limit=MAX_DIMENSION, count=2)
         if bits not in PLANES or rank == 0:
             raise fields.invalid(f"a rank band is {rank} @ {bits} bits")
         bands.append(RankBand(bits, rank))

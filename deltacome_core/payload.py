@@ -13,6 +13,8 @@ from deltacome_core.layout import FactorShape, Payload, Section, matrix_factors
 from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix, PackedRows
 from deltacome_core.tensors import tensor_bytes
 
+# With the largest half as scale, 255 steps and 2^31 ranks the delta stays below the largest float.
+MAX_SIGMA = 2.0**40
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "U32": torch.int32, "U8": torch.uint8}
 
 
@@ -193,12 +195,13 @@ def check_packed(packed: PackedMatrix | PackedRows, payload: torch.Tensor, layou
 
     Raises:
         UserError: delta_invalid for a scale or singular value that is negative or not finite, a
-            zero point outside the codes, or a bit set that belongs to nothing.
+            singular value above MAX_SIGMA, a zero point outside the codes, or a bit set that
+            belongs to nothing.
     """
     factors: Iterable[PackedFactor | None]
     if isinstance(packed, PackedMatrix):
-        if not _is_magnitude(packed.sigma):
-            raise invalid(f"{packed.name}: a singular value is negative or not finite")
+        if not _is_magnitude(packed.sigma) or bool((packed.sigma > MAX_SIGMA).any()):
+            raise invalid(f"{packed.name}: a singular value is negative, too large or not finite")
         factors = [factor for band in packed.bands for factor in (band.v, band.u)]
     else:
         factors = [packed.factor]

@@ -16,6 +16,7 @@ from deltacome_core.manifest import (
     DeltaManifest,
     FineTuneRecord,
     manifest_to_json,
+    read_manifest,
 )
 from deltacome_core.packed import ExactTensor, PackedBand, PackedFactor, PackedMatrix, PackedRows
 from deltacome_core.parts import write_delta, write_part
@@ -212,16 +213,14 @@ def make_delta(base_dir, tuned_dir, out, *, bands=BANDS, **options):
     return packed
 
 
-def rewrite_manifest(folder, change, *, name=None, **fields):
-    """Replace fields of the manifest, or of the entry `name`, as a careless writer would."""
-    from deltacome_core.manifest import read_manifest
-
-    manifest = read_manifest(folder)
-    if name is None:
-        manifest = change(manifest) if change else replace(manifest, **fields)
-    else:
-        entries = tuple(
-            replace(entry, **fields) if entry.name == name else entry for entry in manifest.entries
-        )
-        manifest = replace(manifest, entries=entries)
+def rewrite_manifest(folder, **fields):
+    """Replace fields of the manifest, as a careless writer would."""
+    manifest = replace(read_manifest(folder), **fields)
     (folder / MANIFEST_NAME).write_bytes(manifest_to_json(manifest))
+
+
+def rewrite_entry(folder, name, **fields):
+    """Replace fields of one entry of the manifest."""
+    entries = read_manifest(folder).entries
+    changed = tuple(replace(entry, **fields) if entry.name == name else entry for entry in entries)
+    rewrite_manifest(folder, entries=changed)

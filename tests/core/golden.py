@@ -1,0 +1,168 @@
+"""The content of the golden deltas as formulas, so that a test can state every number.
+
+`python tests/core/golden.py` writes the folders under tests/golden; do so only when the format
+gets a new version, because deltas on disk must stay readable for ever.
+"""
+
+from pathlib import Path
+
+import torch
+
+from deltacome_core.bitpack import pack_codes
+from deltacome_core.entries import UnchangedEntry
+from deltacome_core.layout import scale_shape
+from deltacome_core.manifest import (
+    BackboneRecord,
+    CalibrationRecord,
+    DeltaManifest,
+    FineTuneRecord,
+)
+from deltacome_core.packed import ExactTensor, PackedBand, PackedFactor, PackedMatrix, PackedRows
+from deltacome_core.parts import write_delta, write_part
+from deltacome_core.recipe import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent / "golden"
+LAYER = "model.layers.0"
+EMBED = "model.embed_tokens.weight"
+NORM = f"{LAYER}.input_layernorm.weight"
+FINAL_NORM = "model.norm.weight"
+# name: (out, in, rank bands); the sizes leave partial tiles of 2, 5 and 1 codes.
+MATRICES = {
+    f"{LAYER}.self_attn.q_proj.weight": (5, 130, ((2, 3),)),
+    f"{LAYER}.self_attn.k_proj.weight": (5, 133, ((3, 3),)),
+    f"{LAYER}.self_attn.v_proj.weight": (4, 129, ((4, 2),)),
+    f"{LAYER}.self_attn.o_proj.weight": (6, 128, ((8, 2),)),
+    "projector.weight": (131, 140, ((8, 1), (3, 2), (2, 127))),
+}
+# variant: (symmetric, scale group of U, scale group of V)
+VARIANTS = {
+    "asymmetric": (False, (1, 128), (1, 128)),
+    "symmetric": (True, (128, 1), (1, 0)),
+}
+BASE_ROWS, NEW_ROWS, CHANGED = 11, 2, (0, 3, 8, 10)
+COLS = 130
+SHA = {letter: letter * 64 for letter in "abcd"}
+
+
+def code_at(row, col, bits):
+    return (7 * row + 3 * col + row * col) % (1 << bits)
+
+
+def scale_at(row, col):
+    return (1 + (5 * row + 3 * col) % 32) / 64
+
+
+def zero_at(row, col, bits):
+    return (3 * row + col) % (1 << bits)
+
+
+def sigma_at(index):
+    return 2.0 ** -(index % 8)
+
+
+def exact_at(index):
+    return (index - 60) / 16
+
+
+def table(rows, cols, value):
+    return torch.tensor([[value(row, col) for col in range(cols)] for row in range(rows)])
+
+
+def make_factor(rows, cols, bits, group, *, symmetric):
+    grid = scale_shape(rows, cols, group)
+    zero = table(*grid, lambda row, col: zero_at(row, col, bits)).to(torch.uint8)
+    return PackedFactor(
+        codes=pack_codes(table(rows, cols, lambda row, col: code_at(row, col, bits)), bits),
+        scale=table(*grid, scale_at).half(),
+        zero=None if symmetric else zero,
+        bits=bits,
+        rows=rows,
+        cols=cols,
+        group=group,
+    )
+
+
+def make_matrix(name, variant):
+    symmetric, group_u, group_v = VARIANTS[variant]
+    out, inn, bands = MATRICES[name]
+    rank = sum(band_rank for _, band_rank in bands)
+    return PackedMatrix(
+        name=name,
+        out_features=out,
+        in_features=inn,
+        sigma=torch.tensor([sigma_at(index) for index in range(rank)]),
+        bands=tuple(
+            PackedBand(
+                u=make_factor(out, band_rank, bits, group_u, symmetric=symmetric),
+                v=make_factor(band_rank, inn, bits, group_v, symmetric=symmetric),
+            )
+            for bits, band_rank in bands
+        ),
+    )
+
+
+def make_rows(variant):
+    symmetric, _, group = VARIANTS[variant]
+    changed = torch.zeros(BASE_ROWS, dtype=torch.bool)
+    changed[list(CHANGED)] = True
+    new = [exact_at(index) for index in range(NEW_ROWS * COLS)]
+    return PackedRows(
+        name=EMBED,
+        rows=BASE_ROWS,
+        cols=COLS,
+        changed=changed,
+        factor=make_factor(len(CHANGED), COLS, 4, group, symmetric=symmetric),
+        new_rows=torch.tensor(new).reshape(NEW_ROWS, COLS).to(torch.bfloat16),
+    )
+
+
+def make_tensors(variant):
+    exact = torch.tensor([exact_at(index) for index in range(COLS)])
+    return [
+        *(make_matrix(name, variant) for name in MATRICES),
+        make_rows(variant),
+        ExactTensor(name=NORM, value=exact),
+        UnchangedEntry(name=FINAL_NORM, dtype="BF16", shape=(COLS,)),
+    ]
+
+
+def make_layout():
+    layout = {name: ("BF16", shape[:2]) for name, shape in MATRICES.items()}
+    layout[EMBED] = ("BF16", (BASE_ROWS + NEW_ROWS, COLS))
+    return layout | {NORM: ("F32", (COLS,)), FINAL_NORM: ("BF16", (COLS,))}
+
+
+def make_head():
+    names = [*MATRICES, EMBED, FINAL_NORM]
+    return DeltaManifest(
+        recipe=PRESETS["come"],
+        backbone=BackboneRecord(digest=SHA["a"], tensors=dict.fromkeys(names, SHA["b"])),
+        fine_tune=FineTuneRecord(
+            digest=SHA["c"],
+            size_bytes=60_000,
+            dtype="BF16",
+            n_params=30_000,
+            architecture="LlamaForCausalLM",
+        ),
+        entries=(),
+        files={},
+        tools={"deltacome": "0.1.0", "torch": "2.13.0"},
+        calibration=CalibrationRecord(source="calibration.txt", n_tokens=4096, sha256=SHA["d"]),
+    )
+
+
+def write_golden(out, variant):
+    """Encode a variant; the parts lie beside the output and are removed."""
+    config = out.with_name("config.json")
+    config.write_text('{"model_type":"llama"}')
+    part = out.with_name(f"{variant}.part")
+    write_part(part, make_tensors(variant), layout=make_layout(), fingerprint="golden")
+    write_delta(out, [part], head=make_head(), sidecars=[config])
+    part.unlink()
+    config.unlink()
+
+
+if __name__ == "__main__":
+    ROOT.mkdir(exist_ok=True)
+    for chosen in VARIANTS:
+        write_golden(ROOT / chosen, chosen)

@@ -1,0 +1,394 @@
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from factories_core import (
+    factorise,
+    fine_tune,
+    llama_tensors,
+    make_delta,
+    make_head,
+    pack_checkpoint,
+    rewrite_entry,
+    rewrite_manifest,
+    write_checkpoint,
+)
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from deltacome_core.checkpoint import open_checkpoint
+from deltacome_core.container import inspect_delta, open_delta, read_part, write_delta, write_part
+from deltacome_core.delta_folder import hash_file
+from deltacome_core.entries import UnchangedEntry
+from deltacome_core.errors import InternalError, UserError
+from deltacome_core.layout import RankBand
+from deltacome_core.manifest import read_manifest
+from deltacome_core.packed import ExactTensor, PackedMatrix, PackedRows
+from deltacome_core.parts import describe
+from deltacome_core.payload import matrix_from_payload, matrix_to_payload
+from deltacome_core.safetensors_file import read_header
+from deltacome_core.tensors import tensor_bytes
+
+LAYER = "model.layers.0"
+QUERY = f"{LAYER}.self_attn.q_proj.weight"
+EMBED = "model.embed_tokens.weight"
+NORM = f"{LAYER}.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A backbone, its fine-tune with three new words, and the delta between them."""
+    root = tmp_path_factory.mktemp("folders")
+    base = llama_tensors(0)
+    write_checkpoint(root / "base", base)
+    write_checkpoint(root / "tuned", fine_tune(base, 1, new_rows=3), shards=2)
+    make_delta(root / "base", root / "tuned", root / "delta")
+    return root
+
+
+@pytest.fixture
+def delta_dir(folders, tmp_path):
+    shutil.copytree(folders / "delta", tmp_path / "delta")
+    return tmp_path / "delta"
+
+
+def arrays(packed):
+    """Every array of a packed tensor as bytes."""
+    if isinstance(packed, ExactTensor):
+        return [bytes(tensor_bytes(packed.value))]
+    if isinstance(packed, PackedRows):
+        factors, found = [packed.factor], [packed.changed, packed.new_rows]
+    else:
+        factors = [factor for band in packed.bands for factor in (band.u, band.v)]
+        found = [packed.sigma]
+    for factor in factors:
+        found += [factor.codes, factor.scale, factor.zero]
+    return [None if array is None else bytes(tensor_bytes(array)) for array in found]
+
+
+def test_what_was_packed_is_read_back(folders):
+    base = llama_tensors(0)
+    packed = pack_checkpoint(base, fine_tune(base, 1, new_rows=3))
+    delta = open_delta(folders / "delta")
+    assert set(delta.names) == set(packed)
+    for name, expected in packed.items():
+        loaded = delta.load(name)
+        if isinstance(expected, UnchangedEntry):
+            assert loaded is None
+        else:
+            assert arrays(loaded) == arrays(expected)
+
+
+def test_a_layer_is_read_in_one_piece(folders):
+    delta = open_delta(folders / "delta")
+    payload, matrices = delta.load_group(LAYER)
+    assert [matrix.name.split(".")[-2] for matrix in matrices] == ["q_proj", "k_proj", "down_proj"]
+    for matrix in matrices:
+        assert arrays(matrix) == arrays(delta.load(matrix.name))
+        start = matrix.sigma.data_ptr() - payload.data_ptr()
+        assert start % 256 == 0
+        assert 0 <= start < len(payload)
+    assert [group for group, _ in delta.iter_groups()] == [LAYER]
+
+
+def test_every_payload_and_tensor_is_aligned(folders):
+    header = read_header(folders / "delta" / "delta.safetensors")
+    for info in header.tensors:
+        boundary = 256 if info.name.startswith("packed.") else 2
+        assert (header.data_start + info.start) % boundary == 0
+
+
+def test_equal_input_gives_equal_folders(folders, tmp_path):
+    make_delta(folders / "base", folders / "tuned", tmp_path / "again")
+    for path in (folders / "delta").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_shards_hold_the_same_tensors(folders, tmp_path):
+    make_delta(folders / "base", folders / "tuned", tmp_path / "cut", max_shard_bytes=4000)
+    cut, whole = open_delta(tmp_path / "cut"), open_delta(folders / "delta")
+    assert len(cut.manifest.data_files) > 1
+    assert cut.manifest.data_files[0].startswith("delta-00001-of-")
+    assert cut.manifest.entries == whole.manifest.entries
+    for name in whole.names:
+        if whole.load(name) is not None:
+            assert arrays(cut.load(name)) == arrays(whole.load(name))
+
+
+def test_parts_join_to_the_same_bytes_as_one(folders, tmp_path):
+    base = llama_tensors(0)
+    tuned = open_checkpoint(folders / "tuned")
+    packed = pack_checkpoint(base, fine_tune(base, 1, new_rows=3))
+    # Entries keep the order of the parts, so the parts follow the order of one big part.
+    names = list(open_delta(folders / "delta").names)
+    pieces = []
+    for number, chosen in enumerate((names[:3], names[3:4], names[4:])):
+        piece = tmp_path / f"{number}.part"
+        write_part(piece, [packed[name] for name in chosen], layout=tuned.layout, fingerprint="f")
+        pieces.append(piece)
+    head = make_head(folders / "base", folders / "tuned")
+    write_delta(tmp_path / "joined", pieces, head=head, sidecars=tuned.sidecars)
+    for path in (folders / "delta").iterdir():
+        assert (tmp_path / "joined" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_part_knows_its_fingerprint_and_entries(folders, tmp_path):
+    tuned = open_checkpoint(folders / "tuned")
+    norm = ExactTensor(name=NORM, value=torch.ones(48, dtype=torch.bfloat16))
+    written = write_part(tmp_path / "p", [norm], layout=tuned.layout, fingerprint="abc")
+    assert read_part(tmp_path / "p") == written
+    assert written.fingerprint == "abc"
+
+
+def test_a_torn_part_is_refused(folders, tmp_path):
+    tuned = open_checkpoint(folders / "tuned")
+    norm = ExactTensor(name=NORM, value=torch.ones(48, dtype=torch.bfloat16))
+    write_part(tmp_path / "p", [norm], layout=tuned.layout, fingerprint="abc")
+    raw = (tmp_path / "p").read_bytes()
+    for size in (0, 100, len(raw) - 1):
+        (tmp_path / "p").write_bytes(raw[:size])
+        with pytest.raises(UserError):
+            read_part(tmp_path / "p")
+    shutil.copy(folders / "base" / "model.safetensors", tmp_path / "q")
+    with pytest.raises(UserError, match="not a part"):
+        read_part(tmp_path / "q")
+
+
+def test_a_delta_of_nothing_costs_its_manifest_only(folders, tmp_path):
+    make_delta(folders / "base", folders / "base", tmp_path / "none")
+    delta = open_delta(tmp_path / "none")
+    assert all(delta.load(name) is None for name in delta.names)
+    report = inspect_delta(tmp_path / "none")
+    assert report.total_bytes == (tmp_path / "none" / "delta.json").stat().st_size
+    assert report.entries_by_kind == {"unchanged": 7}
+
+
+def test_an_existing_output_is_never_touched(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError) as caught:
+        make_delta(folders / "base", folders / "tuned", tmp_path / "out")
+    assert caught.value.code == "output_exists"
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_failed_write_leaves_nothing(folders, tmp_path):
+    head = make_head(folders / "base", folders / "tuned")
+    with pytest.raises(FileNotFoundError):
+        write_delta(tmp_path / "out", [], head=head, sidecars=[tmp_path / "absent.json"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_accounts_for_every_byte(folders):
+    report = inspect_delta(folders / "delta", verify_digests=True)
+    on_disk = {path.name: path.stat().st_size for path in (folders / "delta").iterdir()}
+    packed = on_disk.pop("delta.safetensors") + on_disk.pop("delta.json")
+    assert report.total_bytes == report.sizes.total_bytes == packed
+    assert report.sidecar_bytes == sum(on_disk.values())
+    tuned = open_checkpoint(folders / "tuned")
+    assert report.ratio == tuned.size_bytes / packed
+    assert report.bits_per_param == packed * 8 / tuned.n_params
+    assert report.sizes.exact == 48 * 2
+    assert report.entries_by_kind == {"lowrank": 3, "exact": 1, "rows": 2, "unchanged": 1}
+    embedding = 5 + 20 * 24 + 20 * 2 + 20 + 3 * 48 * 2
+    assert report.sizes.embeddings == 2 * embedding
+    assert json.loads(json.dumps(report.to_json()))["total_bytes"] == packed
+
+
+def test_a_matrix_survives_its_payload_with_any_bands():
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.randn((150, 140), generator=generator)
+    for symmetric, group in ((False, (1, 128)), (True, (128, 1))):
+        bands = (RankBand(8, 2), RankBand(4, 3), RankBand(3, 5), RankBand(2, 130))
+        matrix = factorise("rest.weight", delta, bands, group_u=group, symmetric=symmetric)
+        entry = describe(matrix, dtype="F32")
+        raw = bytearray(matrix_to_payload(entry, matrix))
+        assert len(raw) % 256 == 0
+        again = matrix_from_payload(entry, torch.frombuffer(raw, dtype=torch.uint8))
+        assert arrays(again) == arrays(matrix)
+
+
+def test_a_packed_tensor_that_contradicts_the_fine_tune_is_our_error(folders, tmp_path):
+    layout = open_checkpoint(folders / "tuned").layout
+    wrong_shape = ExactTensor(name=NORM, value=torch.ones(47, dtype=torch.bfloat16))
+    wrong_dtype = ExactTensor(name=NORM, value=torch.ones(48))
+    for tensor in (wrong_shape, wrong_dtype):
+        with pytest.raises(InternalError):
+            write_part(tmp_path / "p", [tensor], layout=layout, fingerprint="f")
+
+
+def read_everything(folder, *, verify_digests=False):
+    delta = open_delta(folder, verify_digests=verify_digests)
+    packed = [delta.load(name) for name in delta.names]
+    numbers = [item.dequantise() for item in packed if isinstance(item, PackedMatrix | PackedRows)]
+    assert all(bool(torch.isfinite(values).all()) for values in numbers)
+
+
+def refuse(folder, *, verify_digests=False):
+    """Read everything; return the code of the refusal."""
+    with pytest.raises(UserError) as caught:
+        read_everything(folder, verify_digests=verify_digests)
+    return caught.value.code
+
+
+def sign_again(folder):
+    """Make the manifest's file records true again, as an attacker would."""
+    files = {name: hash_file(folder / name) for name in read_manifest(folder).files}
+    rewrite_manifest(folder, files=files)
+
+
+def patch_section(folder, name, key, value):
+    """Overwrite the first bytes of a section of an entry's payload, then sign again."""
+    delta = open_delta(folder)
+    entry = delta.entry(name)
+    stored = f"packed.{entry.group}" if name == QUERY else f"packed.{name}"
+    section = next(item for item in entry.payload.sections if item.key == key)
+    start = delta.folder.stored[stored].start + delta.offsets.get(name, 0) + section.start
+    with (folder / "delta.safetensors").open("r+b") as file:
+        file.seek(start)
+        file.write(value)
+    sign_again(folder)
+
+
+HALF_NAN, HALF_INF, HALF_MINUS_ONE = b"\x00\x7e", b"\x00\x7c", b"\x00\xbc"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        (QUERY, "sigma", b"\x00\x00\xc0\x7f"),
+        (QUERY, "sigma", b"\x00\x00\x80\x7f"),
+        (QUERY, "sigma", b"\x00\x00\x80\xbf"),
+        (QUERY, "sigma", b"\x00\x00\x80\x7e"),
+        (QUERY, "0.v.scale", HALF_NAN),
+        (QUERY, "2.u.scale", HALF_INF),
+        (QUERY, "1.u.scale", HALF_MINUS_ONE),
+        (QUERY, "1.v.zero", b"\x08"),
+        (QUERY, "2.u.zero", b"\x04"),
+        (QUERY, "2.u.codes", b"\xff\xff\xff\xff"),
+        (QUERY, "1.u.codes", b"\xff\xff\xff\xff"),
+        (EMBED, "changed", b"\xff"),
+        (EMBED, "changed", b"\x00"),
+        (EMBED, "rows.scale", HALF_NAN),
+        (EMBED, "rows.zero", b"\x10"),
+    ],
+)
+def test_numbers_no_writer_produces_are_refused(delta_dir, name, key, value):
+    patch_section(delta_dir, name, key, value)
+    assert refuse(delta_dir, verify_digests=True) == "delta_invalid"
+
+
+def test_a_set_padding_bit_is_refused(delta_dir):
+    delta = open_delta(delta_dir)
+    entry = delta.entry(QUERY)
+    last = delta.folder.stored[f"packed.{LAYER}"].start + entry.payload.size_bytes - 1
+    sections = entry.payload.sections
+    assert sections[-1].start + sections[-1].size_bytes < entry.payload.size_bytes
+    with (delta_dir / "delta.safetensors").open("r+b") as file:
+        file.seek(last)
+        file.write(b"\x01")
+    sign_again(delta_dir)
+    assert refuse(delta_dir) == "delta_invalid"
+
+
+@pytest.mark.parametrize("where", [0, 300, 3000, -1])
+def test_a_flipped_bit_breaks_the_digest(delta_dir, where):
+    path = delta_dir / "delta.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[where] ^= 1
+    path.write_bytes(raw)
+    assert refuse(delta_dir, verify_digests=True) == "file_digest_mismatch"
+
+
+@pytest.mark.parametrize("name", ["delta.safetensors", "config.json", "tokenizer.json"])
+def test_a_missing_or_shortened_file_is_noticed_without_hashing(delta_dir, name):
+    path = delta_dir / name
+    path.write_bytes(path.read_bytes()[:-1])
+    assert refuse(delta_dir) == "file_digest_mismatch"
+    path.unlink()
+    assert refuse(delta_dir) == "file_missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        (QUERY, {"shape": (48, 49)}),
+        (QUERY, {"shape": (96, 24)}),
+        (QUERY, {"shape": (2**31 - 1, 48)}),
+        (QUERY, {"bands": (RankBand(8, 1), RankBand(3, 2), RankBand(2, 40))}),
+        (QUERY, {"bands": (RankBand(8, 1), RankBand(3, 2))}),
+        (QUERY, {"symmetric": True}),
+        (QUERY, {"group_u": (1, 1)}),
+        (EMBED, {"n_changed": 19}),
+        (EMBED, {"base_rows": 39}),
+        (EMBED, {"shape": (44, 48)}),
+        (EMBED, {"shape": (43, 47)}),
+        (EMBED, {"bits": 8}),
+        (NORM, {"shape": (47,)}),
+        (NORM, {"dtype": "F16"}),
+    ],
+)
+def test_an_entry_that_contradicts_the_data_is_refused(delta_dir, name, fields):
+    rewrite_entry(delta_dir, name, **fields)
+    assert refuse(delta_dir) == "delta_invalid"
+
+
+def test_a_missing_and_an_extra_entry_are_refused(delta_dir):
+    entries = read_manifest(delta_dir).entries
+    without = tuple(entry for entry in entries if entry.name != NORM)
+    rewrite_manifest(delta_dir, entries=without)
+    assert refuse(delta_dir) == "delta_invalid"
+    rewrite_manifest(delta_dir, entries=(*entries, replace(entries[-1], name="ghost")))
+    assert refuse(delta_dir) == "delta_invalid"
+
+
+def test_an_entry_of_another_name_is_refused(delta_dir):
+    entries = read_manifest(delta_dir).entries
+    renamed = tuple(replace(entry, name=entry.name.replace("input", "other")) for entry in entries)
+    rewrite_manifest(delta_dir, entries=renamed)
+    assert refuse(delta_dir) == "delta_invalid"
+
+
+def test_a_tensor_in_two_data_files_is_refused(delta_dir):
+    shutil.copy(delta_dir / "delta.safetensors", delta_dir / "delta-00001-of-00001.safetensors")
+    files = dict(read_manifest(delta_dir).files)
+    files["delta-00001-of-00001.safetensors"] = files["delta.safetensors"]
+    rewrite_manifest(delta_dir, files=files)
+    assert refuse(delta_dir) == "delta_invalid"
+
+
+def test_entries_in_another_order_are_noticed(delta_dir):
+    entries = read_manifest(delta_dir).entries
+    rewrite_manifest(delta_dir, entries=tuple(reversed(entries)))
+    assert refuse(delta_dir) == "delta_invalid"
+
+
+@pytest.mark.parametrize("size", [0, 1, 8, 200, 256, 1000])
+def test_a_cut_data_file_is_refused_even_when_signed(delta_dir, size):
+    path = delta_dir / "delta.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    sign_again(delta_dir)
+    assert refuse(delta_dir) == "delta_invalid"
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_changed_bytes_are_read_or_refused_never_a_crash(folders, tmp_path, data):
+    folder = tmp_path / "fuzzed"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(folders / "delta", folder)
+    raw = bytearray((folder / "delta.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        at = data.draw(st.one_of(st.integers(0, 1500), st.integers(0, len(raw) - 1)))
+        raw[at] = data.draw(st.integers(0, 255))
+    (folder / "delta.safetensors").write_bytes(raw)
+    sign_again(folder)
+    try:
+        read_everything(folder)
+    except UserError as error:
+        event(error.code)
+        if error.code != "delta_invalid":
+            raise

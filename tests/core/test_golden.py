@@ -1,0 +1,87 @@
+"""Deltas written by format version 1 must stay readable, number for number, byte for byte."""
+
+import golden
+import pytest
+import torch
+
+from deltacome_core.container import inspect_delta, open_delta
+from deltacome_core.layout import RankBand
+from deltacome_core.packed import ExactTensor
+
+VARIANTS = sorted(golden.VARIANTS)
+
+
+def value_at(row, col, rows, cols, bits, group, *, symmetric):
+    """What the specification says the code at (row, col) of a golden factor stands for."""
+    group_rows, group_cols = group[0] or rows, group[1] or cols
+    at = (row // group_rows, col // group_cols)
+    zero = (2**bits - 1) / 2 if symmetric else golden.zero_at(*at, bits)
+    return (golden.code_at(row, col, bits) - zero) * golden.scale_at(*at)
+
+
+def stated_factor(rows, cols, bits, group, *, symmetric):
+    return torch.tensor(
+        [
+            [
+                value_at(row, col, rows, cols, bits, group, symmetric=symmetric)
+                for col in range(cols)
+            ]
+            for row in range(rows)
+        ]
+    )
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return request.param
+
+
+@pytest.fixture
+def delta(variant):
+    return open_delta(golden.ROOT / variant)
+
+
+@pytest.mark.parametrize("name", sorted(golden.MATRICES))
+def test_a_golden_matrix_decodes_to_the_stated_numbers(delta, variant, name):
+    symmetric, group_u, group_v = golden.VARIANTS[variant]
+    out, inn, bands = golden.MATRICES[name]
+    matrix = delta.load(name)
+    assert matrix.rank_bands == tuple(RankBand(*band) for band in bands)
+    assert matrix.sigma.tolist() == [golden.sigma_at(index) for index in range(matrix.rank)]
+    for band, (bits, rank) in zip(matrix.bands, bands, strict=True):
+        u = stated_factor(out, rank, bits, group_u, symmetric=symmetric)
+        v = stated_factor(rank, inn, bits, group_v, symmetric=symmetric)
+        assert torch.equal(band.u.dequantise(), u)
+        assert torch.equal(band.v.dequantise(), v)
+
+
+def test_golden_rows_decode_to_the_stated_numbers(delta, variant):
+    symmetric, _, group = golden.VARIANTS[variant]
+    rows = delta.load(golden.EMBED)
+    assert rows.changed.nonzero().flatten().tolist() == list(golden.CHANGED)
+    stated = stated_factor(len(golden.CHANGED), golden.COLS, 4, group, symmetric=symmetric)
+    assert torch.equal(rows.dequantise()[list(golden.CHANGED)], stated)
+    assert torch.count_nonzero(rows.dequantise()[[1, 2, 4, 5, 6, 7, 9]]) == 0
+    new = [golden.exact_at(index) for index in range(golden.NEW_ROWS * golden.COLS)]
+    expected = torch.tensor(new).to(torch.bfloat16).tolist()
+    assert rows.new_rows.flatten().tolist() == expected
+
+
+def test_golden_exact_and_unchanged_tensors_are_as_stated(delta):
+    norm = delta.load(golden.NORM)
+    assert isinstance(norm, ExactTensor)
+    assert norm.value.tolist() == [golden.exact_at(index) for index in range(golden.COLS)]
+    assert delta.load(golden.FINAL_NORM) is None
+
+
+def test_the_same_content_is_written_to_the_same_bytes(variant, tmp_path):
+    golden.write_golden(tmp_path / variant, variant)
+    stored = sorted((golden.ROOT / variant).iterdir())
+    assert [path.name for path in stored] == ["config.json", "delta.json", "delta.safetensors"]
+    for path in stored:
+        assert (tmp_path / variant / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_golden_folders_stay_small():
+    total = sum(inspect_delta(golden.ROOT / variant).total_bytes for variant in VARIANTS)
+    assert total < 64 << 10
