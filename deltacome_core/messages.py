@@ -100,6 +100,11 @@ MESSAGES: dict[str, Message] = {
         what="{file} ends inside its own header.",
         do="Copy or upload the file again.",
     ),
+    "hub_unreachable": Message(
+        title="The hub does not answer",
+        what="{url}: {reason}.",
+        do="Check the address and the network, then run the same command again: it goes on.",
+    ),
     "index_invalid": Message(
         title="The shard index is not valid",
         what="{reason}.",

@@ -118,7 +118,7 @@ def test_the_default_permission_refuses_everybody(rf, alice):
     from rest_framework.views import APIView
 
     class Forgotten(APIView):
-        def get(self, request):
+        def get(self, _request):
             return Response({"leak": True})
 
     request = rf.get("/")

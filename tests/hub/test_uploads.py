@@ -1,0 +1,443 @@
+import base64
+import errno
+import hashlib
+import json
+
+import factories
+import pytest
+
+from hub import parts, uploads
+from hub.models import Job, Part, Repo, Upload, UploadFile
+from hub.storage import get_store
+
+pytestmark = pytest.mark.django_db
+WEIGHTS = factories.safetensors_bytes()
+CONFIG = json.dumps({"model_type": "llama"}).encode()
+FILES = {"config.json": CONFIG, "model.safetensors": WEIGHTS}
+PART = 4096
+
+
+@pytest.fixture
+def robot(bearer, ci_bot, acme, data_dir):
+    return bearer(ci_bot)
+
+
+@pytest.fixture
+def backbone(acme):
+    return factories.make_backbone(acme, "base")
+
+
+def body(files=FILES, **fields):
+    listed = [{"path": path, "size_bytes": len(content)} for path, content in files.items()]
+    return {"repo": "acme/math", "kind": "delta", "files": listed} | fields
+
+
+def open_upload(browser, files=FILES, *, headers=None, **fields):
+    return browser.post(
+        "/api/v1/uploads", body(files, **fields), content_type="application/json", headers=headers
+    )
+
+
+def put_header(browser, upload_id, index, content):
+    return browser.put(
+        f"/api/v1/uploads/{upload_id}/files/{index}/header",
+        factories.header_of(content),
+        content_type="application/octet-stream",
+    )
+
+
+def content_digest(content):
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
+
+
+def put_part(browser, upload_id, index, number, content, digest=None):
+    headers = {"content-digest": digest or content_digest(content)}
+    return browser.put(
+        f"/api/v1/uploads/{upload_id}/files/{index}/parts/{number}",
+        content,
+        content_type="application/octet-stream",
+        headers=headers,
+    )
+
+
+def put_parts(browser, upload_id, index, content):
+    for number in range(-(-len(content) // PART)):
+        chunk = content[number * PART : (number + 1) * PART]
+        assert put_part(browser, upload_id, index, number, chunk).status_code == 200
+
+
+def push(browser, files=FILES, **fields):
+    """Do the whole upload and return the answer of the seal."""
+    upload_id = open_upload(browser, files, **fields).json()["id"]
+    for index, (path, content) in enumerate(files.items()):
+        if path.endswith(".safetensors"):
+            assert put_header(browser, upload_id, index, content).status_code == 200
+    for index, content in enumerate(files.values()):
+        put_parts(browser, upload_id, index, content)
+    return browser.post(f"/api/v1/uploads/{upload_id}/seal")
+
+
+@pytest.fixture
+def ready(robot, backbone):
+    """An upload whose headers passed; no part has been sent."""
+    upload_id = open_upload(robot).json()["id"]
+    assert put_header(robot, upload_id, 1, WEIGHTS).status_code == 200
+    return upload_id
+
+
+def test_a_checkpoint_becomes_a_sealed_upload_and_a_queued_job(robot, backbone):
+    answer = push(robot)
+    job = Job.objects.get(pk=answer.json()["job"]["id"])
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == f"/api/v1/jobs/{job.pk}"
+    assert (job.kind, job.state, job.step, job.revision.state) == (
+        "delta",
+        "QUEUED",
+        "ingest",
+        "DRAFT",
+    )
+    assert job.revision.backbone == backbone
+    assert job.last_enqueued_at is not None
+
+
+def test_sealing_twice_gives_the_same_job(robot, backbone):
+    first = push(robot).json()["job"]
+    again = robot.post(f"/api/v1/uploads/{first['upload']}/seal")
+    assert (again.status_code, again.json()["job"]["id"]) == (202, first["id"])
+    assert Job.objects.count() == 1
+
+
+def test_a_backbone_needs_no_other_backbone(robot):
+    answer = push(robot, repo="acme/base", kind="backbone")
+    assert (answer.status_code, answer.json()["job"]["kind"]) == (202, "backbone")
+
+
+def test_the_assembled_file_is_the_file_that_was_cut(robot, backbone):
+    push(robot)
+    for file in UploadFile.objects.all():
+        blob = parts.assemble_file(file)
+        assert b"".join(get_store().read(blob.sha256)) == FILES[file.path]
+        assert parts.assemble_file(UploadFile.objects.get(pk=file.pk)).pk == blob.pk
+
+
+def test_the_backbone_is_found_from_the_tensors(robot, acme, backbone):
+    factories.make_backbone(acme, "other", tensors={"a.weight": ("F32", [4, 4])})
+    upload_id = open_upload(robot).json()["id"]
+    found = put_header(robot, upload_id, 1, WEIGHTS).json()
+    assert found["backbone"] == "acme/base@v1"
+    assert [fit["name"] for fit in found["layout"]["candidates"]] == ["acme/base@v1"]
+
+
+def test_backbones_of_one_shape_are_all_candidates(robot, acme, backbone):
+    factories.make_backbone(acme, "twin")
+    upload_id = open_upload(robot).json()["id"]
+    found = put_header(robot, upload_id, 1, WEIGHTS).json()["layout"]["candidates"]
+    assert {fit["name"] for fit in found} == {"acme/base@v1", "acme/twin@v1"}
+
+
+def test_a_private_backbone_of_strangers_is_no_candidate(robot, charlie):
+    factories.make_backbone(factories.namespace_of(charlie), visibility="private")
+    upload_id = open_upload(robot).json()["id"]
+    answer = put_header(robot, upload_id, 1, WEIGHTS)
+    assert (answer.status_code, answer.json()["code"]) == (422, "backbone_unknown")
+
+
+def test_a_grown_vocabulary_fits(robot, backbone):
+    grown = factories.TENSORS | {"model.embed_tokens.weight": ("BF16", [66, 32])}
+    content = factories.safetensors_bytes(grown)
+    upload_id = open_upload(robot, FILES | {"model.safetensors": content}).json()["id"]
+    found = put_header(robot, upload_id, 1, content)
+    assert found.json()["layout"]["grown_rows"] == ["model.embed_tokens.weight"]
+
+
+def test_another_architecture_is_refused_before_any_part(robot, backbone):
+    other = factories.TENSORS | {"model.layers.0.self_attn.q_proj.weight": ("BF16", [32, 48])}
+    content = factories.safetensors_bytes(other)
+    upload_id = open_upload(robot, FILES | {"model.safetensors": content}).json()["id"]
+    answer = put_header(robot, upload_id, 1, content)
+    assert (answer.status_code, answer.json()["code"]) == (422, "backbone_mismatch")
+    assert answer.json()["fields"]["count"] == 1
+    assert "q_proj.weight: expected [32, 32] found [32, 48]" in answer.json()["message"]
+    assert put_part(robot, upload_id, 0, 0, CONFIG).json()["code"] == "backbone_mismatch"
+
+
+def test_a_mismatch_names_twenty_tensors_and_counts_all(robot, acme):
+    many = {f"model.layers.{n}.q_proj.weight": ("BF16", [4, 4]) for n in range(30)}
+    factories.make_backbone(acme, "deep", tensors=many)
+    content = factories.safetensors_bytes({name: ("BF16", [4, 8]) for name in many})
+    upload_id = open_upload(robot, FILES | {"model.safetensors": content}).json()["id"]
+    fields = put_header(robot, upload_id, 1, content).json()["fields"]
+    assert (len(fields["tensors"]), fields["count"]) == (20, 30)
+
+
+def test_the_named_backbone_is_the_one_that_is_compared(robot, acme, backbone):
+    factories.make_backbone(acme, "other", tensors={"a.weight": ("F32", [4, 4])})
+    upload_id = open_upload(robot, backbone="acme/other").json()["id"]
+    assert put_header(robot, upload_id, 1, WEIGHTS).json()["code"] == "backbone_mismatch"
+
+
+def test_a_delta_is_no_backbone(robot, acme):
+    factories.make_revision(factories.make_repo(acme, "tuned"))
+    assert open_upload(robot, backbone="acme/tuned").json()["code"] == "backbone_kind"
+
+
+def test_a_tensor_in_two_shards_is_refused(robot, backbone):
+    files = {"config.json": CONFIG, "model.safetensors.index.json": b"{}"}
+    files |= {"a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS}
+    upload_id = open_upload(robot, files).json()["id"]
+    assert put_header(robot, upload_id, 2, WEIGHTS).status_code == 200
+    assert put_header(robot, upload_id, 3, WEIGHTS).json()["code"] == "duplicate_tensor"
+
+
+def test_parts_wait_for_the_headers(robot, backbone):
+    upload_id = open_upload(robot).json()["id"]
+    answer = put_part(robot, upload_id, 0, 0, CONFIG)
+    assert (answer.status_code, answer.json()["code"]) == (409, "header_missing")
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b"PK\x03\x04" + b"\0" * 20, "not_safetensors"),
+        (b"\x80\x04\x95" + b"\0" * 20, "not_safetensors"),
+        (b"GGUF" + b"\0" * 20, "not_safetensors"),
+        (b"", "header_truncated"),
+        (b"\xff" * 16, "header_too_large"),
+    ],
+)
+def test_what_is_no_safetensors_header_is_refused(robot, backbone, raw, code):
+    upload_id = open_upload(robot).json()["id"]
+    answer = robot.put(
+        f"/api/v1/uploads/{upload_id}/files/1/header", raw, content_type="application/octet-stream"
+    )
+    assert answer.json()["code"] == code
+
+
+def test_a_text_file_has_no_header(robot, backbone):
+    upload_id = open_upload(robot).json()["id"]
+    assert put_header(robot, upload_id, 0, WEIGHTS).json()["code"] == "header_not_wanted"
+
+
+def test_a_file_that_changed_after_its_check_is_refused(robot, ready):
+    changed = bytearray(WEIGHTS[:PART])
+    changed[20] ^= 1
+    answer = put_part(robot, ready, 1, 0, bytes(changed))
+    assert (answer.status_code, answer.json()["code"]) == (422, "header_differs")
+
+
+def test_a_second_header_must_be_the_same(robot, ready):
+    shape = {"model.norm.weight": ("F16", [32])}
+    other = factories.safetensors_bytes(factories.TENSORS | shape)
+    if len(other) != len(WEIGHTS):
+        other = other.replace(b'"F16"', b'"F16" ')
+    assert put_header(robot, ready, 1, other).json()["code"] == "header_differs"
+    assert put_header(robot, ready, 1, WEIGHTS).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        (lambda part: part + b"x", 413, "part_too_large"),
+        (lambda part: part[:-1], 422, "part_too_small"),
+        (lambda part: part[:0], 422, "part_too_small"),
+    ],
+)
+def test_a_part_has_exactly_its_length(robot, ready, change, status, code):
+    answer = put_part(robot, ready, 1, 0, change(WEIGHTS[:PART]))
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert Part.objects.count() == 0
+
+
+def test_the_last_part_is_as_short_as_the_file(robot, ready):
+    last = len(WEIGHTS) // PART
+    assert put_part(robot, ready, 1, last, WEIGHTS[last * PART :]).status_code == 200
+    assert put_part(robot, ready, 1, last + 1, b"x").json()["code"] == "part_number"
+
+
+def test_a_damaged_part_leaves_nothing(robot, ready, data_dir):
+    damaged = WEIGHTS[: PART - 1] + b"\xff"
+    answer = put_part(robot, ready, 1, 0, damaged, content_digest(WEIGHTS[:PART]))
+    assert (answer.status_code, answer.json()["code"]) == (422, "part_digest_mismatch")
+    left = [path.name for path in (data_dir / "uploads" / ready / "1").iterdir()]
+    assert left == ["header"]
+
+
+@pytest.mark.parametrize("header", ["", "sha-256=", "sha-512=:AAAA:", "sha-256=:AAAA:", "x" * 999])
+def test_a_part_needs_a_sha256_digest(robot, ready, header):
+    answer = put_part(robot, ready, 1, 0, WEIGHTS[:PART], header or " ")
+    assert (answer.status_code, answer.json()["code"]) == (400, "content_digest_missing")
+
+
+def test_a_part_may_be_sent_again(robot, ready):
+    for _ in range(2):
+        assert put_part(robot, ready, 1, 0, WEIGHTS[:PART]).status_code == 200
+    assert Part.objects.count() == 1
+
+
+def test_a_text_file_holds_no_binary(robot, backbone):
+    files = FILES | {"config.json": b"\x80\x04\0\0"}
+    upload_id = open_upload(robot, files).json()["id"]
+    put_header(robot, upload_id, 1, WEIGHTS)
+    assert put_part(robot, upload_id, 0, 0, files["config.json"]).json()["code"] == "text_invalid"
+
+
+def test_the_status_tells_which_parts_are_held(robot, ready):
+    put_part(robot, ready, 1, 1, WEIGHTS[PART : 2 * PART])
+    status = robot.get(f"/api/v1/uploads/{ready}").json()
+    assert [file["parts"] for file in status["files"]] == [[], [1]]
+    assert [file["n_parts"] for file in status["files"]] == [1, -(-len(WEIGHTS) // PART)]
+    assert status["part_size_bytes"] == PART
+
+
+def test_a_seal_names_the_missing_parts(robot, ready):
+    put_part(robot, ready, 0, 0, CONFIG)
+    answer = robot.post(f"/api/v1/uploads/{ready}/seal")
+    assert (answer.status_code, answer.json()["code"]) == (409, "parts_missing")
+    assert answer.json()["fields"]["parts"][0] == "model.safetensors:0"
+    assert Job.objects.count() == 0
+
+
+def test_a_seal_before_the_headers_is_refused(robot, backbone):
+    upload_id = open_upload(robot).json()["id"]
+    assert robot.post(f"/api/v1/uploads/{upload_id}/seal").json()["code"] == "header_missing"
+
+
+def test_a_sealed_upload_takes_no_part_and_cannot_be_aborted(robot, backbone):
+    upload_id = push(robot).json()["job"]["upload"]
+    assert put_part(robot, upload_id, 0, 0, CONFIG).json()["code"] == "upload_closed"
+    assert robot.delete(f"/api/v1/uploads/{upload_id}").json()["code"] == "upload_closed"
+
+
+def test_an_aborted_upload_leaves_no_bytes(robot, ready, data_dir):
+    put_part(robot, ready, 0, 0, CONFIG)
+    assert robot.delete(f"/api/v1/uploads/{ready}").status_code == 204
+    assert list((data_dir / "uploads").iterdir()) == []
+    assert robot.post(f"/api/v1/uploads/{ready}/seal").json()["code"] == "upload_closed"
+
+
+def test_one_key_gives_one_upload(robot, backbone):
+    answers = [open_upload(robot, headers={"idempotency-key": "run-7"}).json() for _ in range(2)]
+    assert answers[0]["id"] == answers[1]["id"]
+    changed = open_upload(robot, headers={"idempotency-key": "run-7"}, description="other")
+    assert (changed.status_code, changed.json()["code"]) == (409, "idempotency_conflict")
+
+
+def test_without_a_key_each_request_is_an_upload(robot, backbone):
+    assert open_upload(robot).json()["id"] != open_upload(robot).json()["id"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("../config.json", "a/../b.json", "/etc/passwd", "C:\\x.json", "a\\b.json", "a b.json"),
+        *("x\0.json", "x\n.json", "-rf.json", ".hidden.json", "a..json", "run.py", "x.exe"),
+        *("model.safetensors/", "é.json", "a" * 196 + ".json", "\u202ejson.json", "%2e%2e.json"),
+    ],
+)
+def test_an_unsafe_name_is_refused(robot, path):
+    answer = open_upload(robot, FILES | {path: b"x"})
+    assert answer.status_code in {400, 422}
+    assert answer.json()["code"] in {"file_name_unsafe", "invalid"}
+    assert Upload.objects.count() == 0
+
+
+@pytest.mark.parametrize("path", ["pytorch_model.bin", "a.pt", "b.CKPT", "c.pkl", "d.gguf"])
+def test_a_pickle_is_refused_with_the_way_to_convert_it(robot, path):
+    answer = open_upload(robot, FILES | {path: b"x"}).json()
+    assert answer["code"] == "not_safetensors"
+    assert "save_pretrained" in answer["do"]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": CONFIG},
+        {"model.safetensors": WEIGHTS},
+        {"config.json": CONFIG, "a.safetensors": WEIGHTS, "b.safetensors": WEIGHTS},
+        {"config.json": CONFIG, "CONFIG.json": CONFIG, "model.safetensors": WEIGHTS},
+    ],
+)
+def test_an_incomplete_set_of_files_is_refused(robot, files):
+    assert open_upload(robot, files).json()["code"] == "file_set_invalid"
+
+
+def test_the_limits_of_size_quota_and_number_hold(robot, settings, backbone):
+    settings.UPLOAD_MAX_BYTES = 100
+    assert open_upload(robot).json()["code"] == "upload_too_large"
+    settings.UPLOAD_MAX_BYTES, settings.NAMESPACE_QUOTA_BYTES = 10**9, 100
+    assert open_upload(robot).json()["code"] == "quota_exceeded"
+    settings.NAMESPACE_QUOTA_BYTES, settings.UPLOAD_MAX_OPEN = 10**9, 1
+    assert open_upload(robot).status_code == 201
+    answer = open_upload(robot)
+    assert (answer.status_code, answer.json()["code"]) == (429, "too_many_uploads")
+
+
+def test_a_full_disk_is_told_before_and_during_the_upload(robot, ready, settings, monkeypatch):
+    settings.FREE_SPACE_FLOOR_BYTES = 2**62
+    for answer in (open_upload(robot), put_part(robot, ready, 0, 0, CONFIG)):
+        assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+    settings.FREE_SPACE_FLOOR_BYTES = 0
+
+    def fail(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parts.os, "fsync", fail)
+    assert put_part(robot, ready, 0, 0, CONFIG).status_code == 507
+    assert Part.objects.count() == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"recipe": "magic"}, "recipe_unknown"),
+        ({"kind": "adapter"}, "invalid"),
+        ({"files": {}}, "invalid"),
+        ({"repo": "nobody/x"}, "not_found"),
+        ({"repo": "acme"}, "name_unsafe"),
+        ({"repo": "acme/.."}, "name_unsafe"),
+        ({"bits_per_param": "NaN"}, "invalid"),
+        ({"backbone": "acme/none"}, "not_found"),
+    ],
+)
+def test_a_wrong_request_says_what_is_wrong(robot, fields, code):
+    answer = open_upload(robot, **fields)
+    assert answer.json()["code"] == code, answer.json()
+    assert Repo.objects.count() == 0
+
+
+def test_a_reader_cannot_upload_and_a_stranger_learns_nothing(bearer, bob, charlie, acme):
+    factories.make_repo(acme, "secret", visibility="private")
+    for user, repo in ((bob, "acme/x"), (charlie, "acme/secret"), (charlie, "acme/none")):
+        answer = open_upload(bearer(user), repo=repo)
+        assert (answer.status_code, answer.json()["code"]) == (403, "permission_denied")
+
+
+def test_a_repo_keeps_its_kind(robot, acme, backbone):
+    assert open_upload(robot, repo="acme/base").json()["code"] == "repo_kind"
+
+
+def test_an_expired_upload_is_swept_with_its_bytes(robot, ready, data_dir):
+    from hub.jobs import from_now
+
+    Upload.objects.filter(pk=ready).update(expires_at=from_now(-1))
+    assert (uploads.expire_uploads(), uploads.expire_uploads()) == (1, 0)
+    assert Upload.objects.get(pk=ready).state == Upload.State.ABORTED
+    assert not (data_dir / "uploads" / ready).exists()
+
+
+def test_a_part_moves_the_expiry_on(robot, ready):
+    from hub.jobs import from_now
+
+    Upload.objects.filter(pk=ready).update(expires_at=from_now(10))
+    put_part(robot, ready, 0, 0, CONFIG)
+    upload = Upload.objects.get(pk=ready)
+    assert (upload.expires_at - upload.created_at).total_seconds() > 3600
+
+
+@pytest.mark.parametrize(("state", "kept"), [("DONE", False), ("FAILED", True), ("QUEUED", True)])
+def test_the_sources_go_when_the_delta_is_published(acme, state, kept):
+    job = factories.make_job(factories.make_repo(acme), files=FILES)
+    job.move("RUNNING") if state != "QUEUED" else None
+    job.move(state) if state != "QUEUED" else None
+    uploads.expire_uploads()
+    assert UploadFile.objects.exclude(blob=None).exists() == kept
