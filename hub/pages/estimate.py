@@ -1,0 +1,76 @@
+"""What a delta of a backbone will weigh, from shapes alone, before anything is sent."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+from deltacome_core.checkpoint import Layout, is_vocabulary_tensor
+from deltacome_core.layout import rows_payload
+from deltacome_core.recipe import Recipe, matrix_size_bytes, plan_bands
+from deltacome_core.safetensors_file import ITEM_BYTES
+
+# The same border as in deltacome_core.delta, which needs torch and cannot be asked here.
+MIN_LOWRANK_DIMENSION = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """`matrix_bytes` is exact; `rows_bytes` and `exact_bytes` hold if all of it changed."""
+
+    n_matrices: int
+    matrix_bytes: int
+    rows_bytes: int
+    exact_bytes: int
+    source_size_bytes: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.matrix_bytes + self.rows_bytes + self.exact_bytes
+
+
+@lru_cache(maxsize=512)
+def _matrix_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
+    return matrix_size_bytes(
+        out_features,
+        in_features,
+        plan_bands(out_features, in_features, recipe),
+        group_u=recipe.group_u,
+        group_v=recipe.group_v,
+        has_zero=True,
+    )
+
+
+def _is_lowrank(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and min(shape) >= MIN_LOWRANK_DIMENSION and "norm" not in name  # noqa: PLR2004  a matrix
+
+
+def estimate_delta(layout: Layout, recipe: Recipe) -> Estimate:
+    """Add up the packed size of every tensor of a fine-tune that has the backbone's shapes.
+
+    Raises:
+        UserError: budget_impossible.
+    """
+    matrices = matrix_bytes = rows_bytes = exact_bytes = source_bytes = 0
+    for name, (dtype, shape) in layout.items():
+        tensor_bytes = prod(shape) * ITEM_BYTES[dtype]
+        source_bytes += tensor_bytes
+        if len(shape) == 2 and is_vocabulary_tensor(name):  # noqa: PLR2004  a matrix
+            rows_bytes += rows_payload(
+                *shape,
+                n_changed=shape[0],
+                bits=recipe.embedding_bits,
+                group=(1, recipe.group_size),
+                symmetric=False,
+            ).size_bytes
+        elif _is_lowrank(name, shape):
+            matrices += 1
+            matrix_bytes += _matrix_bytes(*shape, recipe)
+        else:
+            exact_bytes += tensor_bytes
+    return Estimate(
+        n_matrices=matrices,
+        matrix_bytes=matrix_bytes,
+        rows_bytes=rows_bytes,
+        exact_bytes=exact_bytes,
+        source_size_bytes=source_bytes,
+    )
