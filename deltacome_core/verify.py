@@ -1,0 +1,431 @@
+"""Measure what a delta lost: weights, next-token distributions and answers against the original."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltacome_core.checkpoint import Checkpoint, open_checkpoint
+from deltacome_core.container import open_delta
+from deltacome_core.entries import LowRankEntry, RowsEntry
+from deltacome_core.errors import UserError
+from deltacome_core.generate import decode_greedily, end_tokens
+from deltacome_core.models import load_model, load_tokenizer
+from deltacome_core.reconstruct import reconstruct_checkpoint
+from deltacome_core.tensors import as_float32, load_tensor
+from deltacome_core.texts import DEFAULT_PROMPTS, read_texts, render_text
+
+REPORT_NAME = "verification.json"
+EVALUATION_NAME = "evaluation.jsonl"
+# Recovery and distance of the perplexity ratio from 1 that each grade demands.
+GRADES = (("A", 0.98, 0.005), ("B", 0.95, 0.01), ("C", 0.90, 0.02))
+MAX_PROMPTS_PER_FILE = 128
+MAX_TOKENS_PER_PROMPT = 512
+GREEDY_PROMPTS = 32
+GREEDY_TOKENS = 32
+N_WORST = 10
+# Below this the fine-tune does not answer differently from its backbone.
+_SMALLEST_KL = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One gate: value against threshold."""
+
+    name: str
+    ok: bool
+    value: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixError:
+    """||reconstruction - fine-tune|| / ||fine-tune - backbone|| of one tensor."""
+
+    name: str
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """kl in nats per token, KL(fine-tune || other); failing checks come first."""
+
+    grade: str
+    recovery: float
+    kl: float
+    kl_backbone: float
+    kl_p99: float
+    top1: float
+    ppl_ratio: float
+    greedy_match: float
+    greedy_exact: float
+    n_prompts: int
+    n_tokens: int
+    worst_matrices: tuple[MatrixError, ...]
+    checks: tuple[Check, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """How one model predicts beside the reference; means over the scored tokens."""
+
+    kl: float
+    kl_p99: float
+    top1: float
+    ppl_ratio: float
+    n_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredText:
+    """Tokens of prompt and answer; predictions of tokens from `first_scored` on are compared.
+
+    opening is what a greedy answer is asked for.
+    """
+
+    tokens: list[int]
+    first_scored: int
+    opening: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WeightReport:
+    worst: tuple[MatrixError, ...]
+    n_other_layout: int
+    n_not_finite: int
+    n_not_exact: int
+
+
+def find_prompts(tuned_dir: Path) -> tuple[Path, ...]:
+    """Choose the verification texts: the fine-tune's own when it brings some, else the built-in.
+
+    Args:
+        tuned_dir: folder of the fine-tune.
+
+    Returns:
+        Paths of existing files.
+    """
+    own = tuned_dir / EVALUATION_NAME
+    return (own,) if own.is_file() else (DEFAULT_PROMPTS,)
+
+
+def verify_delta(
+    base_dir: Path,
+    tuned_dir: Path,
+    delta_dir: Path,
+    *,
+    prompts: Sequence[Path] = (),
+    device: str = "cpu",
+    reconstructed_dir: Path | None = None,
+) -> VerifyReport:
+    """Rebuild the fine-tune from the packed bytes and compare it with the original.
+
+    At most two models are in memory at a time.
+
+    Args:
+        base_dir: checkpoint folder of the backbone.
+        tuned_dir: checkpoint folder of the fine-tune.
+        delta_dir: the delta.
+        prompts: .jsonl or .txt files; by default see find_prompts.
+        device: "cpu" or "cuda".
+        reconstructed_dir: the rebuilt checkpoint when there is one already; else it is written
+            beside the delta and removed again.
+
+    Returns:
+        The measurements with a grade.
+
+    Raises:
+        UserError: backbone_digest_mismatch, delta_invalid, texts_invalid, tokenizer_missing.
+    """
+    started = time.monotonic()
+    tokenizer = load_tokenizer(tuned_dir, delta_dir, base_dir)
+    texts = read_scored_texts(prompts or find_prompts(tuned_dir), tokenizer)
+    with tempfile.TemporaryDirectory(dir=delta_dir.parent, prefix=".verify.") as scratch:
+        rebuilt = reconstructed_dir
+        if rebuilt is None:
+            rebuilt = Path(scratch) / "checkpoint"
+            reconstruct_checkpoint(base_dir, delta_dir, rebuilt, device=device)
+        weights = compare_weights(base_dir, tuned_dir, delta_dir, rebuilt)
+        original = load_model(tuned_dir, device=device)
+        model = load_model(rebuilt, device=device)
+        fidelity = compare_models(original, model, texts)
+        match, exact = compare_answers(original, model, tokenizer, [text.opening for text in texts])
+        del model
+    backbone = compare_models(original, load_model(base_dir, device=device), texts)
+    recovery = measure_recovery(fidelity.kl, backbone.kl)
+    checks = _list_checks(weights, recovery, fidelity.ppl_ratio)
+    return VerifyReport(
+        grade=grade_delta(recovery, fidelity.ppl_ratio) if _all_sound(checks) else "F",
+        recovery=recovery,
+        kl=fidelity.kl,
+        kl_backbone=backbone.kl,
+        kl_p99=fidelity.kl_p99,
+        top1=fidelity.top1,
+        ppl_ratio=fidelity.ppl_ratio,
+        greedy_match=match,
+        greedy_exact=exact,
+        n_prompts=len(texts),
+        n_tokens=fidelity.n_tokens,
+        worst_matrices=weights.worst,
+        checks=checks,
+        seconds=time.monotonic() - started,
+    )
+
+
+def save_report(report: VerifyReport, delta_dir: Path) -> Path:
+    """Write verification.json into the delta folder.
+
+    Args:
+        report: what was measured.
+        delta_dir: the delta.
+
+    Returns:
+        Path of the file.
+    """
+    path = delta_dir / REPORT_NAME
+    path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def measure_recovery(kl: float, kl_backbone: float) -> float:
+    """Return the share of the fine-tune's change that survived: 1 - KL / KL of the backbone.
+
+    Args:
+        kl: KL(fine-tune || reconstruction).
+        kl_backbone: KL(fine-tune || backbone); 0 means that there was nothing to lose.
+
+    Returns:
+        1 for a perfect reconstruction; negative when it is further away than the backbone.
+    """
+    return 1.0 if kl <= 0 else 1.0 - kl / max(kl_backbone, _SMALLEST_KL)
+
+
+def grade_delta(recovery: float, ppl_ratio: float) -> str:
+    """Grade a reconstruction.
+
+    Args:
+        recovery: see measure_recovery.
+        ppl_ratio: perplexity of the reconstruction over that of the fine-tune.
+
+    Returns:
+        A, B, C, or F for fail.
+    """
+    for grade, least_recovery, largest_drift in GRADES:
+        if recovery >= least_recovery and abs(ppl_ratio - 1) <= largest_drift:
+            return grade
+    return "F"
+
+
+def read_scored_texts(paths: Sequence[Path], tokenizer: Any) -> list[ScoredText]:
+    """Read verification texts.
+
+    Where there is a prompt only the answer is scored: a fine-tune is trained on answers, and what
+    it would say in the middle of a prompt is nobody's business.
+
+    Args:
+        paths: .jsonl or .txt files; at most MAX_PROMPTS_PER_FILE items each, evenly spread.
+        tokenizer: of the fine-tune.
+
+    Returns:
+        Texts with something to score.
+
+    Raises:
+        UserError: texts_invalid.
+    """
+    texts = []
+    for path in paths:
+        items = read_texts(path)
+        step = -(-len(items) // MAX_PROMPTS_PER_FILE)
+        for item in items[::step]:
+            text = render_text(item, tokenizer)
+            special = not text.has_special_tokens
+            opening = tokenizer.encode(text.prompt, add_special_tokens=special)
+            tokens = tokenizer.encode(text.prompt + text.answer, add_special_tokens=special)
+            first_scored = len(opening) if text.prompt else 1
+            if not text.prompt:
+                opening = tokens[: max(1, len(tokens) // 2)]
+            # The end of a long text is kept: the answer is there.
+            cut = max(0, len(tokens) - MAX_TOKENS_PER_PROMPT)
+            first_scored = max(1, first_scored - cut)
+            if first_scored < len(tokens) - cut:
+                texts.append(
+                    ScoredText(
+                        tokens=tokens[cut:],
+                        first_scored=first_scored,
+                        opening=opening[-MAX_TOKENS_PER_PROMPT:],
+                    )
+                )
+    if not texts:
+        reason = "no text has an answer to score"
+        raise UserError("texts_invalid", file=paths[0].name, line=0, reason=reason)
+    return texts
+
+
+@torch.no_grad()
+def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> Comparison:
+    """Compare next-token distributions on texts.
+
+    A vocabulary that grew is compared on the tokens both models know.
+
+    Args:
+        reference: transformers model whose distribution is the truth.
+        other: transformers model to compare.
+        texts: what to predict.
+
+    Returns:
+        KL(reference || other), agreement of the most likely token, ratio of perplexities.
+    """
+    divergences, agreements = [], []
+    surprise = 0.0
+    known = min(reference.config.vocab_size, other.config.vocab_size)
+    for text in texts:
+        ids = torch.tensor([text.tokens], device=reference.device)
+        truth = _log_probabilities(reference, ids, known)[text.first_scored - 1 :]
+        guess = _log_probabilities(other, ids.clamp_max(known - 1), known)[text.first_scored - 1 :]
+        divergences.append((truth.exp() * (truth - guess)).sum(dim=1))
+        agreements.append(truth.argmax(dim=1) == guess.argmax(dim=1))
+        following = ids[0, text.first_scored :].clamp_max(known - 1)[:, None]
+        surprise += float((truth.gather(1, following) - guess.gather(1, following)).sum())
+    kl, same = torch.cat(divergences), torch.cat(agreements)
+    return Comparison(
+        kl=float(kl.mean().clamp_min(0.0)),
+        kl_p99=float(torch.quantile(kl, 0.99)),
+        top1=float(same.double().mean()),
+        ppl_ratio=math.exp(surprise / kl.numel()),
+        n_tokens=kl.numel(),
+    )
+
+
+def _log_probabilities(model: Any, ids: torch.Tensor, known: int) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1, :known]
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def compare_answers(
+    reference: Any, other: Any, tokenizer: Any, openings: Sequence[Sequence[int]]
+) -> tuple[float, float]:
+    """Compare greedy answers of two models.
+
+    Args:
+        reference: transformers model.
+        other: transformers model.
+        tokenizer: tells where an answer ends.
+        openings: token ids of prompts; at most GREEDY_PROMPTS, evenly spread, are asked.
+
+    Returns:
+        Mean share of an answer before the first difference, and share of identical answers.
+    """
+    step = max(1, -(-len(openings) // GREEDY_PROMPTS))
+    asked = [opening for opening in openings[::step] if opening]
+    if not asked:
+        return 1.0, 1.0
+    stop = end_tokens(reference, tokenizer)
+    first, second = (
+        decode_greedily(model, asked, max_new_tokens=GREEDY_TOKENS, stop_tokens=stop)
+        for model in (reference, other)
+    )
+    shares = [agreed_share(a, b) for a, b in zip(first, second, strict=True)]
+    same = [a == b for a, b in zip(first, second, strict=True)]
+    return sum(shares) / len(shares), sum(same) / len(same)
+
+
+def agreed_share(first: Sequence[int], second: Sequence[int]) -> float:
+    """Return the share of the longer answer that precedes the first difference.
+
+    Args:
+        first: token ids.
+        second: token ids.
+
+    Returns:
+        0 to 1; two empty answers agree.
+    """
+    longest = max(len(first), len(second))
+    agreed = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        agreed += 1
+    return agreed / longest if longest else 1.0
+
+
+def compare_weights(
+    base_dir: Path, tuned_dir: Path, delta_dir: Path, rebuilt_dir: Path
+) -> _WeightReport:
+    """Compare a rebuilt checkpoint with the original, one tensor in memory at a time.
+
+    Args:
+        base_dir: checkpoint folder of the backbone.
+        tuned_dir: checkpoint folder of the fine-tune.
+        delta_dir: the delta, whose digests were checked while rebuilding.
+        rebuilt_dir: checkpoint folder written from the delta.
+
+    Returns:
+        The worst quantised tensors, and counts of tensors that break a promise of the format.
+    """
+    base, tuned, rebuilt = (open_checkpoint(d) for d in (base_dir, tuned_dir, rebuilt_dir))
+    entries = open_delta(delta_dir, verify_digests=False).entries
+    shared = [name for name in tuned.tensors if name in rebuilt.tensors and name in entries]
+    other_layout = [n for n in tuned.layout if rebuilt.layout.get(n) != tuned.layout[n]]
+    errors, not_finite, not_exact = [], 0, 0
+    for name in shared:
+        if name in other_layout:
+            continue
+        ours, truth = load_tensor(rebuilt, name), load_tensor(tuned, name)
+        not_finite += int(ours.is_floating_point() and not torch.isfinite(ours).all())
+        if isinstance(entries[name], LowRankEntry | RowsEntry):
+            error = _delta_error(base, name, ours, truth)
+            errors.append(MatrixError(name=name, relative_error=error))
+        else:
+            not_exact += int(not torch.equal(ours, truth))
+    errors.sort(key=lambda error: -error.relative_error)
+    return _WeightReport(
+        worst=tuple(errors[:N_WORST]),
+        n_other_layout=len(other_layout) + len(rebuilt.layout.keys() - tuned.layout.keys()),
+        n_not_finite=not_finite,
+        n_not_exact=not_exact,
+    )
+
+
+def _delta_error(base: Checkpoint, name: str, ours: torch.Tensor, truth: torch.Tensor) -> float:
+    before = load_tensor(base, name)
+    rows = before.shape[0]
+    moved = torch.linalg.vector_norm(as_float32(truth[:rows]) - as_float32(before))
+    missed = torch.linalg.vector_norm(as_float32(ours[:rows]) - as_float32(truth[:rows]))
+    return float(missed / moved) if float(moved) else float(missed)
+
+
+def _list_checks(weights: _WeightReport, recovery: float, ppl_ratio: float) -> tuple[Check, ...]:
+    _, least_recovery, largest_drift = GRADES[-1]
+    drift = abs(ppl_ratio - 1)
+    checks = [
+        Check(
+            name="recovery",
+            ok=recovery >= least_recovery,
+            value=recovery,
+            threshold=least_recovery,
+        ),
+        Check(name="ppl_drift", ok=drift <= largest_drift, value=drift, threshold=largest_drift),
+        *(
+            Check(name=name, ok=count == 0, value=float(count), threshold=0.0)
+            for name, count in (
+                ("tensors_of_other_layout", weights.n_other_layout),
+                ("tensors_not_finite", weights.n_not_finite),
+                ("exact_tensors_that_differ", weights.n_not_exact),
+            )
+        ),
+    ]
+    return tuple(sorted(checks, key=lambda check: check.ok))
+
+
+def _all_sound(checks: Sequence[Check]) -> bool:
+    return all(check.ok for check in checks)
