@@ -1,13 +1,16 @@
 """Task scores by exact match, with one harness for backbone, fine-tune and delta."""
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
+from deltacome_core.models import load_model, load_tokenizer
+from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.texts import TextItem, read_texts
 
 MAX_NEW_TOKENS = 64
@@ -141,11 +144,49 @@ def summarise_subjects(reports: Mapping[str, EvalReport]) -> dict[str, Any]:
     """
     summary: dict[str, Any] = {name: report.to_json() for name, report in reports.items()}
     if "finetune" in reports and "delta" in reports:
-        paired = compare_hits(reports["finetune"], reports["delta"])
-        summary["paired"] = {
-            "gained": paired.gained,
-            "lost": paired.lost,
-            "difference": paired.difference,
-            "se": paired.se,
-        }
+        summary["paired"] = asdict(compare_hits(reports["finetune"], reports["delta"]))
     return summary
+
+
+def evaluate_subjects(
+    items_path: Path,
+    *,
+    base_dir: Path,
+    tuned_dir: Path | None = None,
+    delta_dir: Path | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Score backbone, fine-tune and delta with one harness, one model in memory at a time.
+
+    Args:
+        items_path: .jsonl file of prompt + answer lines.
+        base_dir: checkpoint folder of the backbone.
+        tuned_dir: checkpoint folder of the fine-tune, if it is to be scored.
+        delta_dir: the delta, if it is to be scored; rebuilt in a folder beside it.
+        max_new_tokens: length of the longest answer.
+        device: "cpu" or "cuda".
+
+    Returns:
+        The object of summarise_subjects.
+
+    Raises:
+        UserError: texts_invalid, tokenizer_missing, and what opening the folders raises.
+    """
+    items = read_evaluation(items_path)
+    folders = [folder for folder in (tuned_dir, delta_dir, base_dir) if folder is not None]
+    tokenizer = load_tokenizer(*folders)
+
+    def score(folder: Path) -> EvalReport:
+        model = load_model(folder, device=device)
+        return evaluate_exact_match(model, tokenizer, items, max_new_tokens=max_new_tokens)
+
+    reports = {"backbone": score(base_dir)}
+    if tuned_dir is not None:
+        reports["finetune"] = score(tuned_dir)
+    if delta_dir is not None:
+        with tempfile.TemporaryDirectory(dir=delta_dir.parent, prefix=".evaluate.") as scratch:
+            rebuilt = Path(scratch) / "checkpoint"
+            reconstruct_checkpoint(base_dir, delta_dir, rebuilt, device=device)
+            reports["delta"] = score(rebuilt)
+    return summarise_subjects(reports)

@@ -65,6 +65,11 @@ MESSAGES: dict[str, Message] = {
         what="{device} was asked for, but this machine does not offer it.",
         do="Choose another device, for example cpu.",
     ),
+    "dtype_unknown": Message(
+        title="The data type is not known",
+        what="{name} is not one of {known}.",
+        do="Choose one of them, or leave the option out.",
+    ),
     "duplicate_tensor": Message(
         title="A tensor is stored twice",
         what="{name} occurs more than once in {file}.",

@@ -37,6 +37,18 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the float dtype of that name.
+
+    Raises:
+        UserError: dtype_unknown.
+    """
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise UserError("dtype_unknown", name=name, known=sorted(known))
+    return known[name]
+
+
 def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """Return the dtype a checkpoint runs in: its own on a GPU, fp32 on a CPU.
 
@@ -122,7 +134,9 @@ def build_skeleton(directory: Path, dtype: torch.dtype) -> Any:
         config = _library.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            model = _library.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = _library.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
     except (ValueError, KeyError) as error:
         raise UserError("architecture_unknown", reason=str(error)[:200]) from error
     finally:

@@ -1,0 +1,309 @@
+"""The `deltacome` command: text for people goes to stderr, data to stdout."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from deltacome_core.errors import UserError
+
+if TYPE_CHECKING:
+    from deltacome_core.compress import LayerDone
+
+EXIT_FAILURE = 1
+EXIT_INTEGRITY = 7
+EXIT_INCOMPATIBLE = 12
+_EXIT_CODES = {
+    "file_digest_mismatch": EXIT_INTEGRITY,
+    "delta_invalid": EXIT_INTEGRITY,
+    "file_truncated": EXIT_INTEGRITY,
+    "header_truncated": EXIT_INTEGRITY,
+    "backbone_mismatch": EXIT_INCOMPATIBLE,
+    "backbone_digest_mismatch": EXIT_INCOMPATIBLE,
+    "shape_mismatch": EXIT_INCOMPATIBLE,
+}
+_BYTES_PER_MIB = 1 << 20
+
+# Rich is left out of help and tracebacks: importing it takes longer than all the rest.
+app = typer.Typer(
+    name="deltacome",
+    help="Keep full fine-tunes as verified packed deltas to their backbone.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Base = Annotated[Path, typer.Option(help="Checkpoint folder of the backbone.")]
+Tuned = Annotated[Path, typer.Option(help="Checkpoint folder of the fine-tune.")]
+DeltaDir = Annotated[Path, typer.Option("--delta", help="Folder of the delta.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+Url = Annotated[
+    str, typer.Option(envvar="DELTACOME_URL", help="Address of the hub.", show_default=False)
+]
+Token = Annotated[
+    str, typer.Option(envvar="DELTACOME_TOKEN", help="API token.", show_default=False)
+]
+
+
+@app.command()
+def compress(
+    *,
+    base: Base,
+    tuned: Tuned,
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    recipe: Annotated[str, typer.Option(help="come or datafree.")] = "come",
+    bits_per_param: Annotated[
+        float, typer.Option(help="Budget of the low-rank matrices, all overhead counted.")
+    ] = 1.0,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text (.txt or .jsonl) of the kind the fine-tune is for.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Compress a fine-tune into a delta; a killed run continues where it stopped."""
+    from deltacome_core.compress import compress_checkpoint
+    from deltacome_core.recipe import get_recipe
+
+    report = compress_checkpoint(
+        base,
+        tuned,
+        out,
+        get_recipe(recipe, bits_per_param=bits_per_param),
+        calibration=calibration,
+        device=device,
+        on_layer=_tell_layer,
+    )
+    _tell(
+        f"{out}: {report.total_bytes / _BYTES_PER_MIB:.2f} MiB, {report.ratio:.2f}x smaller, "
+        f"{report.bits_per_param:.3f} bits per parameter, {report.seconds:.1f} s"
+    )
+    _print_json(report.to_json(), wanted=as_json)
+
+
+def _tell_layer(done: "LayerDone") -> None:
+    where = f"layer {done.index + 1}/{done.n_layers} {done.group}"
+    if done.resumed:
+        _tell(f"{where}: already done")
+    else:
+        _tell(f"{where}: {done.n_matrices} matrices, {done.seconds:.2f} s")
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of the delta.")], *, as_json: AsJson = False
+) -> None:
+    """Show where the bytes of a delta go."""
+    from deltacome_core.inspection import inspect_delta
+
+    report = inspect_delta(path)
+    _tell(
+        f"{report.manifest.fine_tune.architecture}, {report.n_params:,} parameters, "
+        f"recipe {report.manifest.recipe.name}\n"
+        f"{report.total_bytes:,} bytes, {report.ratio:.2f}x smaller, "
+        f"{report.bits_per_param:.3f} bits per parameter"
+    )
+    for name, size_bytes in asdict(report.sizes).items():
+        _tell(f"  {name:<11}{size_bytes:>14,}")
+    _print_json(report.to_json(), wanted=as_json)
+
+
+@app.command()
+def verify(
+    *,
+    base: Base,
+    tuned: Tuned,
+    delta: DeltaDir,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Held-out texts (.jsonl or .txt); built in by default.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a delta with the fine-tune it stands for; exit 1 when it fails."""
+    from deltacome_core.verify import save_report, verify_delta
+
+    chosen = () if prompts is None else (prompts,)
+    report = verify_delta(base, tuned, delta, prompts=chosen, device=device)
+    save_report(report, delta)
+    _tell(
+        f"grade {report.grade}: recovery {report.recovery:.4f}, KL {report.kl:.5f}, "
+        f"top-1 {report.top1:.4f}, perplexity ratio {report.ppl_ratio:.4f}, "
+        f"greedy match {report.greedy_match:.3f}"
+    )
+    for check in report.checks:
+        state = "ok" if check.ok else "FAILED"
+        _tell(f"  {check.name}: {check.value:.5g} (threshold {check.threshold:g}) {state}")
+    _print_json(report.to_json(), wanted=as_json)
+    if report.grade == "F":
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def evaluate(
+    *,
+    base: Base,
+    items: Annotated[Path, typer.Option(help='.jsonl file of {"prompt", "answer"} lines.')],
+    tuned: Annotated[Path | None, typer.Option(help="Checkpoint folder of the fine-tune.")] = None,
+    delta: Annotated[Path | None, typer.Option(help="Folder of the delta.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the longest answer.")] = 64,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Score backbone, fine-tune and delta on the same items by exact match."""
+    from deltacome_core.evaluate import evaluate_subjects
+
+    summary = evaluate_subjects(
+        items,
+        base_dir=base,
+        tuned_dir=tuned,
+        delta_dir=delta,
+        max_new_tokens=max_new_tokens,
+        device=device,
+    )
+    for subject in ("backbone", "finetune", "delta"):
+        if subject in summary:
+            found = summary[subject]
+            _tell(f"{subject:<9} {found['accuracy']:.4f} ± {found['se']:.4f} (n = {found['n']})")
+    _print_json(summary, wanted=as_json)
+
+
+@app.command()
+def reconstruct(
+    *,
+    base: Base,
+    delta: DeltaDir,
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; the fine-tune's by default.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Write the fine-tune as a checkpoint that transformers loads."""
+    from deltacome_core.models import parse_dtype, resolve_device
+    from deltacome_core.reconstruct import reconstruct_checkpoint
+
+    report = reconstruct_checkpoint(
+        base,
+        delta,
+        out,
+        dtype=None if dtype is None else parse_dtype(dtype),
+        device=resolve_device(device),
+    )
+    _tell(f"{out}: {report.n_tensors} tensors, {report.size_bytes / _BYTES_PER_MIB:.2f} MiB")
+    _print_json(asdict(report) | {"path": str(out)}, wanted=as_json)
+
+
+@app.command()
+def push(  # noqa: PLR0913 - one parameter for each option
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    repo: Annotated[str, typer.Argument(help="namespace/name.")],
+    *,
+    url: Url,
+    token: Token,
+    kind: Annotated[str, typer.Option(help="delta or backbone.")] = "delta",
+    backbone: Annotated[
+        str | None, typer.Option(help="namespace/name of the backbone; found by default.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="come or datafree.")] = "come",
+    bits_per_param: Annotated[float, typer.Option(help="Budget of the matrices.")] = 1.0,
+    visibility: Annotated[str, typer.Option(help="public or private.")] = "private",
+    wait: Annotated[bool, typer.Option(help="Wait for the end of the job.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a checkpoint to a hub; a second call continues a broken one."""
+    from deltacome_core.client import HubClient
+
+    with HubClient(url, token) as client:
+        job = client.push(
+            folder,
+            repo,
+            on_progress=_progress("sent"),
+            kind=kind,
+            backbone=backbone,
+            recipe=recipe,
+            bits_per_param=bits_per_param,
+            visibility=visibility,
+        )
+        _tell(f"job {job.id} is {job.state}")
+        if wait:
+            job = client.wait(job.id, on_update=lambda now: _tell(f"{now.state} {now.step}"))
+    _print_json(asdict(job), wanted=as_json)
+    if job.is_finished and job.state != "DONE":
+        _tell(job.error or job.state)
+        raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="namespace/name or namespace/name@revision.")],
+    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
+    *,
+    url: Url,
+    token: Annotated[
+        str | None, typer.Option(envvar="DELTACOME_TOKEN", help="API token.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a revision; a second call continues a broken one."""
+    from deltacome_core.client import HubClient
+
+    with HubClient(url, token) as client:
+        pulled = client.pull(name, folder, on_progress=_progress("on disk"))
+    _tell(f"{pulled.name} is in {folder}")
+    _print_json(asdict(pulled) | {"folder": str(folder)}, wanted=as_json)
+
+
+def _progress(verb: str) -> Callable[[int, int], None]:
+    def tell(done_bytes: int, total_bytes: int) -> None:
+        done, total = done_bytes / _BYTES_PER_MIB, total_bytes / _BYTES_PER_MIB
+        _tell(f"{done:.1f} of {total:.1f} MiB {verb}")
+
+    return tell
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _print_json(document: dict[str, Any], *, wanted: bool) -> None:
+    if wanted:
+        typer.echo(json.dumps(document, ensure_ascii=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+
+    Raises:
+        SystemExit: 0 done, 1 failed, 2 wrong usage, 7 damaged files, 12 checkpoints that do not
+            belong together.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=given, prog_name="deltacome")
+    except UserError as error:
+        _tell(str(error))
+        if "--json" in given:
+            failure = {"code": error.code, "message": str(error), "params": error.params}
+            _print_json({"error": failure}, wanted=True)
+        sys.exit(_EXIT_CODES.get(error.code, EXIT_FAILURE))
+    except BrokenPipeError:
+        # The reader of stdout went away; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILURE)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
