@@ -118,4 +118,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
         Its elements in row-major order, little-endian.
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 1:
+        # One element counts as contiguous whatever its stride says, and then has no byte view.
+        flat = flat.as_strided((1,), (1,))
     return flat.view(torch.uint8).numpy().data

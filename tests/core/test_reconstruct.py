@@ -267,8 +267,8 @@ def test_transformers_loads_the_result_and_computes_the_same(tmp_path, tied, new
             load_model(tmp_path / name)(tokens).logits[..., :64]
             for name in ("base", "tuned", "out")
         )
-    # Half the rank at 8 bits keeps most of the change; the same input on the backbone does not.
-    assert (near - goal).norm() < 0.6 * (far - goal).norm()
+    # Rank 24 of 48 at 8 bits leaves 0.16 to 0.18 of the backbone's distance (measured).
+    assert (near - goal).norm() < 0.3 * (far - goal).norm()
     base, delta = open_checkpoint(tmp_path / "base"), open_delta(tmp_path / "delta")
     loaded = load_model(tmp_path / "out").state_dict()
     for name in delta.names:
