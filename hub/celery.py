@@ -37,7 +37,8 @@ app.conf.update(
         "global_keyprefix": "dch:",
     },
     task_default_queue="io",
-    task_queues=[Queue("io"), Queue("gpu")],
+    # Without its own key each queue gets the default one, and every message goes to both.
+    task_queues=[Queue("io", routing_key="io"), Queue("gpu", routing_key="gpu")],
     task_routes={
         "workers.tasks.ingest": {"queue": "io"},
         "workers.tasks.publish": {"queue": "io"},
