@@ -15,23 +15,10 @@ from deltacome_core.entries import (
     UnchangedEntry,
 )
 from deltacome_core.errors import UserError
-from deltacome_core.inspection import InspectReport, inspect_delta
 from deltacome_core.manifest import DeltaManifest
 from deltacome_core.packed import ExactTensor, PackedMatrix, PackedTensor
-from deltacome_core.parts import Part, read_part, write_delta, write_part
 from deltacome_core.payload import check_packed, matrix_from_payload, rows_from_payload
 from deltacome_core.tensors import TORCH_DTYPES, read_bytes
-
-__all__ = [
-    "Delta",
-    "InspectReport",
-    "Part",
-    "inspect_delta",
-    "open_delta",
-    "read_part",
-    "write_delta",
-    "write_part",
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

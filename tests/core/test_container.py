@@ -19,14 +19,15 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from deltacome_core.checkpoint import open_checkpoint
-from deltacome_core.container import inspect_delta, open_delta, read_part, write_delta, write_part
+from deltacome_core.container import open_delta
 from deltacome_core.delta_folder import hash_file
 from deltacome_core.entries import UnchangedEntry
 from deltacome_core.errors import InternalError, UserError
+from deltacome_core.inspection import inspect_delta
 from deltacome_core.layout import RankBand
 from deltacome_core.manifest import read_manifest
 from deltacome_core.packed import ExactTensor, PackedMatrix, PackedRows
-from deltacome_core.parts import describe
+from deltacome_core.parts import describe, read_part, write_delta, write_part
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload
 from deltacome_core.safetensors_file import read_header
 from deltacome_core.tensors import tensor_bytes

@@ -4,7 +4,8 @@ import golden
 import pytest
 import torch
 
-from deltacome_core.container import inspect_delta, open_delta
+from deltacome_core.container import open_delta
+from deltacome_core.inspection import inspect_delta
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import ExactTensor
 
