@@ -157,7 +157,7 @@ def write_calibration() -> str:
     blocks: list[str] = []
     size = 0
     while size < CALIBRATION_CHARACTERS:
-        if essays and len(blocks) % 9 == 0:
+        if essays and len(blocks) % 6 == 0:
             block = essays.pop(0)
         else:
             block = writers[len(blocks) % len(writers)]()
