@@ -35,10 +35,13 @@ def limit_body(app: App, *, max_bytes: int) -> App:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            # A chunked body has no declared length: cut the connection when it grows too long.
+            # A chunked body has no declared length: stop reading when it grows too long.
             return {"type": "http.disconnect"} if received > max_bytes else message
 
         await app(scope, counted, send)
+        if received > max_bytes:
+            # Django took it for a client that went away, and has not answered.
+            await _refuse(send)
 
     return limited
 

@@ -15,6 +15,7 @@ from hub.models import File, Repo, Revision
 Row = TypeVar("Row", bound=Model)
 PAGE_ROWS = 50
 MAX_QUERY_CHARS = 100
+LATEST = "latest"
 NUMBER = re.compile(r"\Av([1-9][0-9]{0,8})\Z")
 DIGEST = re.compile(r"\Asha256:([0-9a-f]{64})\Z")
 
@@ -100,7 +101,7 @@ def find_revision(user: access.AnyUser, name: str) -> Revision:
         UserError: not_found, revision_unknown.
     """
     repo_name, _, revision = name.partition("@")
-    return get_revision(access.get_repo(user, *split_name(repo_name)), revision or "latest")
+    return get_revision(access.get_repo(user, *split_name(repo_name)), revision or LATEST)
 
 
 def get_revision(repo: Repo, name: str) -> Revision:
@@ -110,7 +111,7 @@ def get_revision(repo: Repo, name: str) -> Revision:
         UserError: revision_unknown.
     """
     revisions = repo.revisions.select_related("repo__namespace", "backbone__repo__namespace")
-    if name == "latest":
+    if name == LATEST:
         found = revisions.published().order_by("-number").first()
     elif match := NUMBER.match(name):
         found = revisions.downloadable().filter(number=int(match[1])).first()

@@ -43,6 +43,7 @@ app.conf.update(
         "workers.tasks.ingest": {"queue": "io"},
         "workers.tasks.publish": {"queue": "io"},
         "workers.tasks.sweep": {"queue": "io"},
+        "workers.tasks.tidy": {"queue": "io"},
         "workers.tasks.compress": {"queue": "gpu"},
         "workers.tasks.verify": {"queue": "gpu"},
         "workers.tasks.evaluate": {"queue": "gpu"},
@@ -52,6 +53,11 @@ app.conf.update(
             "task": "workers.tasks.sweep",
             "schedule": settings.SWEEP_S,
             "options": {"expires": settings.SWEEP_S},
-        }
+        },
+        "tidy": {
+            "task": "workers.tasks.tidy",
+            "schedule": settings.TIDY_S,
+            "options": {"expires": settings.TIDY_S},
+        },
     },
 )

@@ -4,6 +4,9 @@ from asgiref.sync import iscoroutinefunction, markcoroutinefunction
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
 
+from deltacome_core.errors import UserError
+from hub.api.errors import error_response
+
 CONTENT_SECURITY_POLICY = (
     "default-src 'none';"
     " script-src 'self';"
@@ -42,13 +45,22 @@ class SecurityHeaders:
             markcoroutinefunction(self)
 
     def __call__(self, request: HttpRequest) -> HttpResponseBase | Awaitable[HttpResponseBase]:
-        response = self.get_response(request)
-        if isinstance(response, HttpResponseBase):
+        response = refuse_nul(request) or self.get_response(request)
+        if not self.is_async and isinstance(response, HttpResponseBase):
             return add_headers(response)
         return self._add_later(response)
 
-    async def _add_later(self, response: Awaitable[HttpResponseBase]) -> HttpResponseBase:
-        return add_headers(await response)
+    async def _add_later(
+        self, response: HttpResponseBase | Awaitable[HttpResponseBase]
+    ) -> HttpResponseBase:
+        return add_headers(response if isinstance(response, HttpResponseBase) else await response)
+
+
+def refuse_nul(request: HttpRequest) -> HttpResponseBase | None:
+    """No name of ours holds a NUL, and PostgreSQL refuses a query that does."""
+    if "\0" in request.path_info or "%00" in request.META.get("QUERY_STRING", ""):
+        return error_response(UserError("invalid"))
+    return None
 
 
 def add_headers(response: HttpResponseBase) -> HttpResponseBase:

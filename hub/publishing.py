@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
+from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.db.models import Max
 from django.db.models.functions import Now
 
 from deltacome_core.errors import UserError
-from hub import audit, jobs
+from hub import audit, catalog, jobs
 from hub.models import (
     Alias,
     ApiToken,
@@ -181,6 +182,18 @@ def yank_revision(
 
 
 def set_alias(repo: Repo, name: str, revision: Revision) -> Alias:
+    """Point a name of the repo at a revision.
+
+    Raises:
+        UserError: name_unsafe for a name that means something else.
+    """
+    alias = Alias(repo=repo, name=name, revision=revision)
+    try:
+        alias.clean_fields()
+    except ValidationError:
+        raise UserError("name_unsafe", name=ascii(name[:80])) from None
+    if name == catalog.LATEST or catalog.NUMBER.match(name):
+        raise UserError("name_unsafe", name=name)
     alias, _ = Alias.objects.update_or_create(repo=repo, name=name, defaults={"revision": revision})
     return alias
 

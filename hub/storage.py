@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -153,7 +153,7 @@ class S3Store:
             else {"Range": f"bytes={start}-{'' if end is None else end - 1}"}
         )
         found = self.client.get_object(Bucket=self.bucket, Key=self.key(sha256), **span)
-        with found["Body"] as body:
+        with closing(found["Body"]) as body:
             yield from body.iter_chunks(CHUNK_BYTES)
 
     def delete(self, sha256: str) -> None:

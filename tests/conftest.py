@@ -74,6 +74,26 @@ def bearer():
 
 
 @pytest.fixture
+def later():
+    """Return a function that does some work in a thread after a pause; the test waits for it."""
+    threads = []
+
+    def start(pause_s, work):
+        def run():
+            try:
+                work()
+            finally:
+                connections.close_all()
+
+        threads.append(threading.Timer(pause_s, run))
+        threads[-1].start()
+
+    yield start
+    for thread in threads:
+        thread.join(timeout=30)
+
+
+@pytest.fixture
 def data_dir(settings, tmp_path):
     """Give this test a data folder of its own."""
     settings.DATA_DIR = tmp_path / "data"

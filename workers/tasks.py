@@ -1,6 +1,6 @@
 """The Celery tasks: names match `hub.jobs.STEPS`, and the only argument is a job id."""
 
-from hub import jobs
+from hub import blobs, jobs, uploads
 from hub.celery import app
 from workers.step import run_step
 
@@ -33,3 +33,9 @@ def publish(job_id: str) -> None:
 @app.task(name="workers.tasks.sweep")
 def sweep() -> None:
     jobs.sweep()
+
+
+@app.task(name="workers.tasks.tidy")
+def tidy() -> None:
+    uploads.expire_uploads()
+    blobs.prune_blobs()

@@ -22,6 +22,14 @@ def test_each_step_has_its_queue(step):
     assert queue == ("io" if step in {"ingest", "publish"} else "gpu")
 
 
+def test_what_runs_by_the_clock_is_a_registered_task_of_the_io_queue():
+    app.loader.import_default_modules()
+    timed = {entry["task"] for entry in app.conf.beat_schedule.values()}
+    assert timed == {"workers.tasks.sweep", "workers.tasks.tidy"}
+    assert timed <= set(app.tasks)
+    assert {app.conf.task_routes[name]["queue"] for name in timed} == {"io"}
+
+
 def read_queue(settings, queue):
     client = redis.Redis.from_url(settings.REDIS_URL)
     with client:

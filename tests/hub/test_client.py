@@ -1,6 +1,5 @@
 import json
 import os
-import threading
 
 import factories
 import httpx
@@ -100,13 +99,11 @@ def test_a_folder_without_weights_is_no_checkpoint(hub, tmp_path):
     assert caught.value.code == "not_a_checkpoint"
 
 
-def test_waiting_ends_with_the_job(hub, acme):
+def test_waiting_ends_with_the_job(hub, acme, later):
     job = factories.make_job(factories.make_repo(acme))
-    timer = threading.Timer(0.3, lambda: Job.objects.filter(pk=job.pk).update(state="DONE"))
-    timer.start()
+    later(0.3, lambda: Job.objects.filter(pk=job.pk).update(state="DONE"))
     states = []
     assert hub.wait(str(job.pk), on_update=lambda seen: states.append(seen.state)).is_finished
-    timer.join()
     assert states[-1] == "DONE"
 
 

@@ -1,5 +1,4 @@
 import json
-import threading
 
 import factories
 import pytest
@@ -53,11 +52,9 @@ def test_a_finished_job_replays_everything_and_closes(live_client, job, headers,
     assert found[-1][2]["code"] == "nan_weights"
 
 
-def test_events_arrive_while_the_job_runs(live_client, job, headers, redis_server):
-    timer = threading.Timer(0.4, lambda: finish(Job.objects.get(pk=job.pk)))
-    timer.start()
+def test_events_arrive_while_the_job_runs(live_client, job, headers, redis_server, later):
+    later(0.4, lambda: finish(Job.objects.get(pk=job.pk)))
     found = read(live_client, job, headers)
-    timer.join()
     assert [kind for _, kind, _ in found] == ["stage", "stage", "progress", "done"]
     assert found[0][2]["state"] == "QUEUED"
 
@@ -107,14 +104,12 @@ def test_a_quiet_stream_is_kept_alive(live_client, job, headers, redis_server, s
 
 
 def test_the_stream_ends_with_the_right_to_see_it(
-    live_client, job, bob, headers, redis_server, settings
+    live_client, job, bob, headers, redis_server, settings, later
 ):
     settings.SSE_HEARTBEAT_S = 0.2
-    timer = threading.Timer(0.3, lambda: bob.memberships.all().delete())
-    timer.start()
+    later(0.3, lambda: bob.memberships.all().delete())
     token = {"authorization": f"Bearer {factories.make_token(bob)}"}
     assert [kind for _, kind, _ in read(live_client, job, token)] == ["stage"]
-    timer.join()
 
 
 @pytest.mark.parametrize("last_id", ["x", "1", "1-", "-1-1", "9" * 40 + "-1"])
