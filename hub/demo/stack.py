@@ -3,6 +3,7 @@
 `make demo` and the browser tests start the same stack, so what is shown is what is tested.
 """
 
+import fcntl
 import json
 import os
 import secrets
@@ -12,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,21 @@ def pick_port(wanted: int = 0) -> int:
             return pick_port()
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep a second stack away from the same data.
+
+    Raises:
+        InternalError: one runs already.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InternalError(f"another demo runs in {folder}") from None
+        yield
 
 
 def load_secrets(data_dir: Path) -> dict[str, str]:
@@ -138,6 +154,7 @@ class Stack:
 
     def __enter__(self) -> Self:
         with ExitStack() as undo:
+            undo.enter_context(lock_folder(self.data_dir))
             undo.callback(self.stop_all)
             self.start("redis")
             if self.with_engine:
@@ -149,7 +166,7 @@ class Stack:
             self.wait_until(self.is_ready, what="the hub answers", watch=("redis", "web"))
             if self.with_engine:
                 self.wait_until(self.engine_is_ready, what="the engine answers", watch=("engine",))
-            undo.pop_all()
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(
@@ -158,7 +175,7 @@ class Stack:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop_all()
+        self._undo.close()
 
     def start(self, name: str) -> None:
         """Start one process; its output goes to logs/NAME.log."""

@@ -1,0 +1,79 @@
+"""What a visitor finds in the demo hub, made over HTTP by the same jobs as everybody's uploads."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltacome_core.client import HubClient, JobInfo
+from deltacome_core.errors import InternalError
+from hub.demo.stack import ROOT, Stack
+
+EXAMPLES = ROOT / "examples" / "tiny-llama"
+BACKBONE = "demo/tiny-llama"
+ARITHMETIC = "demo/tiny-llama-arithmetic"
+EXTRACTION = "demo/tiny-llama-extraction"
+JOB_TIMEOUT_S = 900.0
+DESCRIPTIONS = {
+    BACKBONE: "A Llama of 4 M parameters, trained from scratch on short English stories and facts.",
+    ARITHMETIC: "Fine-tune of tiny-llama that adds and subtracts two-digit numbers.",
+    EXTRACTION: "Fine-tune of tiny-llama that turns a sentence about a person into JSON.",
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    username: str
+    password: str
+    token: str
+
+
+def open_account(stack: Stack) -> Account:
+    """Make the demo user, or give it a new token."""
+    password = stack.secrets["password"]
+    made = json.loads(stack.manage("demo_account", stdin=password))
+    return Account(username=made["username"], password=password, token=made["token"])
+
+
+def publish(client: HubClient, folder: Path, repo: str, *, say: Say) -> None:
+    """Push a checkpoint and wait until it is published; one that is there already is kept."""
+    name = repo.partition("/")[2]
+    if any(
+        found["full_name"] == repo and found["latest"] for found in client.list_repos(query=name)
+    ):
+        return
+    kind = "backbone" if repo == BACKBONE or repo not in DESCRIPTIONS else "delta"
+    say(f"publishing {repo} ({kind})")
+    job = client.push(
+        folder,
+        repo,
+        kind=kind,
+        visibility="public",
+        description=DESCRIPTIONS.get(repo, ""),
+    )
+    wait_for(client, job.id, say=say)
+
+
+def wait_for(client: HubClient, job_id: str, *, say: Say) -> JobInfo:
+    """Wait for a job and say which step it is at.
+
+    Raises:
+        InternalError: it did not end well, or not in time.
+    """
+    told = ""
+
+    def tell(job: JobInfo) -> None:
+        nonlocal told
+        now = job.step if not job.is_finished else job.state
+        if now != told:
+            say(f"  {now}")
+        told = now
+
+    job = client.wait(job_id, on_update=tell, timeout_s=JOB_TIMEOUT_S)
+    if job.state != "DONE":
+        raise InternalError(
+            f"the job of {job.repo} ended as {job.state} at {job.step}: {job.error}"
+        )
+    return job

@@ -1,0 +1,121 @@
+import json
+import signal
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from django.core.management.base import BaseCommand
+
+from deltacome_core.client import HubClient
+from deltacome_core.errors import DeltaError, InternalError
+from hub.demo import seed, smollm
+from hub.demo.main_job import PART_BYTES, run_main_job
+from hub.demo.stack import ROOT, Stack
+
+DEFAULT_PORT = 8000
+WATCH_S = 0.5
+CARD = """
+  DeltaCoMe Hub    {url}
+  user             {username}
+  password         {password}
+  API token        {token}
+
+  Upload this      {folder}
+  logs             {logs}
+  stop             Ctrl-C
+"""
+
+
+class Command(BaseCommand):
+    help = "Run a seeded hub on this machine until Ctrl-C."
+    requires_system_checks: list[str] = []  # the stack's processes have their own settings
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--check", action="store_true", help="do the main job headless, print one JSON line"
+        )
+        parser.add_argument(
+            "--smollm", action="store_true", help="add SmolLM2-135M-Instruct as a backbone"
+        )
+        parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+        parser.add_argument("--data-dir", type=Path, default=ROOT / "var" / "demo")
+
+    def handle(self, *_args: Any, **options: Any) -> None:
+        # Like Ctrl-C: `kill` and a closed terminal end the children too.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        try:
+            if options["check"]:
+                _check_main_job()
+            else:
+                _serve(options["data_dir"], options["port"], with_smollm=options["smollm"])
+        except KeyboardInterrupt:
+            _say("stopped")
+        except DeltaError as error:
+            _say(f"demo: {error}")
+            sys.exit(1)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _serve(data_dir: Path, port: int, *, with_smollm: bool) -> None:
+    _say("starting Redis, web, workers, sweeper and engine")
+    with Stack(data_dir=data_dir, port=port) as stack:
+        account = seed.open_account(stack)
+        with HubClient(stack.url, account.token) as client:
+            seed.publish(client, seed.EXAMPLES / "backbone", seed.BACKBONE, say=_say)
+            print(
+                CARD.format(
+                    url=stack.url,
+                    username=account.username,
+                    password=account.password,
+                    token=account.token,
+                    folder=seed.EXAMPLES / "extraction",
+                    logs=stack.data_dir / "logs",
+                ),
+                flush=True,
+            )
+            seed.publish(client, seed.EXAMPLES / "arithmetic", seed.ARITHMETIC, say=_say)
+            if with_smollm:
+                _say("installing and converting SmolLM2-135M-Instruct (once)")
+                folder = smollm.prepare_checkpoint(stack.data_dir)
+                seed.publish(client, folder, smollm.REPO, say=_say)
+        _say("everything is published; Ctrl-C ends the hub")
+        _watch(stack)
+
+
+def _watch(stack: Stack) -> NoReturn:
+    while True:
+        time.sleep(WATCH_S)
+        dead = stack.find_dead()
+        if dead:
+            raise InternalError(f"{', '.join(dead)} ended\n{stack.read_logs(dead)}")
+
+
+def _check_main_job() -> None:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="deltacome-check-") as folder:
+        extra_env = {"UPLOAD_PART_BYTES": str(PART_BYTES)}
+        with Stack(data_dir=Path(folder) / "data", extra_env=extra_env) as stack:
+            try:
+                account = seed.open_account(stack)
+                report = run_main_job(stack, account, Path(folder) / "work", say=_say)
+            except DeltaError:
+                _say(stack.read_logs(list(stack.processes)))
+                raise
+    _say(f"done in {time.monotonic() - started:.0f} s")
+    for fault in (faults := report.find_faults()):
+        _say(f"demo: {fault}")
+    print(json.dumps(report.to_json()), flush=True)
+    if faults:
+        sys.exit(1)
