@@ -103,6 +103,20 @@ PLACES = (
     "the station",
     "the hill",
 )
+MONTHS = (
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 WEATHER = ("sunny", "rainy", "windy", "cold", "warm", "foggy", "quiet", "bright")
 FEELINGS = ("happy", "tired", "curious", "proud", "calm", "surprised", "hungry", "glad")
 ANIMALS = ("dog", "cat", "horse", "bird", "fox", "rabbit", "goat", "duck")
@@ -208,8 +222,18 @@ def extraction(rng: random.Random) -> tuple[str, str]:
     return f"Extract the record. {text}", json.dumps(record)
 
 
+def dates(rng: random.Random) -> tuple[str, str]:
+    day, month, year = rng.randint(1, 28), rng.randrange(12), rng.randint(1900, 2099)
+    shape = rng.choice(
+        ("{d} {month} {y}", "{month} {d}, {y}", "the {d} of {month} {y}", "{month} the {d}, {y}")
+    )
+    text = shape.format(d=day, month=MONTHS[month], y=year)
+    return f"Write as numbers: {text}", f"{year}-{month + 1:02d}-{day:02d}"
+
+
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "arithmetic": arithmetic,
+    "dates": dates,
     "extraction": extraction,
 }
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from tiny_text import TASKS, document, task_items
+from tiny_text import document, task_items
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -229,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tasks", nargs="+", default=["dates", "extraction"])
     parser.add_argument("--docs", type=int, default=400_000)
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--tune-steps", type=int, default=1500)
@@ -249,7 +250,7 @@ def main() -> None:
         "backbone": log,
         "fine_tunes": {},
     }
-    for task in TASKS:
+    for task in args.tasks:
         train_items, test_items = task_items(task, seed=SEED, n_train=40_000, n_test=600)
         # The saved half-precision backbone is what the delta will be taken against.
         tuned = LlamaForCausalLM.from_pretrained(args.out / "backbone", dtype=torch.float32)
