@@ -48,11 +48,11 @@ def openai_route(*methods: str) -> Callable[[View], View]:
     def decorate(view: View) -> View:
         @csrf_exempt
         @wraps(view)
-        async def handle(request: HttpRequest, *args: str) -> HttpResponseBase:
+        async def handle(request: HttpRequest, **captured: str) -> HttpResponseBase:
             try:
                 _check_method(request, methods)
                 user = await sync_to_async(_authenticate)(request)
-                response = await view(request, user, *args)
+                response = await view(request, user, **captured)
             except Refusal as refusal:
                 response = JsonResponse({"error": refusal.body}, status=refusal.status)
                 if refusal.retry_after_s is not None:
