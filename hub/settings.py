@@ -190,6 +190,8 @@ SECURE_HSTS_PRELOAD = not INSECURE_HTTP
 SECURE_CONTENT_TYPE_NOSNIFF = True
 SECURE_REFERRER_POLICY = "same-origin"
 SECURE_CROSS_ORIGIN_OPENER_POLICY = "same-origin"
+# hub.middleware sends X-Frame-Options with the other headers.
+SILENCED_SYSTEM_CHECKS = ["security.W002"]
 if envbool("BEHIND_PROXY", default=False):
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 

@@ -61,6 +61,7 @@ class FileStatusSerializer(serializers.Serializer[Any]):
 class UploadSerializer(serializers.ModelSerializer[Upload]):
     repo = serializers.CharField()
     backbone = serializers.SerializerMethodField()
+    part_size_bytes = serializers.IntegerField()
     layout = serializers.DictField(allow_null=True)
     files = serializers.SerializerMethodField()
     job = serializers.SerializerMethodField()
@@ -111,6 +112,11 @@ class RevisionSerializer(serializers.ModelSerializer[Revision]):
     digest = serializers.SerializerMethodField()
     backbone = RevisionNameSerializer(allow_null=True)
     recipe = serializers.DictField()
+    # Declared, because the bounds that Django derives differ from database to database.
+    number = serializers.IntegerField(allow_null=True)
+    size_bytes = serializers.IntegerField()
+    source_size_bytes = serializers.IntegerField()
+    n_params = serializers.IntegerField()
     ratio = serializers.FloatField()
 
     class Meta:
@@ -207,6 +213,8 @@ class JobSerializer(serializers.ModelSerializer[Job]):
     revision = serializers.SerializerMethodField()
     steps = serializers.SerializerMethodField()
     done_steps = StepSerializer(source="steps", many=True)
+    attempt = serializers.IntegerField()
+    max_attempts = serializers.IntegerField()
     progress = serializers.DictField()
     error = serializers.SerializerMethodField()
 

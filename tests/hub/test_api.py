@@ -192,3 +192,10 @@ def test_production_cookies_are_host_bound_and_secure():
         [sys.executable, "-c", script], cwd=ROOT, env={}, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["True", "True", "__Host-sessionid", "True", "True", "False"]
+
+
+def test_the_deployment_check_finds_nothing_in_the_default_settings():
+    env = {"SECRET_KEY": "".join(map(chr, range(48, 123))), "TOKEN_PEPPER": "pepper"}
+    command = [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

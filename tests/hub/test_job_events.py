@@ -14,6 +14,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 def job(acme):
     job = factories.make_job(factories.make_repo(acme))
     job.events.create(new="QUEUED", step="ingest", attempt=0)
+    jobs.announce(job)
     return job
 
 
@@ -45,14 +46,14 @@ def finish(job):
     jobs.fail(lease, "nan_weights", {"tensors": ["a"]}, retryable=False)
 
 
-def test_a_finished_job_replays_everything_and_closes(live_client, job, headers, redis_server):
+def test_a_finished_job_replays_everything_and_closes(live_client, redis_server, job, headers):
     finish(job)
     found = read(live_client, job, headers)
-    assert [kind for _, kind, _ in found] == ["stage", "progress", "done"]
+    assert [kind for _, kind, _ in found] == ["stage", "stage", "progress", "done"]
     assert found[-1][2]["code"] == "nan_weights"
 
 
-def test_events_arrive_while_the_job_runs(live_client, job, headers, redis_server, later):
+def test_events_arrive_while_the_job_runs(live_client, redis_server, job, headers, later):
     later(0.4, lambda: finish(Job.objects.get(pk=job.pk)))
     found = read(live_client, job, headers)
     assert [kind for _, kind, _ in found] == ["stage", "stage", "progress", "done"]
@@ -60,7 +61,7 @@ def test_events_arrive_while_the_job_runs(live_client, job, headers, redis_serve
 
 
 def test_a_reader_that_comes_back_goes_on_after_its_last_event(
-    live_client, job, headers, redis_server
+    live_client, redis_server, job, headers
 ):
     finish(job)
     first = read(live_client, job, headers)
@@ -68,7 +69,7 @@ def test_a_reader_that_comes_back_goes_on_after_its_last_event(
     assert rest == first[1:]
 
 
-def test_a_reader_that_saw_the_end_hears_done_again(live_client, job, headers, redis_server):
+def test_a_reader_that_saw_the_end_hears_done_again(live_client, redis_server, job, headers):
     finish(job)
     last = read(live_client, job, headers)[-1][0]
     rest = read(live_client, job, headers, **{"last-event-id": last})
@@ -76,7 +77,7 @@ def test_a_reader_that_saw_the_end_hears_done_again(live_client, job, headers, r
 
 
 def test_the_rows_replace_a_stream_that_redis_lost(
-    live_client, job, headers, redis_server, settings
+    live_client, redis_server, job, headers, settings
 ):
     finish(job)
     with redis.Redis.from_url(settings.REDIS_URL) as client:
@@ -94,7 +95,7 @@ def test_without_redis_the_rows_alone_are_told(live_client, job, headers):
     assert [kind for _, kind, _ in read(live_client, job, headers)][-1] == "done"
 
 
-def test_a_quiet_stream_is_kept_alive(live_client, job, headers, redis_server, settings):
+def test_a_quiet_stream_is_kept_alive(live_client, redis_server, job, headers, settings):
     settings.SSE_HEARTBEAT_S = 0.2
     with live_client.stream("GET", f"/api/v1/jobs/{job.pk}/events", headers=headers) as answer:
         assert answer.headers["content-type"] == "text/event-stream"
@@ -104,7 +105,7 @@ def test_a_quiet_stream_is_kept_alive(live_client, job, headers, redis_server, s
 
 
 def test_the_stream_ends_with_the_right_to_see_it(
-    live_client, job, bob, headers, redis_server, settings, later
+    live_client, redis_server, job, bob, headers, settings, later
 ):
     settings.SSE_HEARTBEAT_S = 0.2
     later(0.3, lambda: bob.memberships.all().delete())
