@@ -173,35 +173,31 @@ def compress_checkpoint(
         raise UserError("output_exists", path=str(out_dir))
     base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
     check_backbone(base, tuned)
-    tokens = None
-    if recipe.calibrated:
-        tokens = read_calibration(
-            calibration or find_calibration(tuned_dir),
-            load_tokenizer(tuned_dir, base_dir),
-            max_positions=_max_positions(tuned.config),
-        )
+    tokens = _read_tokens(base, tuned, calibration) if recipe.calibrated else None
     if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats(target)
     scanned = scan_checkpoint(base), scan_checkpoint(tuned)
+    fingerprint = _fingerprint(*scanned, recipe=recipe, tokens=tokens, device=target)
     work = _Work(
-        base=scanned[0],
-        tuned=scanned[1],
-        recipe=recipe,
-        device=target,
-        fingerprint=_fingerprint(*scanned, recipe=recipe, tokens=tokens, device=target),
+        base=scanned[0], tuned=scanned[1], recipe=recipe, device=target, fingerprint=fingerprint
     )
     folder = parts_folder(out_dir)
-    units = _plan_units(tuned, _open_parts(folder, work.fingerprint))
+    units = _plan_units(tuned, _open_parts(folder, fingerprint))
     resumed = _write_parts(work, units, tokens, on_layer or (lambda _done: None))
-    write_delta(
-        out_dir,
-        [unit.path for unit in units],
-        head=_head(work, tokens),
-        sidecars=tuned.sidecars,
-    )
+    parts = [unit.path for unit in units]
+    write_delta(out_dir, parts, head=_head(work, tokens), sidecars=tuned.sidecars)
     shutil.rmtree(folder)
-    return _report(
-        out_dir, seconds=time.monotonic() - started, device=target, resumed_layers=resumed
+    seconds = time.monotonic() - started
+    return _report(out_dir, seconds=seconds, device=target, resumed_layers=resumed)
+
+
+def _read_tokens(
+    base: Checkpoint, tuned: Checkpoint, calibration: Path | None
+) -> CalibrationTokens:
+    return read_calibration(
+        calibration or find_calibration(tuned.path),
+        load_tokenizer(tuned.path, base.path),
+        max_positions=_max_positions(tuned.config),
     )
 
 

@@ -151,9 +151,8 @@ def verify_delta(
     tokenizer = load_tokenizer(tuned_dir, delta_dir, base_dir)
     texts = read_scored_texts(prompts or find_prompts(tuned_dir), tokenizer)
     with tempfile.TemporaryDirectory(dir=delta_dir.parent, prefix=".verify.") as scratch:
-        rebuilt = reconstructed_dir
-        if rebuilt is None:
-            rebuilt = Path(scratch) / "checkpoint"
+        rebuilt = reconstructed_dir or Path(scratch) / "checkpoint"
+        if reconstructed_dir is None:
             reconstruct_checkpoint(base_dir, delta_dir, rebuilt, device=device)
         weights = compare_weights(base_dir, tuned_dir, delta_dir, rebuilt)
         original = load_model(tuned_dir, device=device)
@@ -161,11 +160,11 @@ def verify_delta(
         fidelity = compare_models(original, model, texts)
         match, exact = compare_answers(original, model, tokenizer, [text.opening for text in texts])
         del model
-    backbone = compare_models(original, load_model(base_dir, device=device), texts)
+        backbone = compare_models(original, load_model(base_dir, device=device), texts)
     recovery = measure_recovery(fidelity.kl, backbone.kl)
     checks = _list_checks(weights, recovery, fidelity.ppl_ratio)
     return VerifyReport(
-        grade=grade_delta(recovery, fidelity.ppl_ratio) if _all_sound(checks) else "F",
+        grade=_grade(checks, recovery, fidelity.ppl_ratio),
         recovery=recovery,
         kl=fidelity.kl,
         kl_backbone=backbone.kl,
@@ -427,5 +426,5 @@ def _list_checks(weights: _WeightReport, recovery: float, ppl_ratio: float) -> t
     return tuple(sorted(checks, key=lambda check: check.ok))
 
 
-def _all_sound(checks: Sequence[Check]) -> bool:
-    return all(check.ok for check in checks)
+def _grade(checks: Sequence[Check], recovery: float, ppl_ratio: float) -> str:
+    return grade_delta(recovery, ppl_ratio) if all(check.ok for check in checks) else "F"

@@ -1,0 +1,164 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import finetunes
+import pytest
+
+from deltacome_core import cli
+from deltacome_core.checkpoint import open_checkpoint
+
+CHECK_IMPORTS = """
+import sys
+from deltacome_core import cli
+try:
+    cli.main(["--help"])
+except SystemExit as end:
+    assert end.code == 0, end.code
+slow = {"torch", "transformers", "numpy", "rich", "httpx", "safetensors"} & sys.modules.keys()
+assert not slow, slow
+"""
+
+
+@pytest.fixture
+def run(capfd):
+    """Return a function that runs the command and gives exit code, stdout and stderr."""
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return end.value.code, out, err
+
+    return call
+
+
+def pair_options(pair):
+    return ["--base", pair[0], "--tuned", pair[1]]
+
+
+def test_help_loads_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK_IMPORTS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("compress", "inspect", "verify", "evaluate", "reconstruct", "push", "pull"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_compress_prints_one_json_object_and_talks_on_stderr(run, trained_pair, tmp_path):
+    options = [*pair_options(trained_pair), "--out", tmp_path / "d", "--bits-per-param", "4"]
+    code, out, err = run("compress", *options, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["ratio"] > 4
+    assert report.keys() >= {
+        "seconds", "peak_host_bytes", "peak_gpu_bytes", "total_bytes", "ratio", "bits_per_param"
+    }  # fmt: skip
+    assert "layer 1/3 model.layers.0: 7 matrices" in err
+
+
+def test_without_json_stdout_stays_empty(run, trained_pair, tmp_path):
+    options = [*pair_options(trained_pair), "--out", tmp_path / "d", "--recipe", "datafree"]
+    code, out, err = run("compress", *options)
+    assert (code, out) == (0, "")
+    assert "x smaller" in err
+
+
+def test_inspect_counts_every_byte(run, trained_delta):
+    code, out, _ = run("inspect", trained_delta, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["bytes"].keys() == {"codes", "scales", "embeddings", "exact", "header"}
+    assert sum(report["bytes"].values()) == report["total_bytes"]
+    assert report["ratio"] > 4
+    assert report["bits_per_param"] < 8
+
+
+def test_verify_grades_and_leaves_its_report(run, trained_pair, trained_delta, tmp_path):
+    delta = shutil.copytree(trained_delta, tmp_path / "delta")
+    prompts = finetunes.write_items(tmp_path / "p.jsonl")
+    options = [*pair_options(trained_pair), "--delta", delta, "--prompts", prompts]
+    code, out, err = run("verify", *options, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report.keys() >= {
+        "kl", "top1", "ppl_ratio", "recovery", "greedy_match", "grade", "worst_matrices"
+    }  # fmt: skip
+    assert json.loads((delta / "verification.json").read_text()) == report
+    assert err.startswith("grade A")
+
+
+def test_verify_exits_1_when_the_delta_fails(run, trained_pair, trained_delta, tmp_path):
+    delta = shutil.copytree(trained_delta, tmp_path / "delta")
+    other = finetunes.save(finetunes.perturb(finetunes.make_model(), size=0.1), tmp_path / "other")
+    code, _, err = run("verify", "--base", trained_pair[0], "--tuned", other, "--delta", delta)
+    assert code == 1
+    assert "FAILED" in err.splitlines()[1]
+
+
+def test_reconstruct_writes_the_asked_dtype(run, trained_pair, trained_delta, tmp_path):
+    options = ["--base", trained_pair[0], "--delta", trained_delta, "--out", tmp_path / "back"]
+    code, out, _ = run("reconstruct", *options, "--dtype", "bfloat16", "--json")
+    assert code == 0
+    assert json.loads(out)["n_tensors"] == 21
+    assert open_checkpoint(tmp_path / "back").dtype == "BF16"
+
+
+def test_evaluate_compares_all_three(run, trained_pair, trained_delta):
+    items = trained_pair[1] / "evaluation.jsonl"
+    options = [*pair_options(trained_pair), "--delta", trained_delta, "--items", items]
+    code, out, err = run("evaluate", *options, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [report[s]["accuracy"] for s in ("backbone", "finetune", "delta")] == [0.0, 1.0, 1.0]
+    assert len(err.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["compress"], 2), (["unknown"], 2), (["inspect", "/nowhere/at/all"], 1)],
+)
+def test_wrong_usage_and_failures_have_their_exit_codes(run, arguments, code):
+    assert run(*arguments)[0] == code
+
+
+def test_a_foreign_backbone_exits_12(run, trained_pair, trained_delta, tmp_path):
+    other = finetunes.save(finetunes.make_model(seed=9), tmp_path / "other")
+    options = ["--base", other, "--delta", trained_delta, "--out", tmp_path / "back"]
+    assert run("reconstruct", *options)[0] == 12
+    small = finetunes.save(finetunes.make_model(num_hidden_layers=1), tmp_path / "small")
+    pair = ["--base", trained_pair[0], "--tuned", small]
+    assert run("compress", *pair, "--out", tmp_path / "d")[0] == 12
+
+
+def test_a_damaged_delta_exits_7_and_says_so_in_json(run, trained_pair, trained_delta, tmp_path):
+    delta = shutil.copytree(trained_delta, tmp_path / "delta")
+    data = delta / "delta.safetensors"
+    data.write_bytes(data.read_bytes()[:-1] + b"\x7f")
+    options = ["--base", trained_pair[0], "--delta", delta, "--out", tmp_path / "back"]
+    code, out, err = run("reconstruct", *options, "--json")
+    failure = json.loads(out)["error"]
+    assert code == 7
+    assert failure["code"] == "file_digest_mismatch"
+    assert failure["message"] == err.strip()
+
+
+def test_an_unknown_recipe_or_dtype_is_named(run, trained_pair, trained_delta, tmp_path):
+    options = [*pair_options(trained_pair), "--out", tmp_path / "d", "--recipe", "magic"]
+    code, _, err = run("compress", *options)
+    assert code == 1
+    assert "magic is not a recipe" in err
+    options = ["--base", trained_pair[0], "--delta", trained_delta, "--out", tmp_path / "back"]
+    code, _, err = run("reconstruct", *options, "--dtype", "float7")
+    assert code == 1
+    assert "float7" in err
+
+
+def test_pull_from_a_hub_that_is_not_there_fails_with_a_text(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("deltacome_core.client.FIRST_PAUSE_S", 0.0)
+    options = ["--url", "http://127.0.0.1:9", "--token", "dch_none"]
+    code, _, err = run("pull", "acme/model", tmp_path / "x", *options)
+    assert code == 1
+    assert "hub" in err.lower()
