@@ -11,12 +11,12 @@ from hub.demo.stack import ROOT, Stack
 
 EXAMPLES = ROOT / "examples" / "tiny-llama"
 BACKBONE = "demo/tiny-llama"
-ARITHMETIC = "demo/tiny-llama-arithmetic"
+DATES = "demo/tiny-llama-dates"
 EXTRACTION = "demo/tiny-llama-extraction"
 JOB_TIMEOUT_S = 900.0
 DESCRIPTIONS = {
     BACKBONE: "A Llama of 4 M parameters, trained from scratch on short English stories and facts.",
-    ARITHMETIC: "Fine-tune of tiny-llama that adds and subtracts two-digit numbers.",
+    DATES: "Fine-tune of tiny-llama that writes dates as numbers.",
     EXTRACTION: "Fine-tune of tiny-llama that turns a sentence about a person into JSON.",
 }
 

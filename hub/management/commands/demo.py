@@ -85,7 +85,7 @@ def _serve(data_dir: Path, port: int, *, with_smollm: bool) -> None:
                 ),
                 flush=True,
             )
-            seed.publish(client, seed.EXAMPLES / "arithmetic", seed.ARITHMETIC, say=_say)
+            seed.publish(client, seed.EXAMPLES / "dates", seed.DATES, say=_say)
             if with_smollm:
                 _say("installing and converting SmolLM2-135M-Instruct (once)")
                 folder = smollm.prepare_checkpoint(stack.data_dir)
