@@ -1,6 +1,7 @@
 """What a visitor finds in the demo hub, made over HTTP by the same jobs as everybody's uploads."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ BACKBONE = "demo/tiny-llama"
 DATES = "demo/tiny-llama-dates"
 EXTRACTION = "demo/tiny-llama-extraction"
 JOB_TIMEOUT_S = 900.0
+POLL_S = 1.0
 DESCRIPTIONS = {
     BACKBONE: "A Llama of 4 M parameters, trained from scratch on short English stories and facts.",
     DATES: "Fine-tune of tiny-llama that writes dates as numbers.",
@@ -63,17 +65,13 @@ def wait_for(client: HubClient, job_id: str, *, say: Say) -> JobInfo:
         InternalError: it did not end well, or not in time.
     """
     told = ""
-
-    def tell(job: JobInfo) -> None:
-        nonlocal told
-        now = job.step if not job.is_finished else job.state
-        if now != told:
-            say(f"  {now}")
-        told = now
-
-    job = client.wait(job_id, on_update=tell, timeout_s=JOB_TIMEOUT_S)
+    deadline = time.monotonic() + JOB_TIMEOUT_S
+    job = client.get_job(job_id)
+    while not job.is_finished and time.monotonic() < deadline:
+        if job.step != told:
+            say(f"  {job.step}")
+        told = job.step
+        job = client.get_job(job_id, wait_s=POLL_S)
     if job.state != "DONE":
-        raise InternalError(
-            f"the job of {job.repo} ended as {job.state} at {job.step}: {job.error}"
-        )
+        raise InternalError(f"the job of {job.repo} is {job.state} at {job.step}: {job.error}")
     return job

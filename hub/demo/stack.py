@@ -119,6 +119,8 @@ class Stack:
     def env(self) -> dict[str, str]:
         """The environment of every process of the stack."""
         return {
+            # A job and the engine compute at the same time; threads that wait for a core spin.
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
             **os.environ,
             "DJANGO_SETTINGS_MODULE": "hub.settings",
             "DELTACOME_DATA_DIR": str(self.data_dir),

@@ -1,4 +1,5 @@
 import json
+import logging
 import signal
 import sys
 import tempfile
@@ -45,6 +46,7 @@ class Command(BaseCommand):
         parser.add_argument("--data-dir", type=Path, default=ROOT / "var" / "demo")
 
     def handle(self, *_args: Any, **options: Any) -> None:
+        logging.getLogger("httpx").setLevel(logging.WARNING)
         # Like Ctrl-C: `kill` and a closed terminal end the children too.
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _interrupt)
