@@ -35,6 +35,8 @@ def run_recipe(args: argparse.Namespace, work: Path, recipe: str, bits: float) -
     deltacome("reconstruct", "--base", base, "--delta", str(delta), "--out", str(rebuilt))
     items = ("--items", str(args.tuned / "evaluation.jsonl"))
     scores = deltacome("evaluate", *pair, "--delta", str(delta), *items, *device)
+    for score in scores.values():
+        score.pop("hits", None)
     return {
         "recipe": recipe,
         "bits_per_param_asked": bits,
