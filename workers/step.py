@@ -12,7 +12,7 @@ from uuid import UUID
 from django.db import InterfaceError, OperationalError, connection
 
 from deltacome_core.errors import UserError
-from hub import events, jobs
+from hub import events, jobs, uploads
 from hub.jobs import Lease, LeaseLost
 from hub.models import Job
 from hub.publishing import publish_revision
@@ -66,6 +66,8 @@ def _work(lease: Lease, keeper: LeaseKeeper, child: ChildHandle) -> None:
         publication = _persist(keeper, lambda: stages.publish(attempt))
         seconds = time.monotonic() - started
         _persist(keeper, lambda: publish_revision(lease, publication, seconds=seconds))
+        # What is published has rows of its own; the sweeper does this where we cannot.
+        uploads.release_sources(job.upload)
     else:
         outputs = stages.STAGES[lease.step](attempt)
         seconds = time.monotonic() - started
@@ -93,7 +95,8 @@ def _record(lease: Lease, error: Exception) -> Job:
         return jobs.fail(lease, error.code, error.params, retryable=retryable)
     if isinstance(error, ChildDied):
         events.publish_event(lease.job_id, "log", {"text": error.log_tail})
-        log.error("child_died", extra={"job_id": str(lease.job_id), "code": error.returncode})
+        facts = {"job_id": str(lease.job_id), "exit": error.returncode, "log": error.log_tail}
+        log.error("child_died", extra=facts)
         params: dict[str, str | int] = {"step": lease.step, "exit": _describe(error.returncode)}
         return jobs.fail(lease, "step_crashed", params, retryable=True)
     log.error("step_failed", extra={"job_id": str(lease.job_id)}, exc_info=error)

@@ -4,12 +4,18 @@ import logging
 import os
 import signal
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
 
 import django
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
 
 log = logging.getLogger(__name__)
+
+# Old uploads, blobs and folders only take room: nobody waits for them to go.
+UPKEEP_INTERVAL_S = 300.0
 
 
 def main() -> None:
@@ -18,33 +24,44 @@ def main() -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
+    tidied_at = -UPKEEP_INTERVAL_S
     while not stopping.is_set():
-        _sweep_once()
+        _try(sweep)
+        if time.monotonic() - tidied_at > UPKEEP_INTERVAL_S:
+            tidied_at = time.monotonic()
+            _try(tidy)
         stopping.wait(settings.SWEEP_S)
 
 
-def _sweep_once() -> None:
-    from hub import jobs
-    from workers.workspace import prune_workspaces
-
+def _try(work: Callable[[], dict[str, int]]) -> None:
     try:
-        swept = jobs.sweep()
-        removed = prune_workspaces()
+        found = work()
     except (DatabaseError, InterfaceError) as error:
         # The next round asks again; a sweeper that dies heals nothing.
         log.warning("sweep_failed", extra={"reason": str(error)})
         connection.close()
         return
-    if swept.requeued or swept.failed or swept.rung or removed:
-        log.info(
-            "swept",
-            extra={
-                "requeued": swept.requeued,
-                "failed": swept.failed,
-                "rung": swept.rung,
-                "workspaces_removed": removed,
-            },
-        )
+    if any(found.values()):
+        log.info("swept", extra=found)
+
+
+def sweep() -> dict[str, int]:
+    """Requeue what lost its worker and ring for what waits."""
+    from hub import jobs
+
+    return asdict(jobs.sweep())
+
+
+def tidy() -> dict[str, int]:
+    """Let go of what nothing refers to any more."""
+    from hub import blobs, uploads
+    from workers.workspace import prune_workspaces
+
+    return {
+        "workspaces_removed": prune_workspaces(),
+        "uploads_expired": uploads.expire_uploads(),
+        "blobs_pruned": blobs.prune_blobs(),
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The Celery tasks: names match `hub.jobs.STEPS`, and the only argument is a job id."""
 
-from hub import blobs, jobs, uploads
 from hub.celery import app
+from workers import sweeper
 from workers.step import run_step
 
 
@@ -32,10 +32,9 @@ def publish(job_id: str) -> None:
 
 @app.task(name="workers.tasks.sweep")
 def sweep() -> None:
-    jobs.sweep()
+    sweeper.sweep()
 
 
 @app.task(name="workers.tasks.tidy")
 def tidy() -> None:
-    uploads.expire_uploads()
-    blobs.prune_blobs()
+    sweeper.tidy()

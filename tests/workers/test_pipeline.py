@@ -24,7 +24,8 @@ def env(hub_env, redis_server, data_dir):
 
 def make_pair(folder, *, layers=2):
     tiny.save(tiny.make_model(layers=layers), folder / "base")
-    tuned = tiny.tune(tiny.make_model(layers=layers))
+    # One direction a matrix: what the recipe keeps in 8 bits, so that verification passes.
+    tuned = tiny.tune(tiny.make_model(layers=layers), rank=1, everywhere=False)
     tiny.save(tuned, folder / "tuned")
     tiny.write_calibration(folder / "tuned")
     return folder
@@ -50,13 +51,19 @@ def test_a_backbone_and_then_its_fine_tune_are_published(env, tmp_path, alice, a
         weights = (folder / "base" / "model.safetensors").read_bytes()
         assert published["model.safetensors"] == weights
 
-        job = plant.upload(alice, folder / "tuned", "acme/math", bits_per_param=8.0)
+        job = plant.upload(alice, folder / "tuned", "acme/math", bits_per_param=4.0)
         assert plant.wait_for_end(job).state == "DONE", job.error_text
+        # The fine-tune's own weights go from every list: only the delta stands for them.
+        sources = job.upload.files.exclude(blob=None)
+        workspace = Path(env["DELTACOME_DATA_DIR"]) / "workspaces" / str(job.pk)
+        plant.wait_for(
+            lambda: not sources.exists() and not workspace.exists(), what="the sources go"
+        )
     revision = job.revision
     revision.refresh_from_db()
     assert (str(revision), revision.backbone) == ("acme/math@v1", backbone)
     files = plant.read_files(revision)
-    made = compress_undisturbed(folder, bits_per_param=8.0)
+    made = compress_undisturbed(folder, bits_per_param=4.0)
     assert {path: files[path] for path in made} == made
     assert set(files) - set(made) == {"README.md", "verification.json", "evaluation.json"}
     assert b"acme/base@v1" in files["README.md"]
@@ -65,15 +72,12 @@ def test_a_backbone_and_then_its_fine_tune_are_published(env, tmp_path, alice, a
     assert verification.grade == json.loads(files["verification.json"])["grade"]
     subjects = Evaluation.objects.filter(revision=revision).values_list("subject", "n")
     assert sorted(subjects) == [("backbone", 4), ("delta", 4), ("finetune", 4)]
-    # The fine-tune's own weights are gone from every list: only the delta stands for them.
-    assert not job.upload.files.exclude(blob=None).exists()
-    assert not (Path(env["DELTACOME_DATA_DIR"]) / "workspaces" / str(job.pk)).exists()
 
 
 def test_a_job_survives_a_lost_queue_a_killed_child_and_a_killed_worker(env, tmp_path, alice, acme):
     folder = make_pair(tmp_path, layers=6)
     plant.publish_backbone(acme, folder / "base")
-    job = plant.upload(alice, folder / "tuned", "acme/math", bits_per_param=8.0)
+    job = plant.upload(alice, folder / "tuned", "acme/math", bits_per_param=4.0)
     redis.Redis.from_url(env["REDIS_URL"]).flushall()
     workspace = Path(env["DELTACOME_DATA_DIR"]) / "workspaces" / str(job.pk)
 
@@ -102,7 +106,7 @@ def test_a_job_survives_a_lost_queue_a_killed_child_and_a_killed_worker(env, tmp
             plant.wait_for_end(job)
     assert job.state == "DONE", job.error_text
     files = plant.read_files(job.revision)
-    made = compress_undisturbed(folder, bits_per_param=8.0)
+    made = compress_undisturbed(folder, bits_per_param=4.0)
     assert {path: files[path] for path in made} == made
     assert job.revision.repo.revisions.filter(state="PUBLISHED").count() == 1
     assert job.steps.get(name="compress").attempt == 3

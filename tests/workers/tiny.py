@@ -51,7 +51,7 @@ def make_model(*, seed=0, layers=2, tied=False, vocabulary=VOCABULARY, bias=Fals
     return LlamaForCausalLM(config).eval()
 
 
-def tune(model, *, seed=1, rank=4, size=0.02, new_rows=0):
+def tune(model, *, seed=1, rank=4, size=0.02, new_rows=0, everywhere=True):
     """Change a model as training does: low-rank steps in matrices, small ones everywhere else."""
     torch.manual_seed(seed)
     if new_rows:
@@ -61,7 +61,7 @@ def tune(model, *, seed=1, rank=4, size=0.02, new_rows=0):
             if weight.ndim == 2 and "embed" not in name and "head" not in name:
                 step = torch.randn(weight.shape[0], rank) @ torch.randn(rank, weight.shape[1])
                 weight.add_(step, alpha=size)
-            else:
+            elif everywhere:
                 weight.add_(torch.randn(weight.shape), alpha=size)
     return model
 

@@ -107,7 +107,7 @@ def measure_delta(folder: Path, backbone: LoadedModel) -> int:
     Packed matrices stay as they are on disk; rows and exact tensors become dense.
     """
     manifest = read_manifest(folder)
-    item_bytes = backbone.module.dtype.itemsize
+    item_bytes = int(backbone.module.dtype.itemsize)
     dense = sum(
         prod(entry.shape) * item_bytes
         for entry in manifest.entries
