@@ -19,7 +19,10 @@ def raised_codes() -> dict[str, str]:
                 continue
             position = CODE_POSITION[called_name(node)]
             for argument in node.args[position : position + 1]:
-                for code in string_constants(argument):
+                choices = (
+                    [argument.body, argument.orelse] if isinstance(argument, ast.IfExp) else []
+                )
+                for code in filter(None, map(_constant, [argument, *choices])):
                     found[code] = f"{path.relative_to(ROOT)}:{node.lineno}"
     return found
 

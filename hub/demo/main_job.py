@@ -71,7 +71,7 @@ def run_main_job(stack: Stack, account: Account, work_dir: Path, *, say: Say) ->
         UserError: the hub refused.
     """
     with HubClient(stack.url, account.token) as client:
-        publish_checkpoint(client, EXAMPLES / "backbone", BACKBONE, say=say)
+        publish_checkpoint(client, EXAMPLES / "backbone", BACKBONE, kind="backbone", say=say)
         say(f"publishing {EXTRACTION}: the push is killed half-way, then resumed")
         job_id, parts_kept = _push_twice(stack, account)
         wait_for(client, job_id, say=say)

@@ -14,12 +14,14 @@ EXAMPLES = ROOT / "examples" / "tiny-llama"
 BACKBONE = "demo/tiny-llama"
 DATES = "demo/tiny-llama-dates"
 EXTRACTION = "demo/tiny-llama-extraction"
+SMOLLM = "demo/smollm2-135m-instruct"
 JOB_TIMEOUT_S = 900.0
 POLL_S = 1.0
 DESCRIPTIONS = {
     BACKBONE: "A Llama of 4 M parameters, trained from scratch on short English stories and facts.",
     DATES: "Fine-tune of tiny-llama that writes dates as numbers.",
     EXTRACTION: "Fine-tune of tiny-llama that turns a sentence about a person into JSON.",
+    SMOLLM: "SmolLM2-135M-Instruct, a small chat model, from its 4-bit GGUF file. Apache-2.0.",
 }
 
 Say = Callable[[str], None]
@@ -39,21 +41,20 @@ def open_account(stack: Stack) -> Account:
     return Account(username=made["username"], password=password, token=made["token"])
 
 
-def publish(client: HubClient, folder: Path, repo: str, *, say: Say) -> None:
+def publish(client: HubClient, folder: Path, repo: str, *, kind: str, say: Say) -> None:
     """Push a checkpoint and wait until it is published; one that is there already is kept."""
     name = repo.partition("/")[2]
     if any(
         found["full_name"] == repo and found["latest"] for found in client.list_repos(query=name)
     ):
         return
-    kind = "backbone" if repo == BACKBONE or repo not in DESCRIPTIONS else "delta"
     say(f"publishing {repo} ({kind})")
     job = client.push(
         folder,
         repo,
         kind=kind,
         visibility="public",
-        description=DESCRIPTIONS.get(repo, ""),
+        description=DESCRIPTIONS[repo],
     )
     wait_for(client, job.id, say=say)
 

