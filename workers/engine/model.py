@@ -146,7 +146,8 @@ def _fill(module: Any, backbone: Any, delta: Delta, *, device: str) -> dict[str,
             matrices[name] = packed.to(device)
         else:
             # Rounded to the fine-tune's dtype first: the very numbers its checkpoint had.
-            exact = apply_entry(base.get(name), packed, dtype=TORCH_DTYPES[entry.dtype])
+            source = base[name].cpu() if name in base else None
+            exact = apply_entry(source, packed, dtype=TORCH_DTYPES[entry.dtype])
             own[name] = exact.to(device=device, dtype=wanted[name].dtype)
     for name, parameter in wanted.items():
         tensor = own.get(name, base.get(name))
