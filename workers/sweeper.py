@@ -14,9 +14,6 @@ from django.db import DatabaseError, InterfaceError, connection
 
 log = logging.getLogger(__name__)
 
-# Old uploads, blobs and folders only take room: nobody waits for them to go.
-UPKEEP_INTERVAL_S = 300.0
-
 
 def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "hub.settings")
@@ -24,10 +21,10 @@ def main() -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    tidied_at = -UPKEEP_INTERVAL_S
+    tidied_at = float("-inf")
     while not stopping.is_set():
         _try(sweep)
-        if time.monotonic() - tidied_at > UPKEEP_INTERVAL_S:
+        if time.monotonic() - tidied_at > settings.TIDY_S:
             tidied_at = time.monotonic()
             _try(tidy)
         stopping.wait(settings.SWEEP_S)
