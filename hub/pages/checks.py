@@ -37,7 +37,9 @@ GRADES = (
 
 def list_checks(report: Mapping[str, Any]) -> list[Check]:
     """Failing checks first, otherwise in the order of the report."""
-    checks = [_check(found, name=found["name"], ok=found["ok"]) for found in report.get("checks", ())]
+    checks = [
+        _check(found, name=found["name"], ok=found["ok"]) for found in report.get("checks", ())
+    ]
     return sorted(checks, key=lambda check: check.ok)
 
 

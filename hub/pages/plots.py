@@ -15,11 +15,11 @@ AXIS_PX = 18
 # Deeper models get a number under every fourth layer.
 MAX_NUMBERED_LAYERS = 8
 
-BAR_WIDTH_PX = 420
-BAR_LABEL_PX = 88
+BAR_WIDTH_PX = 230
+BAR_LABEL_PX = 62
 BAR_HEIGHT_PX = 16
 BAR_STEP_PX = 24
-BAR_VALUE_PX = 110
+BAR_VALUE_PX = 58
 # Half-width of a 95 % interval in standard errors.
 Z_95 = 1.96
 

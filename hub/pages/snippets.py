@@ -42,7 +42,8 @@ def _pull(revision: Revision, origin: str) -> Snippet:
 
 def _reconstruct(revision: Revision, backbone: Revision | None, origin: str) -> Snippet:
     folder = backbone.repo.name if backbone else "BACKBONE"
-    lines = [f"deltacome reconstruct {folder} {revision.repo.name} {revision.repo.name}-full"]
+    name = revision.repo.name
+    lines = [f"deltacome reconstruct --base {folder} --delta {name} --out {name}-full"]
     if backbone:
         lines.insert(0, f"deltacome pull {backbone} {folder} --url {origin}")
     return Snippet(

@@ -104,11 +104,17 @@ def client(stack, account):
         yield hub
 
 
+def push(client, folder, repo, **spec):
+    job = client.push(folder, repo, visibility="public", **spec)
+    done = client.wait(job.id)
+    assert done.state == "DONE", done.error
+
+
 @pytest.fixture(scope="session")
 def backbone(client):
     """Publish the demo backbone once and return its name."""
-    seed.publish(client, seed.EXAMPLES / "backbone", seed.BACKBONE, say=print)
-    return seed.BACKBONE
+    push(client, seed.EXAMPLES / "backbone", "demo/tiny-llama", kind="backbone")
+    return "demo/tiny-llama"
 
 
 @pytest.fixture(scope="session")
@@ -118,8 +124,7 @@ def delta(client, backbone, tmp_path_factory):
     items = (folder / "evaluation.jsonl").read_text().splitlines(keepends=True)
     (folder / "evaluation.jsonl").write_text("".join(items[:N_ITEMS]))
     (folder / "README.md").write_text(CARD)
-    job = client.push(folder, "demo/dates", recipe="datafree", visibility="public")
-    seed.wait_for(client, job.id, say=print)
+    push(client, folder, "demo/dates", recipe="datafree")
     return "demo/dates"
 
 

@@ -59,8 +59,13 @@ def test_an_error_stays_in_its_column(sign_in, backbone, delta):
 
 def test_stop_ends_the_answer(sign_in, backbone, complaints):
     page = complaints(sign_in("/jobs"))
-    page.goto(f"/playground?d={backbone}&max=4000&mode=text")
+    page.goto(f"/playground?d={backbone}&max=480&mode=text")
     page.get_by_label("Model").nth(1).select_option("")
+    # Slow enough that the answer is still coming when somebody reaches for the button.
+    network = page.context.new_cdp_session(page)
+    network.send("Network.enable")
+    limits = {"offline": False, "latency": 0, "downloadThroughput": 500, "uploadThroughput": -1}
+    network.send("Network.emulateNetworkConditions", limits)
     page.get_by_label("Prompt for both").fill("Once upon a time")
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_text(re.compile("tokens/s"))).to_be_visible(timeout=60_000)

@@ -193,7 +193,8 @@ function draw() {
   }
   const share = total ? sent / total : 0;
   const rate = rateOf(sent);
-  byId("total").value = share;
+  byId("total").max = total;
+  byId("total").value = sent;
   byId("total-text").textContent = `${(100 * share).toFixed(0)} % · ${formatSize(sent)} of ${formatSize(total)}`;
   byId("rate-text").textContent = rate > 0 && sent < total && !transfer.isPaused
     ? `${formatSize(rate)}/s, ${formatDuration((total - sent) / rate)} left`
