@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltacome_core.checkpoint import open_checkpoint
-from deltacome_core.errors import InternalError, UserError
+from deltacome_core.errors import UserError
 from deltacome_core.manifest import CalibrationRecord
 from deltacome_core.models import (
     build_skeleton,
@@ -119,7 +119,7 @@ class _LayerInputs:
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
         self.hidden: list[torch.Tensor] = []
-        self.options: list[dict[str, Any]] = []
+        self.options: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def __enter__(self) -> Self:
         for index, layer in enumerate(self._layers):
@@ -132,12 +132,10 @@ class _LayerInputs:
 
     def _stand_in(self, index: int) -> Callable[..., torch.Tensor]:
         def forward(states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-            if args:
-                raise InternalError("A decoder layer takes positional options.")
             if index == 0:
                 self.hidden.append(states)
             if len(self.options) == index:
-                self.options.append(options)
+                self.options.append((args, options))
             if len(self.options) == len(self._layers):
                 raise _StopForwardError
             return states
@@ -205,7 +203,7 @@ class LayerCalibrator:
                 if isinstance(module, nn.Linear) and f"{prefix}.{name}.weight" in self._names
             }
             collector = _Collector(weights) if wanted(set(weights.values())) else None
-            self._advance(layer, self._options[index])
+            self._advance(layer, index)
             if not all(bool(torch.isfinite(states).all()) for states in self._hidden):
                 raise UserError("activations_not_finite", layer=prefix)
             yield collector.finish() if collector else ()
@@ -213,9 +211,10 @@ class LayerCalibrator:
                 empty_module(layer)
 
     @torch.no_grad()
-    def _advance(self, layer: nn.Module, options: dict[str, Any]) -> None:
+    def _advance(self, layer: nn.Module, index: int) -> None:
+        args, options = self._options[index]
         for number, states in enumerate(self._hidden):
-            output = layer(states, **options)
+            output = layer(states, *args, **options)
             self._hidden[number] = output[0] if isinstance(output, tuple) else output
 
 

@@ -39,7 +39,7 @@ from deltacome_core.manifest import (
     DeltaManifest,
     FineTuneRecord,
 )
-from deltacome_core.models import load_tokenizer, resolve_device
+from deltacome_core.models import find_max_positions, load_tokenizer, resolve_device
 from deltacome_core.packed import ExactTensor, PackedTensor
 from deltacome_core.parts import read_part, write_delta, write_part
 from deltacome_core.recipe import Recipe
@@ -197,15 +197,8 @@ def _read_tokens(
     return read_calibration(
         calibration or find_calibration(tuned.path),
         load_tokenizer(tuned.path, base.path),
-        max_positions=_max_positions(tuned.config),
+        max_positions=find_max_positions(tuned.config, default=SEQUENCE_TOKENS),
     )
-
-
-def _max_positions(config: dict[str, Any]) -> int:
-    nested = config.get("text_config")
-    settings = nested if isinstance(nested, dict) else config
-    found = settings.get("max_position_embeddings")
-    return found if isinstance(found, int) and found > 0 else SEQUENCE_TOKENS
 
 
 def _fingerprint(

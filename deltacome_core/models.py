@@ -59,6 +59,23 @@ def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     return {"BF16": torch.bfloat16, "F16": torch.float16}.get(checkpoint.dtype, torch.float32)
 
 
+def find_max_positions(config: dict[str, Any], *, default: int) -> int:
+    """Return the longest sequence a model takes, by its config.json.
+
+    Args:
+        config: parsed config.json; multimodal ones nest the language model's part.
+        default: for a model that sets no limit.
+
+    Returns:
+        Tokens, at least 1.
+    """
+    nested = config.get("text_config")
+    settings = nested if isinstance(nested, dict) else config
+    found = [settings.get(key) for key in ("max_position_embeddings", "n_positions")]
+    limits = [limit for limit in found if isinstance(limit, int) and limit > 0]
+    return limits[0] if limits else default
+
+
 def load_model(directory: Path, *, device: str | torch.device = "cpu") -> Any:
     """Load a causal language model from safetensors files only, never running its own code.
 

@@ -16,7 +16,7 @@ from deltacome_core.container import open_delta
 from deltacome_core.entries import LowRankEntry, RowsEntry
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
-from deltacome_core.models import load_model, load_tokenizer
+from deltacome_core.models import find_max_positions, load_model, load_tokenizer
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.tensors import as_float32, load_tensor
 from deltacome_core.texts import DEFAULT_PROMPTS, read_texts, render_text
@@ -149,7 +149,7 @@ def verify_delta(
     """
     started = time.monotonic()
     tokenizer = load_tokenizer(tuned_dir, delta_dir, base_dir)
-    texts = read_scored_texts(prompts or find_prompts(tuned_dir), tokenizer)
+    texts = _read_prompts(prompts or find_prompts(tuned_dir), tokenizer, tuned_dir)
     with tempfile.TemporaryDirectory(dir=delta_dir.parent, prefix=".verify.") as scratch:
         rebuilt = reconstructed_dir or Path(scratch) / "checkpoint"
         if reconstructed_dir is None:
@@ -225,7 +225,18 @@ def grade_delta(recovery: float, ppl_ratio: float) -> str:
     return "F"
 
 
-def read_scored_texts(paths: Sequence[Path], tokenizer: Any) -> list[ScoredText]:
+def _read_prompts(paths: Sequence[Path], tokenizer: Any, tuned_dir: Path) -> list[ScoredText]:
+    config = open_checkpoint(tuned_dir).config
+    # A greedy answer must still fit behind its prompt.
+    longest = find_max_positions(config, default=MAX_TOKENS_PER_PROMPT) - GREEDY_TOKENS
+    return read_scored_texts(
+        paths, tokenizer, max_tokens=max(2, min(longest, MAX_TOKENS_PER_PROMPT))
+    )
+
+
+def read_scored_texts(
+    paths: Sequence[Path], tokenizer: Any, *, max_tokens: int = MAX_TOKENS_PER_PROMPT
+) -> list[ScoredText]:
     """Read verification texts.
 
     Where there is a prompt only the answer is scored: a fine-tune is trained on answers, and what
@@ -234,6 +245,7 @@ def read_scored_texts(paths: Sequence[Path], tokenizer: Any) -> list[ScoredText]
     Args:
         paths: .jsonl or .txt files; at most MAX_PROMPTS_PER_FILE items each, evenly spread.
         tokenizer: of the fine-tune.
+        max_tokens: of longer texts only the end is kept, where the answer is.
 
     Returns:
         Texts with something to score.
@@ -253,15 +265,14 @@ def read_scored_texts(paths: Sequence[Path], tokenizer: Any) -> list[ScoredText]
             first_scored = len(opening) if text.prompt else 1
             if not text.prompt:
                 opening = tokens[: max(1, len(tokens) // 2)]
-            # The end of a long text is kept: the answer is there.
-            cut = max(0, len(tokens) - MAX_TOKENS_PER_PROMPT)
+            cut = max(0, len(tokens) - max_tokens)
             first_scored = max(1, first_scored - cut)
             if first_scored < len(tokens) - cut:
                 texts.append(
                     ScoredText(
                         tokens=tokens[cut:],
                         first_scored=first_scored,
-                        opening=opening[-MAX_TOKENS_PER_PROMPT:],
+                        opening=opening[-max_tokens:],
                     )
                 )
     if not texts:
