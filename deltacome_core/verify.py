@@ -54,7 +54,10 @@ class MatrixError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """kl in nats per token, KL(fine-tune || other); failing checks come first."""
+    """kl in nats per token, KL(fine-tune || other); failing checks come first.
+
+    matrices holds every quantised tensor, the largest error first; worst_matrices its head.
+    """
 
     grade: str
     recovery: float
@@ -68,6 +71,7 @@ class VerifyReport:
     n_prompts: int
     n_tokens: int
     worst_matrices: tuple[MatrixError, ...]
+    matrices: tuple[MatrixError, ...]
     checks: tuple[Check, ...]
     seconds: float
 
@@ -100,7 +104,7 @@ class ScoredText:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _WeightReport:
-    worst: tuple[MatrixError, ...]
+    errors: tuple[MatrixError, ...]
     n_other_layout: int
     n_not_finite: int
     n_not_exact: int
@@ -175,7 +179,8 @@ def verify_delta(
         greedy_exact=exact,
         n_prompts=len(texts),
         n_tokens=fidelity.n_tokens,
-        worst_matrices=weights.worst,
+        worst_matrices=weights.errors[:N_WORST],
+        matrices=weights.errors,
         checks=checks,
         seconds=time.monotonic() - started,
     )
@@ -380,7 +385,7 @@ def compare_weights(
         rebuilt_dir: checkpoint folder written from the delta.
 
     Returns:
-        The worst quantised tensors, and counts of tensors that break a promise of the format.
+        The errors of the quantised tensors, and counts of tensors that break a promise.
     """
     base, tuned, rebuilt = (open_checkpoint(d) for d in (base_dir, tuned_dir, rebuilt_dir))
     entries = open_delta(delta_dir, verify_digests=False).entries
@@ -399,7 +404,7 @@ def compare_weights(
             not_exact += int(not torch.equal(ours, truth))
     errors.sort(key=lambda error: -error.relative_error)
     return _WeightReport(
-        worst=tuple(errors[:N_WORST]),
+        errors=tuple(errors),
         n_other_layout=len(other_layout) + len(rebuilt.layout.keys() - tuned.layout.keys()),
         n_not_finite=not_finite,
         n_not_exact=not_exact,

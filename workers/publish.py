@@ -102,6 +102,6 @@ To get the whole checkpoint back:
 ```
 deltacome pull {backbone.repo} backbone
 deltacome pull {job.repo} delta
-deltacome reconstruct backbone delta fine-tune
+deltacome reconstruct --base backbone --delta delta --out fine-tune
 ```
 """

@@ -35,6 +35,10 @@ GRADES = (
 )
 
 
+# Names that are too short to be read without knowing the code.
+_LABELS = {"ppl_drift": "distance of the perplexity ratio from 1"}
+
+
 def list_checks(report: Mapping[str, Any]) -> list[Check]:
     """Failing checks first, otherwise in the order of the report."""
     checks = [
@@ -50,7 +54,7 @@ def failed_check(params: Mapping[str, Any]) -> list[Check]:
 
 def _check(found: Mapping[str, Any], *, name: str, ok: bool) -> Check:
     return Check(
-        label=name.replace("_", " "),
+        label=_LABELS.get(name, name.replace("_", " ")),
         ok=ok,
         value=found.get("value"),
         threshold=found.get("threshold"),

@@ -13,6 +13,7 @@ from hub import access, catalog, jobs, messages
 from hub.access import page_access, signed_in
 from hub.models import Job, JobStep, LostRace
 
+from . import reads
 from .checks import failed_check
 from .page import crumbs, flash_error, page, repo_url
 
@@ -72,6 +73,7 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
         "job": job,
         "repo": job.repo,
         "repo_url": repo_url(job.repo),
+        "backbone": reads.visible_backbone(request.user, job.revision),
         "steps": list_steps(job),
         "progress": read_progress(job.progress) if job.state == Job.State.RUNNING else None,
         "error": messages.explain(job.error_code, job.error_params) if job.error_code else None,

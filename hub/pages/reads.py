@@ -62,6 +62,16 @@ def list_entries(user: AnyUser, repos: Sequence[Repo]) -> list[Entry]:
     return entries
 
 
+def visible_backbone(user: AnyUser, revision: Revision) -> Revision | None:
+    """A public delta may have a private backbone: its name is not ours to tell."""
+    return (
+        Revision.objects.visible_to(user)
+        .filter(deltas=revision)
+        .select_related("repo__namespace")
+        .first()
+    )
+
+
 def sum_saved(user: AnyUser, *, backbone: Repo | None = None) -> Saved:
     """Add up what the visible deltas weigh and what their fine-tunes would."""
     deltas = Revision.objects.visible_to(user).published().filter(repo__kind=Repo.Kind.DELTA)

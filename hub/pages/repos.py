@@ -106,6 +106,7 @@ def _common_context(
     request: HttpRequest, repo: Repo, revision: Revision, *, tab: str, rev: str
 ) -> dict[str, Any]:
     suffix = f"?rev={rev}" if rev else ""
+    model = f"{repo}@{rev}" if rev else str(repo)
     names = DELTA_TABS if repo.kind == Repo.Kind.DELTA else BACKBONE_TABS
     urls = {name: repo_url(repo, PAGE_NAMES[name]) + suffix for name in names}
     visible_jobs = Job.objects.visible_to(request.user)
@@ -120,6 +121,7 @@ def _common_context(
         "tabs": [Tab(name=name, label=TAB_LABELS[name], url=urls[name]) for name in names],
         "urls": urls
         | {
+            "playground": f"{reverse('playground')}?d={quote(model)}",
             "yank": repo_url(repo, "repo-yank"),
             "visibility": repo_url(repo, "repo-visibility"),
         },
@@ -134,7 +136,7 @@ def _overview_context(request: HttpRequest, revision: Revision) -> dict[str, Any
         "snippets": list_snippets(
             revision,
             origin=request.build_absolute_uri("/").rstrip("/"),
-            backbone=_visible_backbone(request, revision),
+            backbone=reads.visible_backbone(request.user, revision),
         ),
     }
     if revision.repo.kind == Repo.Kind.BACKBONE:
@@ -149,20 +151,10 @@ def _overview_context(request: HttpRequest, revision: Revision) -> dict[str, Any
         context
         | _verification_context(request, revision)
         | {
-            "backbone": _visible_backbone(request, revision),
+            "backbone": reads.visible_backbone(request.user, revision),
             "quality": plots.plot_quality(scores),
             "headline": _find_headline(scores),
         }
-    )
-
-
-def _visible_backbone(request: HttpRequest, revision: Revision) -> Revision | None:
-    """A public delta may have a private backbone: its name is not ours to tell."""
-    return (
-        Revision.objects.visible_to(request.user)
-        .filter(deltas=revision)
-        .select_related("repo__namespace")
-        .first()
     )
 
 

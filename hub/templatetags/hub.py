@@ -1,6 +1,7 @@
 """One filter or tag for every unit a page prints, so that sizes look the same everywhere."""
 
 import datetime as dt
+from typing import TypeGuard
 
 from django import template
 from django.templatetags.static import static
@@ -9,6 +10,7 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.timesince import timesince
 
+from hub.models import Verification
 from hub.pages.cards import render_card
 
 register = template.Library()
@@ -16,10 +18,36 @@ register = template.Library()
 _SIZE_UNITS = ("kB", "MB", "GB", "TB", "PB")
 _COUNT_UNITS = ("K", "M", "B", "T")
 _MINUTE_S = 60
+# A number and its unit stay on one line.
+_NBSP = "\N{NO-BREAK SPACE}"
 _THOUSAND = 1000
 # Numbers below this are short enough to be written out.
 _MAX_WRITTEN_OUT = 10_000
+# Never colour alone: every state has an icon and a word.
+_STATES = {
+    "done": ("good", "circle-check"),
+    "running": ("live", "loader-circle"),
+    "queued": ("", "clock"),
+    "failed": ("bad", "circle-x"),
+    "rejected": ("bad", "shield-x"),
+    "yanked": ("bad", "ban"),
+    "cancelled": ("", "ban"),
+    "revoked": ("", "ban"),
+    "passed": ("good", "check"),
+    "waiting": ("", "circle-dashed"),
+    "not verified": ("warn", "circle-dashed"),
+    "nothing published": ("", "circle-dashed"),
+    "backbone": ("", "layers"),
+    "delta": ("", "triangle"),
+    "private": ("", "lock"),
+    "public": ("", "globe"),
+}
 _NOTICE_ICONS = {"good": "circle-check", "warn": "triangle-alert", "bad": "circle-x"}
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Tell a number from None and from the empty string a template has for a missing value."""
+    return isinstance(value, int | float)
 
 
 def _scale(value: float, units: tuple[str, ...]) -> tuple[float, str]:
@@ -34,10 +62,10 @@ def _scale(value: float, units: tuple[str, ...]) -> tuple[float, str]:
 def format_size(size_bytes: float) -> str:
     """Write a size in decimal units with three significant figures at most."""
     if size_bytes < _THOUSAND:
-        return f"{size_bytes:.0f} B"
+        return f"{size_bytes:.0f}{_NBSP}B"
     value, unit = _scale(size_bytes, _SIZE_UNITS)
     # One decimal below a hundred, none above: 8.1 MB, 135 MB.
-    return f"{value:.{0 if round(value, 1) >= 100 else 1}f} {unit}"  # noqa: PLR2004  see above
+    return f"{value:.{0 if round(value, 1) >= 100 else 1}f}{_NBSP}{unit}"  # noqa: PLR2004  see above
 
 
 def format_duration(seconds: float) -> str:
@@ -60,7 +88,7 @@ def format_ratio(size_bytes: int | None, source_size_bytes: int | None) -> str:
 
 @register.filter
 def size(size_bytes: float | None) -> str:
-    return "" if size_bytes is None else format_size(size_bytes)
+    return format_size(size_bytes) if _is_number(size_bytes) else ""
 
 
 @register.simple_tag(name="bytes")
@@ -80,28 +108,28 @@ def ratio_tag(size_bytes: int | None, source_size_bytes: int | None) -> str:
 
 @register.filter
 def duration(seconds: float | None) -> str:
-    return "" if seconds is None else format_duration(seconds)
+    return format_duration(seconds) if _is_number(seconds) else ""
 
 
 @register.filter
 def count(value: float | None) -> str:
     """Shorten a number of parameters or tokens: 6738415616 becomes "6.74 B"."""
-    if value is None:
+    if not _is_number(value):
         return ""
     if value < _MAX_WRITTEN_OUT:
         return f"{value:,.0f}"
     shown, unit = _scale(value, _COUNT_UNITS)
-    return f"{shown:.3g} {unit}"
+    return f"{shown:.3g}{_NBSP}{unit}"
 
 
 @register.filter
 def bits(bits_per_param: float | None) -> str:
-    return "" if bits_per_param is None else f"{bits_per_param:.2f} bits per parameter"
+    return f"{bits_per_param:.2f} bits per parameter" if _is_number(bits_per_param) else ""
 
 
 @register.filter
 def percent(share: float | None, digits: int = 1) -> str:
-    return "" if share is None else f"{share * 100:.{digits}f} %"
+    return f"{share * 100:.{digits}f}{_NBSP}%" if _is_number(share) else ""
 
 
 @register.filter
@@ -136,13 +164,36 @@ def ago(moment: dt.datetime | None) -> str:
 
 
 @register.simple_tag
-def icon(name: str, spin: bool = False) -> str:  # noqa: FBT001, FBT002  template tags take it by name
+def icon(name: str, *, spin: bool = False) -> str:
     """Draw an icon of the sprite; the text beside it carries the meaning."""
     return format_html(
         '<svg class="{}" aria-hidden="true" focusable="false"><use href="{}#{}"/></svg>',
         "icon spin" if spin else "icon",
         static("hub/vendor/lucide.svg"),
         name,
+    )
+
+
+@register.simple_tag
+def state_icon(state: str) -> str:
+    return icon(_STATES[state][1], spin=state == "running")
+
+
+@register.simple_tag
+def badge(state: str) -> str:
+    """Show a state of _STATES, in any case, as icon and word."""
+    word = state.lower()
+    tone = _STATES[word][0]
+    classes = f"badge {tone}".strip()
+    return format_html('<span class="{}">{}{}</span>', classes, state_icon(word), word)
+
+
+@register.simple_tag
+def grade_badge(verification: Verification | None) -> str:
+    if not verification:
+        return badge("not verified")
+    return format_html(
+        '<span class="badge good">{}grade {}</span>', icon("shield-check"), verification.grade
     )
 
 

@@ -51,6 +51,8 @@ def test_worst_matrices_are_sorted_and_measured_on_the_rebuilt_weights(report):
     assert errors == sorted(errors, reverse=True)
     assert len(errors) == 10
     assert 0 < errors[-1] < errors[0] < 1
+    assert report.matrices[:10] == report.worst_matrices
+    assert "model.layers.0.self_attn.q_proj.weight" in {item.name for item in report.matrices}
 
 
 def test_identical_checkpoints_recover_everything(tmp_path):
