@@ -4,6 +4,7 @@ from typing import Self
 from django.http import HttpRequest, QueryDict
 from django.http.response import HttpResponseBase
 from django.views.decorators.http import require_safe
+from django.views.decorators.vary import vary_on_headers
 
 from deltacome_core.errors import UserError
 from hub import catalog
@@ -40,6 +41,7 @@ class Query:
 
 @page_access
 @require_safe
+@vary_on_headers("HX-Request")
 def index(request: HttpRequest) -> HttpResponseBase:
     query = Query.read(request.GET)
     try:
