@@ -134,8 +134,6 @@ def verify_delta(
 ) -> VerifyReport:
     """Rebuild the fine-tune from the packed bytes and compare it with the original.
 
-    At most two models are in memory at a time.
-
     Args:
         base_dir: checkpoint folder of the backbone.
         tuned_dir: checkpoint folder of the fine-tune.
@@ -146,7 +144,7 @@ def verify_delta(
             beside the delta and removed again.
 
     Returns:
-        The measurements with a grade.
+        The measurements with a grade; at most two models were in memory at a time.
 
     Raises:
         UserError: backbone_digest_mismatch, delta_invalid, texts_invalid, tokenizer_missing.
