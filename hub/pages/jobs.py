@@ -60,13 +60,17 @@ def read_progress(progress: Mapping[str, Any]) -> Progress | None:
     done, total = progress.get("done"), progress.get("total")
     if not isinstance(done, int) or not isinstance(total, int) or total < 1:
         return None
+    known = {"done", "total", "step"}
     detail = [
-        f"{name} {progress[name]}" for name in sorted(progress.keys() - {"done", "total", "step"})
+        f"{name.replace('_', ' ')} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for name, value in progress.items()
+        if name not in known
     ]
     return Progress(done=done, total=total, text=" · ".join([f"{done} of {total}", *detail]))
 
 
 def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
+    events = list(job.events.order_by("-id"))
     return {
         "section": "jobs",
         "crumbs": crumbs(("Jobs", "/jobs"), str(job.pk)[:8]),
@@ -78,7 +82,8 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
         "progress": read_progress(job.progress) if job.state == Job.State.RUNNING else None,
         "error": messages.explain(job.error_code, job.error_params) if job.error_code else None,
         "failing": failed_check(job.error_params) if job.state == Job.State.REJECTED else [],
-        "events": job.events.order_by("-id"),
+        "events": events,
+        "n_ends": sum(event.new not in {Job.State.QUEUED, Job.State.RUNNING} for event in events),
         "can_write": access.may(request.user, job.repo, access.Right.WRITE),
         "can_cancel": not job.is_finished,
         "can_retry": job.state in {Job.State.FAILED, Job.State.CANCELLED},

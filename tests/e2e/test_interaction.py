@@ -44,6 +44,7 @@ def test_the_log_of_a_finished_job_is_replayed(sign_in, delta, complaints):
     page.get_by_role("row", name=delta).get_by_role("link").click()
     expect(page.locator("#lines")).to_contain_text("publish done")
     expect(page.locator("#lines")).to_contain_text("model.layers.0")
+    expect(page.locator("#log-status")).to_have_text("Read from the stored events.")
 
 
 def test_an_error_stays_in_its_column(sign_in, backbone, delta):

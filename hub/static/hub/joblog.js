@@ -33,7 +33,10 @@ function append(eventId, text, kind) {
 }
 
 function describe({ done, total, step, ...detail }) {
-  const rest = Object.entries(detail).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+  const rest = Object.entries(detail).map(([name, value]) => {
+    const shown = typeof value === "number" ? Number(value.toPrecision(3)) : value;
+    return `${name.replaceAll("_", " ")} ${shown}`;
+  });
   return [`${done} of ${total}`, ...rest].join(" · ");
 }
 
@@ -62,11 +65,19 @@ function hasOpenStep() {
 }
 
 function settle() {
+  if (!isLive) return;
   clearTimeout(refresh);
-  refresh = setTimeout(() => {
-    if (isLive) state.dispatchEvent(new CustomEvent("stage"));
-    else source.close();
-  }, SETTLE_MS);
+  refresh = setTimeout(() => state.dispatchEvent(new CustomEvent("stage")), SETTLE_MS);
+}
+
+// The server ends the stream at each end of the job; after the last there is nothing to wait for.
+let endsLeft = Number(log.dataset.ends);
+
+function countEnd() {
+  endsLeft -= 1;
+  if (isLive || endsLeft > 0) return;
+  source.close();
+  status.textContent = "Read from the stored events.";
 }
 
 document.addEventListener("htmx:after:swap", () => {
@@ -93,9 +104,10 @@ for (const type of ["stage", "done"]) {
   listen(type, (id, data) => {
     showMove(id, data);
     settle();
+    if (type === "done") countEnd();
   });
 }
-source.onopen = () => { status.textContent = isLive ? "Live." : "Read from the stored events."; };
+source.onopen = () => { if (isLive) status.textContent = "Live."; };
 source.onerror = () => {
   status.textContent = source.readyState === EventSource.CONNECTING
     ? "Reconnecting…"
