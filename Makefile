@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench lock clean
+.PHONY: help setup demo test check format schema bench lock clean
 
 help: ## list these targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -30,8 +30,12 @@ check: setup ## lint, types, import contracts, templates, migrations
 format: setup ## rewrite the code as the formatter wants it
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix --select I .
 
-bench: setup ## benchmarks of the kernels and of compression on this machine
-	@$(BIN)/python -m kernels.bench
+schema: setup ## write docs/openapi.yaml again
+	@DEBUG=1 $(BIN)/python manage.py spectacular --file docs/openapi.yaml
+
+bench: setup ## compress, verify and score the demo models with the command line on this machine
+	@for task in dates extraction; do $(BIN)/python benchmarks/pair.py --base examples/tiny-llama/backbone \
+		--tuned examples/tiny-llama/$$task --out docs/benchmarks/tiny_llama_$$task.json; done
 
 lock: setup ## resolve requirements.lock again
 	$(BIN)/uv pip compile -q --universal --python-version 3.11 --extra hub --extra worker --extra demo \

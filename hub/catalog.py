@@ -82,6 +82,17 @@ def latest_revisions(repos: Iterable[Repo]) -> dict[UUID, Revision]:
     return {revision.repo_id: revision for revision in found}
 
 
+def readable_backbones(user: access.AnyUser, revisions: Iterable[Revision]) -> frozenset[UUID]:
+    """Repos of these revisions' backbones that the user may see.
+
+    A public delta may have a private backbone: its name is not ours to tell.
+    """
+    asked = {revision.backbone.repo_id for revision in revisions if revision.backbone}
+    return frozenset(
+        Repo.objects.visible_to(user).filter(pk__in=asked).values_list("pk", flat=True)
+    )
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Split "namespace/name".
 

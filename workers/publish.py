@@ -4,7 +4,7 @@ from typing import Any
 
 from hub import blobs
 from hub.backbones import TENSORS_FILE
-from hub.models import Job, Revision
+from hub.models import Job, Repo, Revision
 from hub.publishing import Grade, Publication, Score
 
 CARD_NAME = "README.md"
@@ -86,13 +86,16 @@ Fine-tunes of it are kept here as deltas of about a sixteenth of their size.
 
 def _delta_card(job: Job, backbone: Revision, size: Outputs, verified: Outputs) -> str:
     report = verified["verification"]
+    # The card goes wherever the delta goes; the name of a private backbone must not.
+    is_public = backbone.repo.visibility == Repo.Visibility.PUBLIC
+    source = str(backbone.repo) if is_public else "BACKBONE"
     return f"""# {job.repo.name}
 
-A fine-tune of [{backbone.repo}](/{backbone.repo}), kept as a packed delta.
+A full fine-tune, kept as a packed delta.
 
-| | |
+| property | value |
 | --- | --- |
-| backbone | `{backbone}` |
+| backbone | `{backbone if is_public else f"sha256:{backbone.digest}"}` |
 | recipe | `{size["recipe"]["name"]}`, {size["recipe"]["bits_per_param"]} bits per parameter |
 | size | {size["total_bytes"]:,} bytes, {size["ratio"]:.1f} times smaller, all overhead counted |
 | verification | grade {report["grade"]}, recovery {report["recovery"]:.4f} |
@@ -100,7 +103,7 @@ A fine-tune of [{backbone.repo}](/{backbone.repo}), kept as a packed delta.
 To get the whole checkpoint back:
 
 ```
-deltacome pull {backbone.repo} backbone
+deltacome pull {source} backbone
 deltacome pull {job.repo} delta
 deltacome reconstruct --base backbone --delta delta --out fine-tune
 ```

@@ -15,7 +15,7 @@ from hub.api.serializers import (
     YankSerializer,
 )
 from hub.api.views import AFTER, errors, page_response, page_schema, query
-from hub.models import Repo
+from hub.models import Repo, Revision
 
 
 class Repos(APIView):
@@ -39,7 +39,9 @@ class Repos(APIView):
             request.user, kind=kind, q=query(request, "q"), backbone=query(request, "backbone")
         )
         page = catalog.page_of(repos, after=query(request, "after"))
-        return page_response(page, RepoSerializer, latest=catalog.latest_revisions(page.items))
+        latest = catalog.latest_revisions(page.items)
+        readable = catalog.readable_backbones(request.user, latest.values())
+        return page_response(page, RepoSerializer, latest=latest, readable=readable)
 
 
 class RepoDetail(APIView):
@@ -47,7 +49,7 @@ class RepoDetail(APIView):
 
     @extend_schema(operation_id="get_repo", responses={200: RepoSerializer} | errors())
     def get(self, request: Request, namespace: str, name: str) -> Response:
-        return _print_repo(access.get_repo(request.user, namespace, name))
+        return _print_repo(request, access.get_repo(request.user, namespace, name))
 
     @extend_schema(
         operation_id="update_repo",
@@ -64,7 +66,7 @@ class RepoDetail(APIView):
         publishing.update_repo(
             repo, current_user(request), token=current_token(request), **change.validated_data
         )
-        return _print_repo(repo)
+        return _print_repo(request, repo)
 
 
 class Revisions(APIView):
@@ -78,7 +80,8 @@ class Revisions(APIView):
     def get(self, request: Request, namespace: str, name: str) -> Response:
         repo = access.get_repo(request.user, namespace, name)
         page = catalog.page_of(catalog.list_revisions(repo), after=query(request, "after"))
-        return page_response(page, RevisionSerializer)
+        readable = catalog.readable_backbones(request.user, page.items)
+        return page_response(page, RevisionSerializer, readable=readable)
 
 
 class RevisionDetail(APIView):
@@ -90,7 +93,7 @@ class RevisionDetail(APIView):
     def get(self, request: Request, namespace: str, name: str, revision: str) -> Response:
         repo = access.get_repo(request.user, namespace, name)
         found = catalog.get_revision(repo, revision)
-        return Response(RevisionDetailSerializer(found).data)
+        return _print_revision(request, found, RevisionDetailSerializer)
 
 
 class RevisionYank(APIView):
@@ -113,7 +116,7 @@ class RevisionYank(APIView):
             reason=asked.validated_data["reason"],
             token=current_token(request),
         )
-        return Response(RevisionSerializer(found).data)
+        return _print_revision(request, found, RevisionSerializer)
 
 
 class RepoAlias(APIView):
@@ -131,9 +134,17 @@ class RepoAlias(APIView):
         asked.is_valid(raise_exception=True)
         revision = catalog.get_revision(repo, asked.validated_data["revision"])
         publishing.set_alias(repo, alias, revision)
-        return Response(RevisionSerializer(revision).data)
+        return _print_revision(request, revision, RevisionSerializer)
 
 
-def _print_repo(repo: Repo) -> Response:
+def _print_repo(request: Request, repo: Repo) -> Response:
     latest = catalog.latest_revisions([repo])
-    return Response(RepoSerializer(repo, context={"latest": latest}).data)
+    readable = catalog.readable_backbones(request.user, latest.values())
+    return Response(RepoSerializer(repo, context={"latest": latest, "readable": readable}).data)
+
+
+def _print_revision(
+    request: Request, revision: Revision, serializer: type[RevisionSerializer]
+) -> Response:
+    readable = catalog.readable_backbones(request.user, [revision])
+    return Response(serializer(revision, context={"readable": readable}).data)

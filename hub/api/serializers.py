@@ -107,10 +107,11 @@ class RevisionNameSerializer(serializers.Serializer[Any]):
 
 
 class RevisionSerializer(serializers.ModelSerializer[Revision]):
+    # Needs `readable` in its context: `catalog.readable_backbones` of what it prints.
     repo = serializers.CharField()
     label = serializers.CharField()  # type: ignore[assignment]  # as above
     digest = serializers.SerializerMethodField()
-    backbone = RevisionNameSerializer(allow_null=True)
+    backbone = serializers.SerializerMethodField()
     recipe = serializers.DictField()
     # Declared, because the bounds that Django derives differ from database to database.
     number = serializers.IntegerField(allow_null=True)
@@ -128,6 +129,13 @@ class RevisionSerializer(serializers.ModelSerializer[Revision]):
 
     def get_digest(self, revision: Revision) -> str | None:
         return f"sha256:{revision.digest}" if revision.digest else None
+
+    @extend_schema_field(RevisionNameSerializer(allow_null=True))
+    def get_backbone(self, revision: Revision) -> Any:
+        backbone = revision.backbone
+        if backbone is None or backbone.repo_id not in self.context["readable"]:
+            return None
+        return RevisionNameSerializer(backbone).data
 
 
 class FileSerializer(serializers.Serializer[Any]):
@@ -180,7 +188,7 @@ class RepoSerializer(serializers.ModelSerializer[Repo]):
     @extend_schema_field(RevisionSerializer(allow_null=True))
     def get_latest(self, repo: Repo) -> Any:
         revision = self.context["latest"].get(repo.pk)
-        return RevisionSerializer(revision).data if revision else None
+        return RevisionSerializer(revision, context=self.context).data if revision else None
 
 
 class RepoChangeSerializer(serializers.Serializer[Any]):

@@ -116,3 +116,14 @@ def test_a_revision_is_found_by_its_full_name(acme, alice):
     for wrong in ("math", "/math", "acme/", "acme/math/x", "", "acme/math@v2"):
         with pytest.raises(UserError):
             catalog.find_revision(alice, wrong)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/acme/math", "/acme/math/revisions", "/acme/math/revisions/v1"]
+)
+def test_a_private_backbone_is_named_to_its_members_only(client, sign_in, acme, bob, path):
+    backbone = factories.make_backbone(acme, "hush-hush", visibility="private")
+    factories.make_revision(factories.make_repo(acme, "math"), backbone=backbone)
+    url = f"/api/v1/repos{path}"
+    assert "hush-hush" not in client.get(url).content.decode()
+    assert "acme/hush-hush" in sign_in(bob).get(url).content.decode()
