@@ -1,5 +1,6 @@
 """The border between supervisor and child, with real processes."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -35,8 +36,10 @@ def wait_until_blocked(pid, workspace):
     """The child asks for the lock last of all its preparations."""
 
     def holds_the_lock_file():
-        links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
-        return workspace / ".lock" in links
+        # A file may be closed, and its link gone, between listing and reading.
+        with contextlib.suppress(FileNotFoundError):
+            links = [link.readlink() for link in Path(f"/proc/{pid}/fd").iterdir()]
+            return workspace / ".lock" in links
 
     plant.wait_for(holds_the_lock_file, what="the child waits for the lock")
 
