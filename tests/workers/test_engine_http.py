@@ -1,4 +1,5 @@
 import json
+import threading
 
 import pytest
 import tiny
@@ -6,6 +7,7 @@ import torch
 from engines import Caller, make_engine, no_claim, serve
 
 from deltacome_core.models import load_model, load_tokenizer
+from workers.engine.generate import Sequence
 
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}]
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -286,9 +288,17 @@ def test_hanging_up_ends_the_sequence(engine):
     engine.wait_until_idle()
 
 
-def test_a_full_engine_asks_to_come_back(models):
-    body = {"prompt": "abc", "max_tokens": 200, "temperature": 1.0}
-    short = {"prompt": "a", "max_tokens": 1}
+def test_a_full_engine_asks_to_come_back(models, monkeypatch):
+    body, short = {"prompt": "2+2=", **GREEDY}, {"prompt": "a", "max_tokens": 1}
+    may_go_on = threading.Event()
+    step = Sequence.step
+
+    def step_when_allowed(sequence):
+        # Held after its first token, so that the engine is full for as long as the test needs.
+        assert sequence._last is None or may_go_on.wait(60)
+        step(sequence)
+
+    monkeypatch.setattr(Sequence, "step", step_when_allowed)
     with (
         serve(make_engine(models.root, max_sequences=1)) as url,
         Caller(url, models) as caller,
@@ -301,6 +311,7 @@ def test_a_full_engine_asks_to_come_back(models):
         assert refused.json()["error"]["code"] == "engine_busy"
         assert refused.headers["retry-after"] == "2"
         events.close()
+        may_go_on.set()
         caller.wait_until_idle()
         assert other.post("completions", short).status_code == 200
 
