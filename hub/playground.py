@@ -4,9 +4,10 @@ import json
 import logging
 import weakref
 from asyncio import AbstractEventLoop, get_running_loop
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import httpx
 from django.conf import settings
@@ -86,11 +87,18 @@ def list_models(user: access.AnyUser) -> list[dict[str, Any]]:
         latest.setdefault(revision.repo_id, revision)
         if len(latest) >= MAX_LISTED_MODELS:
             break
-    return [describe_model(revision) for revision in latest.values()]
+    readable = catalog.readable_backbones(user, latest.values())
+    return [_describe_model(revision, readable) for revision in latest.values()]
 
 
-def describe_model(revision: Revision) -> dict[str, Any]:
+def describe_model(user: access.AnyUser, revision: Revision) -> dict[str, Any]:
+    return _describe_model(revision, catalog.readable_backbones(user, [revision]))
+
+
+def _describe_model(revision: Revision, readable: Container[UUID]) -> dict[str, Any]:
     name = str(revision.repo)
+    backbone = revision.backbone
+    parent = str(backbone.repo) if backbone and backbone.repo_id in readable else None
     card: dict[str, Any] = {
         "id": name,
         "object": "model",
@@ -98,7 +106,7 @@ def describe_model(revision: Revision) -> dict[str, Any]:
         "owned_by": revision.repo.namespace.name,
         "name": name,
         "root": f"{name}@{revision.label}",
-        "parent": str(revision.backbone.repo) if revision.backbone else None,
+        "parent": parent,
     }
     if revision.repo.kind == Repo.Kind.DELTA:
         card["x_delta"] = {

@@ -80,7 +80,7 @@ async def models(_request: HttpRequest, user: User) -> HttpResponseBase:
 @openai_route("GET")
 async def model(_request: HttpRequest, user: User, name: str) -> HttpResponseBase:
     revision = await _find_model(user, name)
-    return JsonResponse(await sync_to_async(playground.describe_model)(revision))
+    return JsonResponse(await sync_to_async(playground.describe_model)(user, revision))
 
 
 @openai_route("POST")

@@ -127,3 +127,17 @@ def test_a_private_backbone_is_named_to_its_members_only(client, sign_in, acme, 
     url = f"/api/v1/repos{path}"
     assert "hush-hush" not in client.get(url).content.decode()
     assert "acme/hush-hush" in sign_in(bob).get(url).content.decode()
+
+
+@pytest.mark.parametrize("url", ["/v1/models", "/v1/models/acme/math"])
+def test_the_list_of_models_does_not_name_a_private_backbone(client, acme, bob, charlie, url):
+    backbone = factories.make_backbone(acme, "hush-hush", visibility="private")
+    factories.make_revision(factories.make_repo(acme, "math"), backbone=backbone)
+
+    def ask(user):
+        headers = {"Authorization": f"Bearer {factories.make_token(user)}"}
+        return client.get(url, headers=headers).content.decode()
+
+    assert "acme/math" in ask(charlie)
+    assert "hush-hush" not in ask(charlie)
+    assert '"parent": "acme/hush-hush"' in ask(bob)
