@@ -66,7 +66,10 @@ def test_a_backbone_and_then_its_fine_tune_are_published(env, tmp_path, alice, a
     made = compress_undisturbed(folder, bits_per_param=4.0)
     assert {path: files[path] for path in made} == made
     assert set(files) - set(made) == {"README.md", "verification.json", "evaluation.json"}
-    assert b"acme/base@v1" in files["README.md"]
+    assert b"| verification | grade " in files["README.md"]
+    # The backbone is private: the card gives its digest and keeps its name.
+    assert backbone.digest.encode() in files["README.md"]
+    assert b"acme/base" not in files["README.md"]
     assert revision.size_bytes == len(made["delta.safetensors"]) + len(made["delta.json"])
     verification = Verification.objects.get(revision=revision)
     assert verification.grade == json.loads(files["verification.json"])["grade"]
