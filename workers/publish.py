@@ -80,7 +80,7 @@ def _backbone_card(job: Job, found: Outputs) -> str:
     return f"""# {job.repo.name}
 
 A backbone: {found["architecture"]}, {found["n_params"]:,} parameters in {found["dtype"]}.
-Fine-tunes of it are kept here as deltas of about a sixteenth of their size.
+Fine-tunes of it are kept here as packed deltas.
 """
 
 
