@@ -289,7 +289,8 @@ def _backoff_s(attempt: int) -> float:
 def announce(job: Job) -> None:
     """Tell the people who watch; after commit, and never at the price of the change itself."""
     kind = "done" if job.is_finished else "stage"
-    transaction.on_commit(partial(events.publish_event, job.pk, kind, describe(job)), robust=True)
+    data = describe(job) | {"event": job.last_event.pk}
+    transaction.on_commit(partial(events.publish_event, job.pk, kind, data), robust=True)
 
 
 def describe(job: Job) -> dict[str, str | int]:

@@ -327,7 +327,7 @@ def _create_job(upload: Upload) -> Job:
     job = Job.objects.create(
         kind=kind, owner=upload.owner, upload=upload, revision=revision, step=jobs.STEPS[kind][0]
     )
-    job.events.create(new=job.state, step=job.step, attempt=0)
+    job.record()
     jobs.enqueue(job)
     job.refresh_from_db()
     return job

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import aclosing
 from uuid import UUID
 
@@ -58,6 +58,8 @@ async def _follow(job_id: UUID, user: AnyUser, *, last_id: str) -> AsyncIterator
     """Yield events after `last_id` until the job has ended; None keeps the line alive."""
     # Two cursors: ids made from rows carry the database's clock, those of the stream Redis's.
     stream_id = last_id
+    # Both sources tell a move, each at the time of its own clock; here it is told once.
+    told: set[int] = set()
     block_ms = 1
     async with aclosing(events.connect_async(settings.REDIS_URL)) as client:
         while True:
@@ -68,16 +70,16 @@ async def _follow(job_id: UUID, user: AnyUser, *, last_id: str) -> AsyncIterator
             except redis.RedisError:
                 await asyncio.sleep(RETRY_S)
                 found = []
-            for event in found:
-                stream_id = last_id = event.id
+            for event in _untold(found, told):
                 yield event
                 if event.type == "done":
                     return
             if found:
+                stream_id = last_id = found[-1].id
                 continue
             # Nothing came, and the stream may be lost: the rows have the last word.
             is_over, missed = await sync_to_async(_read_rows)(job_id, user, last_id)
-            for event in missed:
+            for event in _untold(missed, told):
                 last_id = max(last_id, event.id, key=_sort_key)
                 yield event
             if is_over:
@@ -85,6 +87,16 @@ async def _follow(job_id: UUID, user: AnyUser, *, last_id: str) -> AsyncIterator
             if block_ms > 1:
                 yield None
             block_ms = int(settings.SSE_HEARTBEAT_S * 1000)
+
+
+def _untold(found: Iterable[Event], told: set[int]) -> Iterator[Event]:
+    """Leave out the moves that were told before; those that pass count as told."""
+    for event in found:
+        number = event.data.get("event")
+        if number not in told:
+            yield event
+        if number is not None:
+            told.add(number)
 
 
 def _authorise(request: HttpRequest, job_id: UUID) -> AnyUser:
@@ -119,11 +131,12 @@ def _read_rows(job_id: UUID, user: AnyUser, last_id: str) -> tuple[bool, list[Ev
 
 def _event_of(job: Job, row: JobEvent) -> Event:
     is_last = job.is_finished and row.new == job.state
-    data = {"state": row.new, "step": row.step, "attempt": row.attempt}
+    told = {"state": row.new, "step": row.step, "attempt": row.attempt}
+    data = jobs.describe(job) if is_last else told
     return Event(
         id=_row_id(row),
         type="done" if is_last else "stage",
-        data=jobs.describe(job) if is_last else data,
+        data=data | {"event": row.pk},
     )
 
 

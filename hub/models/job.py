@@ -64,6 +64,8 @@ class Job(UUIDModel):
     finished_at = models.DateTimeField(null=True)
 
     objects = JobQuerySet.as_manager()
+    # What this process recorded last; not read from the database.
+    last_event: "JobEvent"
 
     class Meta:
         # No index on heartbeat columns: they change every few seconds for every running job.
@@ -103,9 +105,13 @@ class Job(UUIDModel):
             if not row.filter(guard or models.Q()).update(state=to, **fields):
                 raise LostRace(f"{self} -> {to}")
             self.refresh_from_db()
-            self.events.create(
-                old=old, new=to, step=self.step, attempt=self.attempt, code=self.error_code
-            )
+            self.record(old=old)
+
+    def record(self, *, old: str = "") -> None:
+        """Leave a JobEvent that tells the state of this row."""
+        self.last_event = self.events.create(
+            old=old, new=self.state, step=self.step, attempt=self.attempt, code=self.error_code
+        )
 
 
 TRANSITIONS: dict[Job.State, frozenset[Job.State]] = {

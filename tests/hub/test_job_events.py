@@ -1,4 +1,5 @@
 import json
+import time
 
 import factories
 import pytest
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 @pytest.fixture
 def job(acme):
     job = factories.make_job(factories.make_repo(acme))
-    job.events.create(new="QUEUED", step="ingest", attempt=0)
+    job.record()
     jobs.announce(job)
     return job
 
@@ -58,6 +59,22 @@ def test_events_arrive_while_the_job_runs(live_client, redis_server, job, header
     found = read(live_client, job, headers)
     assert [kind for _, kind, _ in found] == ["stage", "stage", "progress", "done"]
     assert found[0][2]["state"] == "QUEUED"
+
+
+def test_a_move_seen_in_the_database_first_is_told_once(
+    live_client, redis_server, job, headers, later, monkeypatch
+):
+    publish = events.publish_event
+
+    def publish_late(*args):
+        time.sleep(0.5)
+        publish(*args)
+
+    monkeypatch.setattr(events, "publish_event", publish_late)
+    later(0, lambda: finish(Job.objects.get(pk=job.pk)))
+    time.sleep(0.2)
+    found = read(live_client, job, headers)
+    assert [kind for _, kind, _ in found] == ["stage", "stage", "progress", "done"]
 
 
 def test_a_reader_that_comes_back_goes_on_after_its_last_event(

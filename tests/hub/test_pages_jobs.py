@@ -12,7 +12,7 @@ pytestmark = pytest.mark.django_db
 def make_job(acme):
     def make(name="math", **fields):
         job = factories.make_job(factories.make_repo(acme, name), **fields)
-        job.events.create(new=job.state, step=job.step, attempt=job.attempt)
+        job.record()
         return job
 
     return make
