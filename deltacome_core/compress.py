@@ -38,6 +38,7 @@ from deltacome_core.manifest import (
     CalibrationRecord,
     DeltaManifest,
     FineTuneRecord,
+    RecipeRecord,
 )
 from deltacome_core.models import find_max_positions, load_tokenizer, resolve_device
 from deltacome_core.packed import ExactTensor, PackedTensor
@@ -369,7 +370,7 @@ def _share_inputs(
 def _head(work: _Work, tokens: CalibrationTokens | None) -> DeltaManifest:
     tuned = work.tuned.checkpoint
     return DeltaManifest(
-        recipe=work.recipe,
+        recipe=RecipeRecord(name=work.recipe.name, settings=work.recipe.settings),
         backbone=BackboneRecord(digest=work.base.digest, tensors=work.base.hashes),
         fine_tune=FineTuneRecord(
             digest=work.tuned.digest,

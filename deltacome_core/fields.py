@@ -92,6 +92,17 @@ class Fields:
             raise self.invalid(f"{key} is not a number")
         return float(value)
 
+    def scalar(self, key: str) -> str | float | bool | None:
+        """Take a text, a number, a flag or null."""
+        value = self.take(key)
+        if isinstance(value, str):
+            return self.text(key)
+        if value is not None and not isinstance(value, bool):
+            # A whole number stays one, so that writing it again gives the same bytes.
+            self.number(key)
+        found: str | float | bool | None = value
+        return found
+
     def items(self, key: str, *, limit: int) -> list[Any]:
         value = self.take(key)
         if not isinstance(value, list) or len(value) > limit:

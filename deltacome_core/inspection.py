@@ -53,7 +53,7 @@ class InspectReport:
 
     def to_json(self) -> dict[str, object]:
         return {
-            "recipe": asdict(self.manifest.recipe),
+            "recipe": self.manifest.recipe.to_json(),
             "backbone_digest": self.manifest.backbone.digest,
             "fine_tune": asdict(self.manifest.fine_tune),
             "total_bytes": self.total_bytes,

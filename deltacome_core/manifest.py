@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from deltacome_core import strict_json
 from deltacome_core.entries import (
-    MAX_GROUP,
     DeltaEntry,
     ExactEntry,
     entry_to_json,
@@ -15,7 +15,6 @@ from deltacome_core.entries import (
 )
 from deltacome_core.errors import UserError
 from deltacome_core.fields import Fields, invalid
-from deltacome_core.recipe import Recipe
 from deltacome_core.safetensors_file import MAX_TENSORS, check_tensor_name
 
 FORMAT_NAME = "deltacome"
@@ -24,8 +23,10 @@ MANIFEST_NAME = "delta.json"
 DATA_NAME = "delta.safetensors"
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_FILES = 256
+MAX_SETTINGS = 64
 
 _SHARD = re.compile(r"\Adelta-\d{5}-of-\d{5}\.safetensors\Z")
+_SETTING = re.compile(r"\A[a-z][a-z0-9_]{0,63}\Z")
 _FILE = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 
@@ -50,6 +51,20 @@ class FineTuneRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeRecord:
+    """What the delta was asked to be: the recipe's name and its settings, for people to read.
+
+    Entries alone say how the bytes are laid out, so a reader needs to know no setting.
+    """
+
+    name: str
+    settings: Mapping[str, str | float | bool | None]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, **self.settings}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
     """The text the quantiser looked at."""
 
@@ -68,7 +83,7 @@ class FileRecord:
 class DeltaManifest:
     """The content of delta.json; `files` names every file but delta.json itself."""
 
-    recipe: Recipe
+    recipe: RecipeRecord
     backbone: BackboneRecord
     fine_tune: FineTuneRecord
     entries: tuple[DeltaEntry, ...]
@@ -110,7 +125,7 @@ def manifest_to_json(manifest: DeltaManifest) -> bytes:
     document = {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
-        "recipe": asdict(manifest.recipe),
+        "recipe": manifest.recipe.to_json(),
         "backbone": asdict(manifest.backbone),
         "fine_tune": asdict(manifest.fine_tune),
         "entries": [entry_to_json(entry) for entry in manifest.entries],
@@ -121,20 +136,13 @@ def manifest_to_json(manifest: DeltaManifest) -> bytes:
     return strict_json.dumps_canonical(document)
 
 
-def _parse_recipe(fields: Fields) -> Recipe:
-    try:
-        recipe = Recipe(
-            name=fields.text("name"),
-            bits_per_param=fields.number("bits_per_param"),
-            embedding_bits=fields.natural("embedding_bits"),
-            group_size=fields.natural("group_size", limit=MAX_GROUP),
-            damping=fields.number("damping"),
-            calibrated=fields.flag("calibrated"),
-        )
-    except UserError as error:
-        raise invalid(f"recipe: {error.params.get('reason', error)}") from None
-    fields.done()
-    return recipe
+def _parse_recipe(fields: Fields) -> RecipeRecord:
+    keys = [key for key in fields.keys(limit=MAX_SETTINGS) if key != "name"]
+    for key in keys:
+        if not _SETTING.match(key):
+            raise fields.invalid(f"{key[:80]!a} is no name of a setting")
+    settings = {key: fields.scalar(key) for key in keys}
+    return RecipeRecord(name=fields.text("name"), settings=settings)
 
 
 def _parse_files(fields: Fields) -> dict[str, FileRecord]:

@@ -1,7 +1,8 @@
 """How a delta is compressed: presets, and the exact bytes a choice of rank bands costs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from deltacome_core.errors import UserError
 from deltacome_core.layout import PLANES, Group, RankBand, matrix_payload
@@ -16,12 +17,15 @@ _PUBLISHED_RANK_3BIT = 32
 MIN_BITS_PER_PARAM = 0.05
 MAX_BITS_PER_PARAM = 8.0
 
+Method = Literal["lowrank", "direct", "lossless"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A named way to compress; `bits_per_param` counts every byte of the low-rank matrices."""
 
     name: str
+    method: Method = "lowrank"
     bits_per_param: float = 1.0
     embedding_bits: int = 4
     group_size: int = 128
@@ -39,6 +43,11 @@ class Recipe:
             raise UserError("recipe_invalid", reason=f"group size is {self.group_size}, below 1")
         if not 0 < self.damping < 1:
             raise UserError("recipe_invalid", reason=f"damping is {self.damping}, outside 0 to 1")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything but the name, as the manifest records it."""
+        return {key: value for key, value in asdict(self).items() if key != "name"}
 
     @property
     def group_u(self) -> Group:

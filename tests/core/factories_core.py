@@ -15,6 +15,7 @@ from deltacome_core.manifest import (
     BackboneRecord,
     DeltaManifest,
     FineTuneRecord,
+    RecipeRecord,
     manifest_to_json,
     read_manifest,
 )
@@ -183,7 +184,7 @@ def make_head(base_dir, tuned_dir):
     base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
     hashes = hash_tensors(base)
     return DeltaManifest(
-        recipe=PRESETS["come"],
+        recipe=RecipeRecord(name="come", settings=PRESETS["come"].settings),
         backbone=BackboneRecord(digest=checkpoint_digest(base.layout, hashes), tensors=hashes),
         fine_tune=FineTuneRecord(
             digest=checkpoint_digest(tuned.layout, hash_tensors(tuned)),

@@ -16,10 +16,10 @@ from deltacome_core.manifest import (
     CalibrationRecord,
     DeltaManifest,
     FineTuneRecord,
+    RecipeRecord,
 )
 from deltacome_core.packed import ExactTensor, PackedBand, PackedFactor, PackedMatrix, PackedRows
 from deltacome_core.parts import write_delta, write_part
-from deltacome_core.recipe import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent / "golden"
 LAYER = "model.layers.0"
@@ -135,7 +135,7 @@ def make_layout():
 def make_head():
     names = [*MATRICES, EMBED, FINAL_NORM]
     return DeltaManifest(
-        recipe=PRESETS["come"],
+        recipe=RecipeRecord(name="come", settings={"bits_per_param": 1.0, "group_size": 128}),
         backbone=BackboneRecord(digest=SHA["a"], tensors=dict.fromkeys(names, SHA["b"])),
         fine_tune=FineTuneRecord(
             digest=SHA["c"],

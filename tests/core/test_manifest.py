@@ -23,6 +23,7 @@ from deltacome_core.manifest import (
     DeltaManifest,
     FileRecord,
     FineTuneRecord,
+    RecipeRecord,
     manifest_to_json,
     parse_manifest,
     read_manifest,
@@ -34,7 +35,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 EMBED = "model.embed_tokens.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 MANIFEST = DeltaManifest(
-    recipe=PRESETS["come"],
+    recipe=RecipeRecord(name="come", settings=PRESETS["come"].settings),
     backbone=BackboneRecord(digest=SHA, tensors={QUERY: SHA, EMBED: SHA, "model.norm.weight": SHA}),
     fine_tune=FineTuneRecord(
         digest=SHA, size_bytes=1000, dtype="BF16", n_params=500, architecture="LlamaForCausalLM"
@@ -187,9 +188,10 @@ HOSTILE = {
     "hash newline": set_at(["backbone", "tensors", QUERY], SHA + "\n"),
     "sizes 2^63": set_at(["fine_tune", "size_bytes"], 2**63),
     "architecture of escapes": set_at(["fine_tune", "architecture"], "\x1b[2J"),
-    "recipe out of range": set_at(["recipe", "bits_per_param"], 1e300),
-    "recipe text": set_at(["recipe", "bits_per_param"], "1"),
-    "recipe missing field": delete_at(["recipe", "damping"]),
+    "recipe infinite": set_at(["recipe", "bits_per_param"], float("inf")),
+    "recipe nested": set_at(["recipe", "bits_per_param"], [1]),
+    "recipe setting name": set_at(["recipe", "Bits"], 1),
+    "recipe without name": delete_at(["recipe", "name"]),
     "files list": set_at(["files"], []),
     "files differ in case only": set_at(["files", "CONFIG.json"], {"sha256": SHA, "size": 2}),
     "files name the manifest": set_at(["files", "delta.json"], {"sha256": SHA, "size": 2}),
