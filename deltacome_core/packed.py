@@ -6,6 +6,7 @@ import torch
 
 from deltacome_core.bitpack import unpack_codes, words_per_row
 from deltacome_core.errors import InternalError
+from deltacome_core.exact_product import multiply_factors
 from deltacome_core.layout import Group, RankBand, scale_shape
 
 
@@ -152,13 +153,16 @@ class PackedMatrix:
         return left, right * self.sigma[:, None]
 
     def dequantise(self) -> torch.Tensor:
-        """Multiply the factors out.
+        """Multiply the factors out; the same bits on every machine and device.
 
         Returns:
             f32 [out, in], the sum over bands of U diag(sigma) V.
+
+        Source: docs/format.md, "From codes to numbers".
         """
-        left, right = self.factors()
-        return left @ right
+        left = torch.cat([band.u.dequantise() for band in self.bands], dim=1)
+        right = torch.cat([band.v.dequantise() for band in self.bands])
+        return multiply_factors(left.double(), right.double() * self.sigma.double()[:, None])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

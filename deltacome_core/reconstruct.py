@@ -58,8 +58,8 @@ def apply_entry(
         device: where to compute.
 
     Returns:
-        base + delta, summed in f32 and cast once; rows that did not change are only cast. On the
-        CPU.
+        base + delta, added in f32 and cast once; rows that did not change are only cast. On the
+        CPU, with the same bits whatever the device or the number of threads.
 
     Raises:
         InternalError: the delta needs a base and there is none.
