@@ -76,7 +76,7 @@ def compress(
         base,
         tuned,
         out,
-        get_recipe(recipe, bits_per_param=bits_per_param),
+        get_recipe(recipe, matrix_bits=bits_per_param),
         calibration=calibration,
         device=device,
         on_layer=_tell_layer,

@@ -43,7 +43,7 @@ from deltacome_core.manifest import (
 from deltacome_core.models import find_max_positions, load_tokenizer, resolve_device
 from deltacome_core.packed import ExactTensor, PackedTensor
 from deltacome_core.parts import read_part, write_delta, write_part
-from deltacome_core.recipe import Recipe
+from deltacome_core.recipe import Recipe, plan_bands
 from deltacome_core.texts import DEFAULT_CALIBRATION
 
 _MATRIX_RANK = 2
@@ -164,7 +164,7 @@ def compress_checkpoint(
 
     Raises:
         UserError: output_exists, backbone_mismatch, nan_weights, calibration_too_short,
-            budget_impossible, device_unavailable, and what opening the checkpoints raises.
+            device_unavailable, and what opening the checkpoints raises.
 
     Source: Delta-CoMe (arXiv 2406.08903).
     """
@@ -331,10 +331,10 @@ def _compress_unit(
             continue
         pair = load_pair(work.base.checkpoint, work.tuned.checkpoint, name)
         kind = pair.kind
-        if kind is TensorKind.LOWRANK:
-            deltas[name] = NamedDelta(name=name, delta=pair.difference().to(work.device))
-        elif kind is TensorKind.UNCHANGED:
+        if kind is TensorKind.UNCHANGED:
             packed.append(unchanged)
+        elif kind is TensorKind.LOWRANK and _has_bands(pair, work.recipe):
+            deltas[name] = NamedDelta(name=name, delta=pair.difference().to(work.device))
         else:
             packed.append(_pack_whole(pair, work))
     errors = []
@@ -344,6 +344,11 @@ def _compress_unit(
             packed.append(matrix.packed)
             errors.append(matrix.relative_error)
     return packed, errors
+
+
+def _has_bands(pair: TensorPair, recipe: Recipe) -> bool:
+    out_features, in_features = pair.tuned.shape
+    return bool(plan_bands(out_features, in_features, recipe))
 
 
 def _pack_whole(pair: TensorPair, work: _Work) -> PackedTensor:

@@ -14,11 +14,10 @@ from deltacome_core.checkpoint import (
     hash_tensor,
     is_vocabulary_tensor,
 )
+from deltacome_core.entries import is_lowrank_shape
 from deltacome_core.errors import UserError
 from deltacome_core.tensors import as_float32, load_tensor
 
-# Below this a low-rank form of both factors and their scales is no smaller than the matrix.
-MIN_LOWRANK_DIMENSION = 32
 # Reading and hashing overlap; more threads than this only contend for memory bandwidth.
 _MAX_SCAN_THREADS = 8
 
@@ -63,8 +62,8 @@ class TensorPair:
             return TensorKind.EXACT
         if is_vocabulary_tensor(self.name):
             return TensorKind.ROWS
-        small = min(self.tuned.shape) < MIN_LOWRANK_DIMENSION
-        return TensorKind.EXACT if small or "norm" in self.name else TensorKind.LOWRANK
+        lowrank = is_lowrank_shape(self.name, tuple(self.tuned.shape))
+        return TensorKind.LOWRANK if lowrank else TensorKind.EXACT
 
     def difference(self) -> torch.Tensor:
         """Return fine-tune minus backbone.

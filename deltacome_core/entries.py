@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from deltacome_core.checkpoint import Layout
+from deltacome_core.checkpoint import Layout, is_vocabulary_tensor
 from deltacome_core.fields import Fields, invalid
 from deltacome_core.layout import (
     PLANES,
@@ -22,7 +22,13 @@ REST_GROUP = "rest"
 MAX_DIMENSION = 2**31 - 1
 MAX_BANDS = 8
 MAX_GROUP = 1 << 16
+# Below this a low-rank form of both factors and their scales is no smaller than the matrix.
+MIN_LOWRANK_DIMENSION = 32
+# What an entry of no changed rows says about its codes, so that equal deltas give equal bytes.
+EMPTY_ROWS_BITS = 4
+EMPTY_ROWS_GROUP = (1, 128)
 
+_MATRIX_DIMENSIONS = 2
 _LAYER = re.compile(r"\A(.+?\.\d+)\.")
 _SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -101,6 +107,21 @@ class UnchangedEntry:
 DeltaEntry = LowRankEntry | RowsEntry | ExactEntry | UnchangedEntry
 
 
+def is_lowrank_shape(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a changed tensor is kept as rank bands, by its name and shape.
+
+    Args:
+        name: tensor name; norms are kept exactly, vocabularies by rows.
+        shape: of the fine-tune's tensor.
+
+    Returns:
+        True for matrices that are large enough.
+    """
+    if len(shape) != _MATRIX_DIMENSIONS or is_vocabulary_tensor(name) or "norm" in name:
+        return False
+    return min(shape) >= MIN_LOWRANK_DIMENSION
+
+
 def group_of(name: str) -> str:
     """Name the payload a low-rank matrix lies in.
 
@@ -112,6 +133,19 @@ def group_of(name: str) -> str:
     """
     match = _LAYER.match(name)
     return match[1] if match else REST_GROUP
+
+
+def layer_order(group: str) -> tuple[str, int]:
+    """Give the key that sorts payloads as they lie in a delta.
+
+    Args:
+        group: what group_of returned.
+
+    Returns:
+        (prefix, number of the layer); what lies outside the layers has the number -1.
+    """
+    prefix, _, number = group.rpartition(".")
+    return (prefix, int(number)) if number.isdigit() else (group, -1)
 
 
 def site_order(name: str) -> tuple[str, int, str]:
@@ -135,12 +169,13 @@ def expected_tensors(entries: Iterable[DeltaEntry]) -> Layout:
         entries: entries of a manifest.
 
     Returns:
-        dtype and shape by tensor name; a group's payload is as long as its matrices together.
+        dtype and shape by tensor name, in the order of the entries; a group's payload stands
+        where its first matrix does and is as long as its matrices together.
 
     Raises:
         UserError: delta_invalid when two entries claim one tensor.
     """
-    groups: dict[str, int] = {}
+    groups: set[str] = set()
     layout: Layout = {}
 
     def add(name: str, dtype: str, shape: tuple[int, ...]) -> None:
@@ -150,15 +185,17 @@ def expected_tensors(entries: Iterable[DeltaEntry]) -> Layout:
 
     for entry in entries:
         if isinstance(entry, LowRankEntry):
-            groups[entry.group] = groups.get(entry.group, 0) + entry.payload.size_bytes
+            stored = f"packed.{entry.group}"
+            if entry.group not in groups:
+                groups.add(entry.group)
+                add(stored, "U8", (0,))
+            layout[stored] = ("U8", (layout[stored][1][0] + entry.payload.size_bytes,))
         elif isinstance(entry, RowsEntry):
             add(f"packed.{entry.name}", "U8", (entry.payload.size_bytes,))
             if entry.n_new:
                 add(f"new.{entry.name}", entry.dtype, (entry.n_new, entry.shape[1]))
         elif isinstance(entry, ExactEntry):
             add(f"exact.{entry.name}", entry.dtype, entry.shape)
-    for group, size_bytes in groups.items():
-        add(f"packed.{group}", "U8", (size_bytes,))
     return layout
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from deltacome_core.bitpack import pack_codes
+from deltacome_core.errors import InternalError
 from deltacome_core.gptq import Feedback, prepare_feedback, quantise_with_feedback
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix, PackedRows
@@ -56,15 +57,13 @@ def factorise_matrices(
     quantised V leaves it. Rows of V are independent, so all bands of all matrices share one pass.
 
     Args:
-        deltas: float32 [out, in] each, one `in` for all, on the device that does the work.
+        deltas: float32 [out, in] each, one `in` for all, on the device that does the work, none
+            too small for the recipe.
         recipe: gives the rank bands and the quantiser.
         hessian: float32 [in, in], mean of x x^T; None rounds without feedback.
 
     Returns:
         One packed matrix per delta, in order.
-
-    Raises:
-        UserError: budget_impossible.
 
     Source: Delta-CoMe (arXiv 2406.08903), section 3; H_U = S V H V^T S replaces its second sweep.
     """
@@ -83,6 +82,8 @@ def factorise_matrices(
 def _decompose(source: NamedDelta, recipe: Recipe) -> _Decomposed:
     out_features, in_features = source.delta.shape
     bands = plan_bands(out_features, in_features, recipe)
+    if not bands:
+        raise InternalError(f"{source.name} is too small for {recipe.matrix_bits:g} bits")
     left, sigma, right = truncated_svd(source.delta, sum(band.rank for band in bands))
     return _Decomposed(source=source, bands=bands, left=left, sigma=sigma, right=right)
 

@@ -35,11 +35,6 @@ MESSAGES: dict[str, Message] = {
         what="Tensors that differ: {tensors}.",
         do="Choose the backbone this model was fine-tuned from, or upload that backbone first.",
     ),
-    "budget_impossible": Message(
-        title="The size budget is too small for this matrix",
-        what="{name} needs at least {smallest} bits per parameter; {asked} were asked for.",
-        do="Raise the bits per parameter to {smallest} or more.",
-    ),
     "calibration_too_short": Message(
         title="The calibration text is too short",
         what="It holds {n_tokens} tokens; {needed} are needed.",

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 
 from deltacome_core import strict_json
@@ -11,6 +10,8 @@ from deltacome_core.atomic import new_folder, sync_folder, write_file
 from deltacome_core.checkpoint import Layout
 from deltacome_core.delta_folder import hash_file
 from deltacome_core.entries import (
+    EMPTY_ROWS_BITS,
+    EMPTY_ROWS_GROUP,
     DeltaEntry,
     ExactEntry,
     LowRankEntry,
@@ -25,9 +26,6 @@ from deltacome_core.errors import InternalError
 from deltacome_core.fields import invalid
 from deltacome_core.layout import Group
 from deltacome_core.manifest import (
-    DATA_NAME,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     MANIFEST_NAME,
     DeltaManifest,
     manifest_to_json,
@@ -35,19 +33,15 @@ from deltacome_core.manifest import (
 from deltacome_core.packed import ExactTensor, PackedMatrix, PackedRows, PackedTensor
 from deltacome_core.payload import matrix_to_payload, rows_to_payload
 from deltacome_core.safetensors_file import (
-    ITEM_BYTES,
     TensorSource,
     read_chunks,
     read_header,
     write_safetensors,
 )
+from deltacome_core.shards import DATA_METADATA, MAX_SHARD_BYTES, cut_shards
 from deltacome_core.tensors import dtype_name, tensor_bytes
 
-MAX_SHARD_BYTES = 5_000_000_000
 _ENTRIES_TENSOR = "entries"
-# What an entry of no changed rows says about its codes, so that equal deltas give equal bytes.
-_EMPTY_BITS = 4
-_EMPTY_GROUP = (1, 128)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +85,8 @@ def _describe_rows(rows: PackedRows, dtype: str) -> RowsEntry:
         shape=(rows.rows + n_new, rows.cols),
         base_rows=rows.rows,
         n_changed=0 if factor is None else factor.rows,
-        bits=_EMPTY_BITS if factor is None else factor.bits,
-        group_rows=_EMPTY_GROUP if factor is None else factor.group,
+        bits=EMPTY_ROWS_BITS if factor is None else factor.bits,
+        group_rows=EMPTY_ROWS_GROUP if factor is None else factor.group,
         symmetric=factor is not None and factor.zero is None,
     )
 
@@ -210,45 +204,24 @@ def _stream(places: Sequence[tuple[Path, int, int]]) -> Iterator[bytes]:
         yield from read_chunks(path, start, size_bytes)
 
 
-def _storage_rank(name: str, dtype: str) -> tuple[int, int]:
-    # Payloads are multiples of 256 bytes and come first, then falling item sizes: so every
-    # tensor starts on a multiple of its item size.
-    return (0 if name.startswith("packed.") else 1, -ITEM_BYTES[dtype])
-
-
-def _collect(parts: Sequence[Part], entries: Sequence[DeltaEntry]) -> list[TensorSource]:
+def _collect(parts: Sequence[Part]) -> dict[str, list[tuple[Path, int, int]]]:
+    """Say where the bytes of each stored tensor lie, part by part."""
     places: dict[str, list[tuple[Path, int, int]]] = {}
     for part in parts:
         header = read_header(part.path)
         for info in header.tensors:
             place = (part.path, header.data_start + info.start, info.size_bytes)
             places.setdefault(info.name, []).append(place)
-    expected = expected_tensors(entries)
-    names = [name for name in places if name != _ENTRIES_TENSOR]
-    names.sort(key=lambda name: _storage_rank(name, expected[name][0]))
-    return [(name, *expected[name], _stream(places[name])) for name in names]
+    return places
 
 
-def _into_shards(sources: list[TensorSource], max_bytes: int) -> list[list[TensorSource]]:
-    shards: list[list[TensorSource]] = []
-    room = 0
-    for source in sources:
-        size_bytes = prod(source[2]) * ITEM_BYTES[source[1]]
-        if not shards or size_bytes > room:
-            shards.append([])
-            room = max_bytes
-        shards[-1].append(source)
-        room -= size_bytes
-    return shards
-
-
-def _write_data(folder: Path, shards: list[list[TensorSource]]) -> None:
-    metadata = {"format": FORMAT_NAME, "format_version": str(FORMAT_VERSION)}
-    for number, sources in enumerate(shards, start=1):
-        name = DATA_NAME
-        if len(shards) > 1:
-            name = f"delta-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / name, sources, metadata)
+def _write_data(
+    folder: Path, parts: Sequence[Part], entries: Sequence[DeltaEntry], max_shard_bytes: int
+) -> None:
+    places, layout = _collect(parts), expected_tensors(entries)
+    for file, names in cut_shards(layout, max_bytes=max_shard_bytes).items():
+        sources = [(name, *layout[name], _stream(places[name])) for name in names]
+        write_safetensors(folder / file, sources, DATA_METADATA)
 
 
 def write_delta(
@@ -280,7 +253,7 @@ def write_delta(
     needed = {entry.name for entry in entries if not isinstance(entry, ExactEntry)}
     hashes = {name: head.backbone.tensors[name] for name in sorted(needed)}
     with new_folder(out) as folder:
-        _write_data(folder, _into_shards(_collect(opened, entries), max_shard_bytes))
+        _write_data(folder, opened, entries, max_shard_bytes)
         for sidecar in sidecars:
             shutil.copyfile(sidecar, folder / sidecar.name)
         manifest = replace(

@@ -25,8 +25,8 @@ from deltacome_core.container import Delta, open_delta
 from deltacome_core.entries import DeltaEntry, ExactEntry, RowsEntry
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.packed import ExactTensor, PackedMatrix, PackedTensor
-from deltacome_core.parts import MAX_SHARD_BYTES
 from deltacome_core.safetensors_file import ITEM_BYTES, TensorSource, write_safetensors
+from deltacome_core.shards import MAX_SHARD_BYTES
 from deltacome_core.tensors import TORCH_DTYPES, as_float32, dtype_name, load_tensor, tensor_bytes
 
 _DIGEST_CHARS_SHOWN = 12

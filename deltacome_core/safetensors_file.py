@@ -4,7 +4,7 @@ import json
 import os
 import struct
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -271,10 +271,25 @@ def read_header(path: Path) -> Header:
         return parse_header(raw, file_size_bytes=size_bytes, file=path.name)
 
 
-def _encode_header(tensors: list[TensorSource], metadata: Mapping[str, str]) -> bytes:
+def encode_header(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """Write the first bytes of a safetensors file, up to its data.
+
+    Args:
+        tensors: (name, dtype, shape) in file order.
+        metadata: texts for __metadata__.
+
+    Returns:
+        Length and header, a multiple of 256 bytes.
+
+    Raises:
+        UserError: name_unsafe, or a header beyond the reader's limits.
+        InternalError: two tensors of one name.
+    """
     document: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, dtype, shape, _ in tensors:
+    for name, dtype, shape in tensors:
         start, end = end, end + prod(shape) * ITEM_BYTES[dtype]
         document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
@@ -309,7 +324,7 @@ def write_safetensors(
         InternalError: a tensor's data are longer or shorter than its shape says.
     """
     sources = list(tensors)
-    header = _encode_header(sources, metadata)
+    header = encode_header([source[:3] for source in sources], metadata)
     with path.open("xb") as file:
         file.write(header)
         for name, dtype, shape, data in sources:

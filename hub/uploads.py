@@ -69,7 +69,7 @@ def open_upload(owner: User, spec: UploadSpec, *, idempotency_key: str | None = 
             return _same_request(before, request_sha256)
     upload_files.check_files({file.path: file.size_bytes for file in spec.files})
     if spec.kind == Repo.Kind.DELTA:
-        get_recipe(spec.recipe, bits_per_param=spec.bits_per_param)
+        get_recipe(spec.recipe, matrix_bits=spec.bits_per_param)
     storage.require_space(spec.size_bytes)
     try:
         with transaction.atomic():

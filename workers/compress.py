@@ -32,7 +32,7 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
             spec.backbone,
             spec.tuned,
             spec.delta,
-            get_recipe(spec.recipe, bits_per_param=spec.bits_per_param),
+            get_recipe(spec.recipe, matrix_bits=spec.bits_per_param),
             device=pick_device(spec.device),
             on_layer=on_layer,
         )

@@ -78,7 +78,7 @@ def _estimate(request: HttpRequest, form: QueryDict) -> Estimate | None:
         bits_per_param = float(form.get("bits_per_param", "1"))
     except ValueError:
         raise UserError("recipe_invalid", reason="bits per parameter is not a number") from None
-    recipe = get_recipe(form.get("recipe", "come"), bits_per_param=bits_per_param)
+    recipe = get_recipe(form.get("recipe", "come"), matrix_bits=bits_per_param)
     revision = catalog.find_revision(request.user, name)
     if revision.repo.kind != Repo.Kind.BACKBONE:
         raise UserError("backbone_kind", repo=str(revision.repo))

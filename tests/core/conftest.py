@@ -26,5 +26,5 @@ def trained_delta(trained_pair, tmp_path_factory):
     from deltacome_core.recipe import get_recipe
 
     out = tmp_path_factory.mktemp("trained") / "delta"
-    compress_checkpoint(*trained_pair, out, get_recipe("come", bits_per_param=4.0))
+    compress_checkpoint(*trained_pair, out, get_recipe("come", matrix_bits=4.0))
     return out

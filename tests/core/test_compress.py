@@ -21,8 +21,8 @@ from deltacome_core.tensors import load_tensor
 from deltacome_core.texts import DEFAULT_CALIBRATION
 from deltacome_core.verify import verify_delta
 
-COME = get_recipe("come", bits_per_param=3.0)
-FREE = get_recipe("datafree", bits_per_param=3.0)
+COME = get_recipe("come", matrix_bits=3.0)
+FREE = get_recipe("datafree", matrix_bits=3.0)
 
 
 def names_of(delta, kind):
@@ -217,7 +217,7 @@ def test_parts_of_other_inputs_are_not_used(tmp_path, change):
     base, tuned = finetunes.save_pair(tmp_path)
     with pytest.raises(StopError):
         compress_checkpoint(base, tuned, tmp_path / "delta", COME, on_layer=stop_after(2))
-    recipe = get_recipe("come", bits_per_param=2.9) if change == "recipe" else COME
+    recipe = get_recipe("come", matrix_bits=2.9) if change == "recipe" else COME
     if change == "calibration":
         (tuned / "calibration.txt").write_text(finetunes.CALIBRATION[1:])
     if change == "fine-tune":
@@ -241,7 +241,7 @@ def on_layer(done):
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
 
-compress_checkpoint(base, tuned, out, get_recipe("come", bits_per_param=3.0), on_layer=on_layer)
+compress_checkpoint(base, tuned, out, get_recipe("come", matrix_bits=3.0), on_layer=on_layer)
 """
 
 
@@ -331,3 +331,16 @@ def test_inspection_agrees_with_the_report(tmp_path):
     inspected = inspect_delta(tmp_path / "delta")
     assert inspected.sizes.total_bytes == report.total_bytes
     assert inspected.manifest.calibration is None
+
+
+def test_a_matrix_too_small_for_any_band_is_kept_exactly(tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 1}
+    base, tuned = finetunes.save_pair(tmp_path, dtype=torch.bfloat16, **small)
+    recipe = get_recipe("come", matrix_bits=1.0)
+    compress_checkpoint(base, tuned, tmp_path / "delta", recipe)
+    delta = open_delta(tmp_path / "delta")
+    narrow = {name for name in delta.names if "k_proj" in name or "v_proj" in name}
+    assert narrow <= names_of(delta, ExactEntry)
+    reconstruct_checkpoint(base, tmp_path / "delta", tmp_path / "back")
+    back, truth = open_checkpoint(tmp_path / "back"), open_checkpoint(tuned)
+    assert all(torch.equal(load_tensor(back, n), load_tensor(truth, n)) for n in narrow)

@@ -16,6 +16,7 @@ MODULES = [
     "messages",
     "recipe",
     "safetensors_file",
+    "shards",
     "strict_json",
 ]
 

@@ -40,7 +40,7 @@ def test_a_generous_delta_of_a_real_fine_tune_gets_an_a(report):
 
 def test_fewer_bits_lose_more(trained_pair, tmp_path, report):
     thin = tmp_path / "thin"
-    compress_checkpoint(*trained_pair, thin, get_recipe("datafree", bits_per_param=1.0))
+    compress_checkpoint(*trained_pair, thin, get_recipe("datafree", matrix_bits=1.0))
     worse = verify_delta(*trained_pair, thin)
     assert worse.kl > 3 * report.kl
     assert worse.recovery < report.recovery
@@ -82,7 +82,7 @@ def test_a_grown_vocabulary_is_compared_on_the_tokens_both_know(tmp_path):
     model.resize_token_embeddings(finetunes.VOCABULARY + 8, mean_resizing=False)
     tuned = finetunes.save(finetunes.train(model), tmp_path / "tuned")
     finetunes.write_items(tuned / "evaluation.jsonl")
-    recipe = get_recipe("datafree", bits_per_param=5.0)
+    recipe = get_recipe("datafree", matrix_bits=5.0)
     compress_checkpoint(base, tuned, tmp_path / "delta", recipe)
     report = verify_delta(base, tuned, tmp_path / "delta")
     assert report.recovery > 0.9

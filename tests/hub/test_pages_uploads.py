@@ -100,7 +100,7 @@ def test_an_impossible_choice_is_explained_at_once(sign_in, acme, bob, query, wo
 
 
 def test_the_estimate_is_what_compression_makes(tmp_path):
-    recipe = get_recipe("datafree", bits_per_param=1.0)
+    recipe = get_recipe("datafree", matrix_bits=1.0)
     tuned = open_checkpoint(EXAMPLES / "dates")
     compress_checkpoint(EXAMPLES / "backbone", EXAMPLES / "dates", tmp_path / "delta", recipe)
     made = inspect_delta(tmp_path / "delta")

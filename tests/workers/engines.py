@@ -69,7 +69,7 @@ class Models:
         tuned = tiny.tune(tiny.make_model(), seed=seed, size=0.05, new_rows=new_rows)
         folder = self.root / name
         tiny.save(tuned, folder / "tuned")
-        recipe = get_recipe("datafree", bits_per_param=3.0)
+        recipe = get_recipe("datafree", matrix_bits=3.0)
         compress_checkpoint(self.root / "backbone", folder / "tuned", folder / "delta", recipe)
         reconstruct_checkpoint(self.root / "backbone", folder / "delta", folder / "rebuilt")
         return folder

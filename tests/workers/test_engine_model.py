@@ -21,7 +21,7 @@ def make_delta(folder, *, new_rows=0, dtype=torch.float32, **shape):
     tiny.save(tiny.make_model(**shape), folder / "base", dtype=dtype)
     tuned = tiny.tune(tiny.make_model(**shape), new_rows=new_rows)
     tiny.save(tuned, folder / "tuned", dtype=dtype)
-    recipe = get_recipe("datafree", bits_per_param=3.0)
+    recipe = get_recipe("datafree", matrix_bits=3.0)
     compress_checkpoint(folder / "base", folder / "tuned", folder / "delta", recipe)
     reconstruct_checkpoint(folder / "base", folder / "delta", folder / "rebuilt")
     return folder
