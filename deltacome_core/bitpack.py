@@ -60,7 +60,7 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: integer [rows, n], each in 0 .. 2^bits - 1.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
 
     Returns:
         int32 [rows, words_per_row(n, bits)]; the bits of a uint32, unused fields 0.
@@ -91,7 +91,7 @@ def unpack_codes(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
 
     Args:
         words: int32 [rows, words_per_row(n, bits)].
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
         n: codes in a row.
 
     Returns:
@@ -123,7 +123,7 @@ def used_bits(n: int, bits: int) -> torch.Tensor:
 
     Args:
         n: codes in the row.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
 
     Returns:
         int32 [words_per_row(n, bits)]; every other bit must be 0 in a valid file.

@@ -10,13 +10,13 @@ from deltacome_core.delta_folder import DeltaFolder, open_folder
 from deltacome_core.entries import (
     DeltaEntry,
     ExactEntry,
-    LowRankEntry,
+    MatrixEntry,
     RowsEntry,
     UnchangedEntry,
 )
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import DeltaManifest
-from deltacome_core.packed import ExactTensor, PackedMatrix, PackedTensor
+from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
 from deltacome_core.payload import check_packed, matrix_from_payload, rows_from_payload
 from deltacome_core.tensors import TORCH_DTYPES, read_bytes
 
@@ -38,11 +38,11 @@ class Delta:
         return tuple(self.entries)
 
     @property
-    def groups(self) -> dict[str, tuple[LowRankEntry, ...]]:
-        """Low-rank entries by payload, each in the order they lie in it."""
-        groups: dict[str, tuple[LowRankEntry, ...]] = {}
+    def groups(self) -> dict[str, tuple[MatrixEntry, ...]]:
+        """Low-rank and direct entries by payload, each in the order they lie in it."""
+        groups: dict[str, tuple[MatrixEntry, ...]] = {}
         for entry in self.entries.values():
-            if isinstance(entry, LowRankEntry):
+            if isinstance(entry, MatrixEntry):
                 groups[entry.group] = (*groups.get(entry.group, ()), entry)
         return groups
 
@@ -89,7 +89,7 @@ class Delta:
         check_packed(matrix, payload, layout)
         return matrix
 
-    def load_group(self, group: str) -> tuple[torch.Tensor, tuple[PackedMatrix, ...]]:
+    def load_group(self, group: str) -> tuple[torch.Tensor, tuple[PackedLinear, ...]]:
         """Read all matrices of a layer at once.
 
         Args:
@@ -112,7 +112,7 @@ class Delta:
             matrices.append(matrix)
         return payload, tuple(matrices)
 
-    def iter_groups(self) -> Iterator[tuple[str, tuple[PackedMatrix, ...]]]:
+    def iter_groups(self) -> Iterator[tuple[str, tuple[PackedLinear, ...]]]:
         """Read layer by layer.
 
         Yields:
@@ -140,7 +140,7 @@ def open_delta(folder: Path, *, verify_digests: bool = True) -> Delta:
     offsets: dict[str, int] = {}
     ends: dict[str, int] = {}
     for entry in opened.manifest.entries:
-        if isinstance(entry, LowRankEntry):
+        if isinstance(entry, MatrixEntry):
             offsets[entry.name] = ends.get(entry.group, 0)
             ends[entry.group] = offsets[entry.name] + entry.payload.size_bytes
     entries = {entry.name: entry for entry in opened.manifest.entries}

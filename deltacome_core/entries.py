@@ -1,4 +1,4 @@
-"""What a delta keeps of each tensor: four kinds of entry, where their bytes lie, and as JSON."""
+"""What a delta keeps of each tensor: five kinds of entry, where their bytes lie, and as JSON."""
 
 import re
 from collections.abc import Iterable
@@ -13,6 +13,7 @@ from deltacome_core.layout import (
     Group,
     Payload,
     RankBand,
+    direct_payload,
     matrix_payload,
     rows_payload,
 )
@@ -54,6 +55,25 @@ class LowRankEntry:
             group_u=self.group_u,
             group_v=self.group_v,
             symmetric=self.symmetric,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectEntry:
+    """A matrix quantised as it is; its bytes lie in the payload of its group."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+    group: str
+    bits: int
+    group_codes: Group
+    symmetric: bool
+
+    @property
+    def payload(self) -> Payload:
+        return direct_payload(
+            *self.shape, bits=self.bits, group=self.group_codes, symmetric=self.symmetric
         )
 
 
@@ -104,7 +124,8 @@ class UnchangedEntry:
     shape: tuple[int, ...]
 
 
-DeltaEntry = LowRankEntry | RowsEntry | ExactEntry | UnchangedEntry
+MatrixEntry = LowRankEntry | DirectEntry
+DeltaEntry = MatrixEntry | RowsEntry | ExactEntry | UnchangedEntry
 
 
 def is_lowrank_shape(name: str, shape: tuple[int, ...]) -> bool:
@@ -123,7 +144,7 @@ def is_lowrank_shape(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def group_of(name: str) -> str:
-    """Name the payload a low-rank matrix lies in.
+    """Name the payload a matrix lies in.
 
     Args:
         name: tensor name.
@@ -184,7 +205,7 @@ def expected_tensors(entries: Iterable[DeltaEntry]) -> Layout:
         layout[name] = (dtype, shape)
 
     for entry in entries:
-        if isinstance(entry, LowRankEntry):
+        if isinstance(entry, MatrixEntry):
             stored = f"packed.{entry.group}"
             if entry.group not in groups:
                 groups.add(entry.group)
@@ -218,6 +239,14 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
             "group_v": list(entry.group_v),
             "symmetric": entry.symmetric,
         }
+    if isinstance(entry, DirectEntry):
+        return common | {
+            "kind": "direct",
+            "group": entry.group,
+            "bits": entry.bits,
+            "group_codes": list(entry.group_codes),
+            "symmetric": entry.symmetric,
+        }
     if isinstance(entry, RowsEntry):
         return common | {
             "kind": "rows",
@@ -242,6 +271,20 @@ def _group(fields: Fields, key: str) -> Group:
     return group[0], group[1]
 
 
+def _bits(fields: Fields) -> int:
+    bits = fields.natural("bits")
+    if bits not in PLANES:
+        raise fields.invalid(f"bits is {bits}")
+    return bits
+
+
+def _payload_group(fields: Fields, name: str) -> str:
+    group = fields.text("group")
+    if group != group_of(name):
+        raise fields.invalid(f"the group is not {group_of(name)}")
+    return group
+
+
 def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
     shape = _matrix_shape(fields)
     bands = []
@@ -253,14 +296,11 @@ def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
         bands.append(RankBand(bits, rank))
     if not 0 < sum(band.rank for band in bands) <= min(shape):
         raise fields.invalid("the ranks do not fit the shape")
-    group = fields.text("group")
-    if group != group_of(name):
-        raise fields.invalid(f"the group is not {group_of(name)}")
     return LowRankEntry(
         name=name,
         dtype=dtype,
         shape=shape,
-        group=group,
+        group=_payload_group(fields, name),
         bands=tuple(bands),
         group_u=_group(fields, "group_u"),
         group_v=_group(fields, "group_v"),
@@ -268,12 +308,21 @@ def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
     )
 
 
+def _parse_direct(fields: Fields, name: str, dtype: str) -> DirectEntry:
+    return DirectEntry(
+        name=name,
+        dtype=dtype,
+        shape=_matrix_shape(fields),
+        group=_payload_group(fields, name),
+        bits=_bits(fields),
+        group_codes=_group(fields, "group_codes"),
+        symmetric=fields.flag("symmetric"),
+    )
+
+
 def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
     shape = _matrix_shape(fields)
     base_rows = fields.natural("base_rows", limit=shape[0])
-    bits = fields.natural("bits")
-    if bits not in PLANES:
-        raise fields.invalid(f"bits is {bits}")
     if base_rows == 0:
         raise fields.invalid("base_rows is 0")
     return RowsEntry(
@@ -282,7 +331,7 @@ def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
         shape=shape,
         base_rows=base_rows,
         n_changed=fields.natural("n_changed", limit=base_rows),
-        bits=bits,
+        bits=_bits(fields),
         group_rows=_group(fields, "group_rows"),
         symmetric=fields.flag("symmetric"),
     )
@@ -298,6 +347,8 @@ def _parse_entry(fields: Fields) -> DeltaEntry:
     entry: DeltaEntry
     if kind == "lowrank":
         entry = _parse_lowrank(fields, name, dtype)
+    elif kind == "direct":
+        entry = _parse_direct(fields, name, dtype)
     elif kind == "rows":
         entry = _parse_rows(fields, name, dtype)
     elif kind in {"exact", "unchanged"}:

@@ -7,8 +7,10 @@ from pathlib import Path
 from deltacome_core.delta_folder import open_folder
 from deltacome_core.entries import (
     DeltaEntry,
+    DirectEntry,
     ExactEntry,
     LowRankEntry,
+    MatrixEntry,
     RowsEntry,
     UnchangedEntry,
 )
@@ -17,6 +19,7 @@ from deltacome_core.safetensors_file import ITEM_BYTES
 
 _KINDS: dict[type[DeltaEntry], str] = {
     LowRankEntry: "lowrank",
+    DirectEntry: "direct",
     RowsEntry: "rows",
     ExactEntry: "exact",
     UnchangedEntry: "unchanged",
@@ -66,7 +69,7 @@ class InspectReport:
         }
 
 
-def _payload_bytes(entry: LowRankEntry) -> tuple[int, int]:
+def _payload_bytes(entry: MatrixEntry) -> tuple[int, int]:
     codes = scales = 0
     for section in entry.payload.sections:
         if section.key.endswith(".codes"):
@@ -79,7 +82,7 @@ def _payload_bytes(entry: LowRankEntry) -> tuple[int, int]:
 def _measure(manifest: DeltaManifest, *, exact_bytes: int, total_bytes: int) -> SizeReport:
     codes = scales = embeddings = 0
     for entry in manifest.entries:
-        if isinstance(entry, LowRankEntry):
+        if isinstance(entry, MatrixEntry):
             of_codes, of_scales = _payload_bytes(entry)
             codes += of_codes
             scales += of_scales

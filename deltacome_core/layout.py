@@ -6,7 +6,7 @@ from math import prod
 from typing import Literal
 
 # Bit planes of a tile, in file order, low bits first.
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (2, 2), 8: (8,)}
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (2, 2), 8: (8,)}
 TILE_CODES = 128
 WORD_BITS = 32
 MATRIX_ALIGNMENT_BYTES = 256
@@ -58,7 +58,7 @@ def words_per_row(n: int, bits: int) -> int:
 
     Args:
         n: codes in the row.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
 
     Returns:
         Words over all tiles and planes; a partial tile rounds up plane by plane.
@@ -203,6 +203,50 @@ def matrix_payload(
     return _place(arrays())
 
 
+def direct_factor(
+    out_features: int, in_features: int, *, bits: int, group: Group, symmetric: bool
+) -> FactorShape:
+    """Give the one factor of a matrix that is quantised as it is.
+
+    Args:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        bits: 1, 2, 3, 4 or 8.
+        group: scale group of the codes [out, in].
+        symmetric: whether zero points are absent.
+
+    Returns:
+        The factor, of key "direct".
+    """
+    return FactorShape(
+        key="direct",
+        rows=out_features,
+        cols=in_features,
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
+    )
+
+
+def direct_payload(
+    out_features: int, in_features: int, *, bits: int, group: Group, symmetric: bool
+) -> Payload:
+    """Place the sections of a matrix that is quantised as it is.
+
+    Args:
+        out_features: rows of the matrix.
+        in_features: columns of the matrix.
+        bits: 1, 2, 3, 4 or 8.
+        group: scale group of the codes [out, in].
+        symmetric: whether zero points are absent.
+
+    Returns:
+        Sections "direct.codes", "direct.scale" and, unless symmetric, "direct.zero".
+    """
+    factor = direct_factor(out_features, in_features, bits=bits, group=group, symmetric=symmetric)
+    return _place(factor.arrays())
+
+
 def rows_payload(
     base_rows: int, cols: int, *, n_changed: int, bits: int, group: Group, symmetric: bool
 ) -> Payload:
@@ -212,7 +256,7 @@ def rows_payload(
         base_rows: rows of the backbone's tensor.
         cols: columns of the tensor.
         n_changed: rows that carry codes.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
         group: scale group of the codes [n_changed, cols].
         symmetric: whether zero points are absent.
 

@@ -138,6 +138,10 @@ class PackedMatrix:
         factors = sum(band.u.size_bytes + band.v.size_bytes for band in self.bands)
         return factors + self.sigma.numel() * self.sigma.element_size()
 
+    @property
+    def factors_size_bytes(self) -> int:
+        return self.rank * (self.in_features + self.out_features) * torch.float32.itemsize
+
     def to(self, device: torch.device | str) -> "PackedMatrix":
         bands = tuple(band.to(device) for band in self.bands)
         return replace(self, sigma=self.sigma.to(device), bands=bands)
@@ -163,6 +167,49 @@ class PackedMatrix:
         left = torch.cat([band.u.dequantise() for band in self.bands], dim=1)
         right = torch.cat([band.v.dequantise() for band in self.bands])
         return multiply_factors(left.double(), right.double() * self.sigma.double()[:, None])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedDirect:
+    """The delta of one linear layer, quantised as it is: factor [out, in]."""
+
+    name: str
+    factor: PackedFactor
+
+    @property
+    def out_features(self) -> int:
+        return self.factor.rows
+
+    @property
+    def in_features(self) -> int:
+        return self.factor.cols
+
+    @property
+    def size_bytes(self) -> int:
+        return self.factor.size_bytes
+
+    @property
+    def factors_size_bytes(self) -> int:
+        return self.out_features * self.in_features * torch.float32.itemsize
+
+    def to(self, device: torch.device | str) -> "PackedDirect":
+        return replace(self, factor=self.factor.to(device))
+
+    def factors(self) -> tuple[torch.Tensor]:
+        """Dequantise the matrix.
+
+        Returns:
+            The delta f32 [out, in] alone: the product of one factor.
+        """
+        return (self.factor.dequantise(),)
+
+    def dequantise(self) -> torch.Tensor:
+        """Give the numbers the codes stand for.
+
+        Returns:
+            f32 [out, in].
+        """
+        return self.factor.dequantise()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -232,4 +279,5 @@ class ExactTensor:
         return replace(self, value=self.value.to(device))
 
 
-PackedTensor = PackedMatrix | PackedRows | ExactTensor
+PackedLinear = PackedMatrix | PackedDirect
+PackedTensor = PackedLinear | PackedRows | ExactTensor

@@ -13,8 +13,10 @@ from deltacome_core.entries import (
     EMPTY_ROWS_BITS,
     EMPTY_ROWS_GROUP,
     DeltaEntry,
+    DirectEntry,
     ExactEntry,
     LowRankEntry,
+    MatrixEntry,
     RowsEntry,
     UnchangedEntry,
     entry_to_json,
@@ -30,7 +32,14 @@ from deltacome_core.manifest import (
     DeltaManifest,
     manifest_to_json,
 )
-from deltacome_core.packed import ExactTensor, PackedMatrix, PackedRows, PackedTensor
+from deltacome_core.packed import (
+    ExactTensor,
+    PackedDirect,
+    PackedLinear,
+    PackedMatrix,
+    PackedRows,
+    PackedTensor,
+)
 from deltacome_core.payload import matrix_to_payload, rows_to_payload
 from deltacome_core.safetensors_file import (
     TensorSource,
@@ -76,6 +85,18 @@ def _describe_matrix(matrix: PackedMatrix, dtype: str) -> LowRankEntry:
     )
 
 
+def _describe_direct(matrix: PackedDirect, dtype: str) -> DirectEntry:
+    return DirectEntry(
+        name=matrix.name,
+        dtype=dtype,
+        shape=(matrix.out_features, matrix.in_features),
+        group=site_order(matrix.name)[0],
+        bits=matrix.factor.bits,
+        group_codes=matrix.factor.group,
+        symmetric=matrix.factor.zero is None,
+    )
+
+
 def _describe_rows(rows: PackedRows, dtype: str) -> RowsEntry:
     n_new = 0 if rows.new_rows is None else len(rows.new_rows)
     factor = rows.factor
@@ -106,6 +127,8 @@ def describe(packed: PackedTensor, *, dtype: str) -> DeltaEntry:
     """
     if isinstance(packed, PackedMatrix):
         return _describe_matrix(packed, dtype)
+    if isinstance(packed, PackedDirect):
+        return _describe_direct(packed, dtype)
     if isinstance(packed, PackedRows):
         if packed.new_rows is not None and dtype_name(packed.new_rows.dtype) != dtype:
             raise InternalError(f"{packed.name}: new rows are {packed.new_rows.dtype}")
@@ -118,7 +141,7 @@ def describe(packed: PackedTensor, *, dtype: str) -> DeltaEntry:
 def _stored_bytes(
     packed: PackedTensor, entry: DeltaEntry
 ) -> Iterator[tuple[str, bytes | memoryview]]:
-    if isinstance(packed, PackedMatrix) and isinstance(entry, LowRankEntry):
+    if isinstance(packed, PackedLinear) and isinstance(entry, MatrixEntry):
         yield f"packed.{entry.group}", matrix_to_payload(entry, packed)
     elif isinstance(packed, PackedRows) and isinstance(entry, RowsEntry):
         yield f"packed.{entry.name}", rows_to_payload(entry, packed)

@@ -6,11 +6,18 @@ import numpy as np
 import torch
 
 from deltacome_core.bitpack import used_bits
-from deltacome_core.entries import LowRankEntry, RowsEntry
+from deltacome_core.entries import DirectEntry, LowRankEntry, MatrixEntry, RowsEntry
 from deltacome_core.errors import InternalError
 from deltacome_core.fields import invalid
-from deltacome_core.layout import FactorShape, Payload, Section, matrix_factors
-from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix, PackedRows
+from deltacome_core.layout import FactorShape, Payload, Section, direct_factor, matrix_factors
+from deltacome_core.packed import (
+    PackedBand,
+    PackedDirect,
+    PackedFactor,
+    PackedLinear,
+    PackedMatrix,
+    PackedRows,
+)
 from deltacome_core.tensors import tensor_bytes
 
 # With the largest half as scale, 255 steps and 2^31 ranks the delta stays below the largest float.
@@ -35,7 +42,7 @@ def _factor_arrays(key: str, factor: PackedFactor) -> Iterator[tuple[str, torch.
         yield f"{key}.zero", factor.zero
 
 
-def matrix_to_payload(entry: LowRankEntry, matrix: PackedMatrix) -> bytes:
+def matrix_to_payload(entry: MatrixEntry, matrix: PackedLinear) -> bytes:
     """Lay a matrix out as it is stored.
 
     Args:
@@ -45,6 +52,8 @@ def matrix_to_payload(entry: LowRankEntry, matrix: PackedMatrix) -> bytes:
     Returns:
         entry.payload.size_bytes bytes.
     """
+    if isinstance(matrix, PackedDirect):
+        return _assemble(entry.payload, dict(_factor_arrays("direct", matrix.factor)))
     arrays = {"sigma": matrix.sigma}
     for number, band in enumerate(matrix.bands):
         arrays |= dict(_factor_arrays(f"{number}.v", band.v))
@@ -95,7 +104,7 @@ def _factor(views: dict[str, torch.Tensor], shape: FactorShape) -> PackedFactor:
     )
 
 
-def matrix_from_payload(entry: LowRankEntry, payload: torch.Tensor) -> PackedMatrix:
+def matrix_from_payload(entry: MatrixEntry, payload: torch.Tensor) -> PackedLinear:
     """See a matrix in the bytes it is stored as; nothing is copied.
 
     Args:
@@ -105,6 +114,19 @@ def matrix_from_payload(entry: LowRankEntry, payload: torch.Tensor) -> PackedMat
     Returns:
         A matrix whose arrays are views of `payload`.
     """
+    if isinstance(entry, DirectEntry):
+        return _direct_from_payload(entry, payload)
+    return _lowrank_from_payload(entry, payload)
+
+
+def _direct_from_payload(entry: DirectEntry, payload: torch.Tensor) -> PackedDirect:
+    shape = direct_factor(
+        *entry.shape, bits=entry.bits, group=entry.group_codes, symmetric=entry.symmetric
+    )
+    return PackedDirect(name=entry.name, factor=_factor(_views(payload, entry.payload), shape))
+
+
+def _lowrank_from_payload(entry: LowRankEntry, payload: torch.Tensor) -> PackedMatrix:
     views = _views(payload, entry.payload)
     shapes = matrix_factors(
         *entry.shape,
@@ -185,7 +207,7 @@ def _check_padding(name: str, payload: torch.Tensor, layout: Payload) -> None:
         raise invalid(f"{name}: a padding byte is not 0")
 
 
-def check_packed(packed: PackedMatrix | PackedRows, payload: torch.Tensor, layout: Payload) -> None:
+def check_packed(packed: PackedLinear | PackedRows, payload: torch.Tensor, layout: Payload) -> None:
     """Refuse numbers no writer produces, before any arithmetic meets them.
 
     Args:

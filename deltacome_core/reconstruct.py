@@ -24,7 +24,7 @@ from deltacome_core.checkpoint import (
 from deltacome_core.container import Delta, open_delta
 from deltacome_core.entries import DeltaEntry, ExactEntry, RowsEntry
 from deltacome_core.errors import InternalError, UserError
-from deltacome_core.packed import ExactTensor, PackedMatrix, PackedTensor
+from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
 from deltacome_core.safetensors_file import ITEM_BYTES, TensorSource, write_safetensors
 from deltacome_core.shards import MAX_SHARD_BYTES
 from deltacome_core.tensors import TORCH_DTYPES, as_float32, dtype_name, load_tensor, tensor_bytes
@@ -73,7 +73,7 @@ def apply_entry(
     target = base.dtype if dtype is None else dtype
     if packed is None:
         return base.to(target)
-    if isinstance(packed, PackedMatrix):
+    if isinstance(packed, PackedLinear):
         delta = packed.to(device).dequantise()
         return (as_float32(base.to(device)) + delta).to(target).cpu()
     result = base.to(target, copy=True)

@@ -13,7 +13,7 @@ import torch
 
 from deltacome_core.checkpoint import Checkpoint, open_checkpoint
 from deltacome_core.container import open_delta
-from deltacome_core.entries import LowRankEntry, RowsEntry
+from deltacome_core.entries import MatrixEntry, RowsEntry
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
 from deltacome_core.models import find_max_positions, load_model, load_tokenizer
@@ -395,7 +395,7 @@ def compare_weights(
             continue
         ours, truth = load_tensor(rebuilt, name), load_tensor(tuned, name)
         not_finite += int(ours.is_floating_point() and not torch.isfinite(ours).all())
-        if isinstance(entries[name], LowRankEntry | RowsEntry):
+        if isinstance(entries[name], MatrixEntry | RowsEntry):
             error = _delta_error(base, name, ours, truth)
             errors.append(MatrixError(name=name, relative_error=error))
         else:

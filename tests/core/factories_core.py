@@ -19,13 +19,22 @@ from deltacome_core.manifest import (
     manifest_to_json,
     read_manifest,
 )
-from deltacome_core.packed import ExactTensor, PackedBand, PackedFactor, PackedMatrix, PackedRows
+from deltacome_core.packed import (
+    ExactTensor,
+    PackedBand,
+    PackedDirect,
+    PackedFactor,
+    PackedMatrix,
+    PackedRows,
+)
 from deltacome_core.parts import write_delta, write_part
 from deltacome_core.recipe import PRESETS
 from deltacome_core.safetensors_file import write_safetensors
 from deltacome_core.tensors import dtype_name, load_tensor, tensor_bytes
 
 BANDS = (RankBand(8, 1), RankBand(3, 2), RankBand(2, 9))
+# This matrix is packed as it is, so that every container holds all kinds of entry.
+DIRECT_SITE = "k_proj"
 
 
 def quantise(values, bits, group, *, symmetric=False):
@@ -172,6 +181,9 @@ def pack_checkpoint(base, tuned, bands=BANDS):
             )
         elif old is not None and ("embed" in name or "lm_head" in name):
             packed[name] = pack_rows(name, old, new)
+        elif old is not None and DIRECT_SITE in name:
+            factor = quantise(new.float() - old.float(), 3, (1, 32))
+            packed[name] = PackedDirect(name=name, factor=factor)
         elif old is not None and new.ndim == 2:
             packed[name] = factorise(name, new.float() - old.float(), bands)
         else:

@@ -18,7 +18,14 @@ from deltacome_core.manifest import (
     FineTuneRecord,
     RecipeRecord,
 )
-from deltacome_core.packed import ExactTensor, PackedBand, PackedFactor, PackedMatrix, PackedRows
+from deltacome_core.packed import (
+    ExactTensor,
+    PackedBand,
+    PackedDirect,
+    PackedFactor,
+    PackedMatrix,
+    PackedRows,
+)
 from deltacome_core.parts import write_delta, write_part
 
 ROOT = Path(__file__).resolve().parent.parent / "golden"
@@ -32,13 +39,21 @@ MATRICES = {
     f"{LAYER}.self_attn.k_proj.weight": (5, 133, ((3, 3),)),
     f"{LAYER}.self_attn.v_proj.weight": (4, 129, ((4, 2),)),
     f"{LAYER}.self_attn.o_proj.weight": (6, 128, ((8, 2),)),
+    f"{LAYER}.mlp.gate_proj.weight": (5, 163, ((1, 3),)),
     "projector.weight": (131, 140, ((8, 1), (3, 2), (2, 127))),
+}
+# name: (out, in, bits)
+DIRECT = {
+    f"{LAYER}.mlp.up_proj.weight": (6, 161, 1),
+    f"{LAYER}.mlp.down_proj.weight": (4, 133, 3),
 }
 # variant: (symmetric, scale group of U, scale group of V)
 VARIANTS = {
     "asymmetric": (False, (1, 128), (1, 128)),
     "symmetric": (True, (128, 1), (1, 0)),
 }
+# Scale groups of direct matrices: several in a row, and one for all.
+DIRECT_GROUPS = {"asymmetric": (1, 128), "symmetric": (0, 0)}
 BASE_ROWS, NEW_ROWS, CHANGED = 11, 2, (0, 3, 8, 10)
 COLS = 130
 SHA = {letter: letter * 64 for letter in "abcd"}
@@ -101,6 +116,12 @@ def make_matrix(name, variant):
     )
 
 
+def make_direct(name, variant):
+    out, inn, bits = DIRECT[name]
+    group, symmetric = DIRECT_GROUPS[variant], VARIANTS[variant][0]
+    return PackedDirect(name=name, factor=make_factor(out, inn, bits, group, symmetric=symmetric))
+
+
 def make_rows(variant):
     symmetric, _, group = VARIANTS[variant]
     changed = torch.zeros(BASE_ROWS, dtype=torch.bool)
@@ -120,6 +141,7 @@ def make_tensors(variant):
     exact = torch.tensor([exact_at(index) for index in range(COLS)])
     return [
         *(make_matrix(name, variant) for name in MATRICES),
+        *(make_direct(name, variant) for name in DIRECT),
         make_rows(variant),
         ExactTensor(name=NORM, value=exact),
         UnchangedEntry(name=FINAL_NORM, dtype="BF16", shape=(COLS,)),
@@ -127,13 +149,13 @@ def make_tensors(variant):
 
 
 def make_layout():
-    layout = {name: ("BF16", shape[:2]) for name, shape in MATRICES.items()}
+    layout = {name: ("BF16", shape[:2]) for name, shape in (MATRICES | DIRECT).items()}
     layout[EMBED] = ("BF16", (BASE_ROWS + NEW_ROWS, COLS))
     return layout | {NORM: ("F32", (COLS,)), FINAL_NORM: ("BF16", (COLS,))}
 
 
 def make_head():
-    names = [*MATRICES, EMBED, FINAL_NORM]
+    names = [*MATRICES, *DIRECT, EMBED, FINAL_NORM]
     return DeltaManifest(
         recipe=RecipeRecord(name="come", settings={"bits_per_param": 1.0, "group_size": 128}),
         backbone=BackboneRecord(digest=SHA["a"], tensors=dict.fromkeys(names, SHA["b"])),

@@ -52,7 +52,7 @@ def test_packing_follows_the_book_and_unpacks_to_itself(case):
     assert torch.equal(unpack_codes(words, bits, codes.shape[1]), codes)
 
 
-@pytest.mark.parametrize(("bits", "words"), [(2, 8), (3, 12), (4, 16), (8, 32)])
+@pytest.mark.parametrize(("bits", "words"), [(1, 4), (2, 8), (3, 12), (4, 16), (8, 32)])
 def test_a_full_tile_wastes_nothing(bits, words):
     assert words_per_row(128, bits) == words
     assert as_unsigned(used_bits(128, bits)) == [0xFFFFFFFF] * words

@@ -11,6 +11,7 @@ from factories_core import (
     make_delta,
     make_head,
     pack_checkpoint,
+    quantise,
     rewrite_entry,
     rewrite_manifest,
     write_checkpoint,
@@ -24,9 +25,9 @@ from deltacome_core.delta_folder import hash_file
 from deltacome_core.entries import UnchangedEntry
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.inspection import inspect_delta
-from deltacome_core.layout import RankBand
+from deltacome_core.layout import PLANES, RankBand
 from deltacome_core.manifest import read_manifest
-from deltacome_core.packed import ExactTensor, PackedMatrix, PackedRows
+from deltacome_core.packed import ExactTensor, PackedDirect, PackedLinear, PackedRows
 from deltacome_core.parts import describe, read_part, write_delta, write_part
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload
 from deltacome_core.safetensors_file import read_header
@@ -34,6 +35,8 @@ from deltacome_core.tensors import tensor_bytes
 
 LAYER = "model.layers.0"
 QUERY = f"{LAYER}.self_attn.q_proj.weight"
+KEY = f"{LAYER}.self_attn.k_proj.weight"
+DOWN = f"{LAYER}.mlp.down_proj.weight"
 EMBED = "model.embed_tokens.weight"
 NORM = f"{LAYER}.input_layernorm.weight"
 
@@ -61,6 +64,8 @@ def arrays(packed):
         return [bytes(tensor_bytes(packed.value))]
     if isinstance(packed, PackedRows):
         factors, found = [packed.factor], [packed.changed, packed.new_rows]
+    elif isinstance(packed, PackedDirect):
+        factors, found = [packed.factor], []
     else:
         factors = [factor for band in packed.bands for factor in (band.u, band.v)]
         found = [packed.sigma]
@@ -88,7 +93,9 @@ def test_a_layer_is_read_in_one_piece(folders):
     assert [matrix.name.split(".")[-2] for matrix in matrices] == ["q_proj", "k_proj", "down_proj"]
     for matrix in matrices:
         assert arrays(matrix) == arrays(delta.load(matrix.name))
-        start = matrix.sigma.data_ptr() - payload.data_ptr()
+        direct = isinstance(matrix, PackedDirect)
+        first = matrix.factor.codes if direct else matrix.sigma
+        start = first.data_ptr() - payload.data_ptr()
         assert start % 256 == 0
         assert 0 <= start < len(payload)
     assert [group for group, _ in delta.iter_groups()] == [LAYER]
@@ -181,6 +188,12 @@ def test_a_failed_write_leaves_nothing(folders, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def inspect_entry(folder, name):
+    """Size of each section of an entry's payload."""
+    sections = open_delta(folder).entry(name).payload.sections
+    return {section.key: section.size_bytes for section in sections}
+
+
 def test_the_report_accounts_for_every_byte(folders):
     report = inspect_delta(folders / "delta", verify_digests=True)
     on_disk = {path.name: path.stat().st_size for path in (folders / "delta").iterdir()}
@@ -191,7 +204,21 @@ def test_the_report_accounts_for_every_byte(folders):
     assert report.ratio == tuned.size_bytes / packed
     assert report.bits_per_param == packed * 8 / tuned.n_params
     assert report.sizes.exact == 48 * 2
-    assert report.entries_by_kind == {"lowrank": 3, "exact": 1, "rows": 2, "unchanged": 1}
+    assert report.entries_by_kind == {
+        "lowrank": 2,
+        "direct": 1,
+        "exact": 1,
+        "rows": 2,
+        "unchanged": 1,
+    }
+    key = inspect_entry(folders / "delta", KEY)
+    assert key == {"direct.codes": 24 * 5 * 4, "direct.scale": 24 * 2 * 2, "direct.zero": 24 * 2}
+    query = inspect_entry(folders / "delta", QUERY)
+    down = inspect_entry(folders / "delta", DOWN)
+    sizes = [*key.items(), *query.items(), *down.items()]
+    codes = sum(size for name, size in sizes if name.endswith("codes"))
+    assert report.sizes.codes == codes
+    assert report.sizes.scales == sum(size for _, size in sizes) - codes
     embedding = 5 + 20 * 24 + 20 * 2 + 20 + 3 * 48 * 2
     assert report.sizes.embeddings == 2 * embedding
     assert json.loads(json.dumps(report.to_json()))["total_bytes"] == packed
@@ -201,13 +228,20 @@ def test_a_matrix_survives_its_payload_with_any_bands():
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn((150, 140), generator=generator)
     for symmetric, group in ((False, (1, 128)), (True, (128, 1))):
-        bands = (RankBand(8, 2), RankBand(4, 3), RankBand(3, 5), RankBand(2, 130))
-        matrix = factorise("rest.weight", delta, bands, group_u=group, symmetric=symmetric)
-        entry = describe(matrix, dtype="F32")
-        raw = bytearray(matrix_to_payload(entry, matrix))
-        assert len(raw) % 256 == 0
-        again = matrix_from_payload(entry, torch.frombuffer(raw, dtype=torch.uint8))
-        assert arrays(again) == arrays(matrix)
+        bands = (RankBand(8, 2), RankBand(4, 3), RankBand(3, 5), RankBand(2, 60), RankBand(1, 70))
+        low_rank = factorise("rest.weight", delta, bands, group_u=group, symmetric=symmetric)
+        check_round_trip(low_rank)
+        for bits in PLANES:
+            factor = quantise(delta, bits, group, symmetric=symmetric)
+            check_round_trip(PackedDirect(name="rest.weight", factor=factor))
+
+
+def check_round_trip(matrix):
+    entry = describe(matrix, dtype="F32")
+    raw = bytearray(matrix_to_payload(entry, matrix))
+    assert len(raw) % 256 == 0
+    again = matrix_from_payload(entry, torch.frombuffer(raw, dtype=torch.uint8))
+    assert arrays(again) == arrays(matrix)
 
 
 def test_a_packed_tensor_that_contradicts_the_fine_tune_is_our_error(folders, tmp_path):
@@ -222,7 +256,7 @@ def test_a_packed_tensor_that_contradicts_the_fine_tune_is_our_error(folders, tm
 def read_everything(folder, *, verify_digests=False):
     delta = open_delta(folder, verify_digests=verify_digests)
     packed = [delta.load(name) for name in delta.names]
-    numbers = [item.dequantise() for item in packed if isinstance(item, PackedMatrix | PackedRows)]
+    numbers = [item.dequantise() for item in packed if isinstance(item, PackedLinear | PackedRows)]
     assert all(bool(torch.isfinite(values).all()) for values in numbers)
 
 
@@ -243,7 +277,7 @@ def patch_section(folder, name, key, value):
     """Overwrite the first bytes of a section of an entry's payload, then sign again."""
     delta = open_delta(folder)
     entry = delta.entry(name)
-    stored = f"packed.{entry.group}" if name == QUERY else f"packed.{name}"
+    stored = f"packed.{entry.group}" if name in {QUERY, KEY} else f"packed.{name}"
     section = next(item for item in entry.payload.sections if item.key == key)
     start = delta.folder.stored[stored].start + delta.offsets.get(name, 0) + section.start
     with (folder / "delta.safetensors").open("r+b") as file:
@@ -269,6 +303,10 @@ HALF_NAN, HALF_INF, HALF_MINUS_ONE = b"\x00\x7e", b"\x00\x7c", b"\x00\xbc"
         (QUERY, "2.u.zero", b"\x04"),
         (QUERY, "2.u.codes", b"\xff\xff\xff\xff"),
         (QUERY, "1.u.codes", b"\xff\xff\xff\xff"),
+        (KEY, "direct.scale", HALF_NAN),
+        (KEY, "direct.scale", HALF_MINUS_ONE),
+        (KEY, "direct.zero", b"\x08"),
+        (KEY, "direct.codes", b"\xff" * 16),
         (EMBED, "changed", b"\xff"),
         (EMBED, "changed", b"\x00"),
         (EMBED, "rows.scale", HALF_NAN),
@@ -321,6 +359,9 @@ def test_a_missing_or_shortened_file_is_noticed_without_hashing(delta_dir, name)
         (QUERY, {"bands": (RankBand(8, 1), RankBand(3, 2))}),
         (QUERY, {"symmetric": True}),
         (QUERY, {"group_u": (1, 1)}),
+        (KEY, {"bits": 8}),
+        (KEY, {"shape": (25, 48)}),
+        (KEY, {"group_codes": (1, 1)}),
         (EMBED, {"n_changed": 19}),
         (EMBED, {"base_rows": 39}),
         (EMBED, {"shape": (44, 48)}),

@@ -88,6 +88,19 @@ def test_the_printed_payload_decodes_to_the_printed_numbers(entry, payload):
     assert matrix_to_payload(entry, matrix) == bytes(payload)
 
 
+def test_the_printed_direct_payload_decodes_to_the_printed_numbers():
+    (entry,) = parse_entries([only_json("direct entry")])
+    payload = dump("direct payload").ljust(entry.payload.size_bytes, b"\0")
+    matrix = matrix_from_payload(entry, torch.frombuffer(payload, dtype=torch.uint8))
+    decoded = {
+        "codes": unpack_codes(matrix.factor.codes, 1, 3).tolist(),
+        "delta": matrix.dequantise().tolist(),
+    }
+    assert decoded == only_json("direct decoded")
+    assert matrix_to_payload(entry, matrix) == bytes(payload)
+    assert [section.start for section in entry.payload.sections] == [0, 16]
+
+
 def test_the_printed_payload_can_be_read_with_the_page_alone(payload):
     sigma = struct.unpack_from("<2f", payload, 0)
 

@@ -56,6 +56,14 @@ def test_a_golden_matrix_decodes_to_the_stated_numbers(delta, variant, name):
         assert torch.equal(band.v.dequantise(), v)
 
 
+@pytest.mark.parametrize("name", sorted(golden.DIRECT))
+def test_a_golden_direct_matrix_decodes_to_the_stated_numbers(delta, variant, name):
+    symmetric, group = golden.VARIANTS[variant][0], golden.DIRECT_GROUPS[variant]
+    out, inn, bits = golden.DIRECT[name]
+    stated = stated_factor(out, inn, bits, group, symmetric=symmetric)
+    assert torch.equal(delta.load(name).dequantise(), stated)
+
+
 def test_golden_rows_decode_to_the_stated_numbers(delta, variant):
     symmetric, _, group = golden.VARIANTS[variant]
     rows = delta.load(golden.EMBED)

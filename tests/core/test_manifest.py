@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltacome_core.entries import (
+    DirectEntry,
     ExactEntry,
     LowRankEntry,
     RowsEntry,
@@ -32,11 +33,14 @@ from deltacome_core.recipe import PRESETS
 
 SHA = "ab" * 32
 QUERY = "model.layers.0.self_attn.q_proj.weight"
+KEY = "model.layers.0.self_attn.k_proj.weight"
 EMBED = "model.embed_tokens.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 MANIFEST = DeltaManifest(
     recipe=RecipeRecord(name="come", settings=PRESETS["come"].settings),
-    backbone=BackboneRecord(digest=SHA, tensors={QUERY: SHA, EMBED: SHA, "model.norm.weight": SHA}),
+    backbone=BackboneRecord(
+        digest=SHA, tensors={QUERY: SHA, KEY: SHA, EMBED: SHA, "model.norm.weight": SHA}
+    ),
     fine_tune=FineTuneRecord(
         digest=SHA, size_bytes=1000, dtype="BF16", n_params=500, architecture="LlamaForCausalLM"
     ),
@@ -63,6 +67,15 @@ MANIFEST = DeltaManifest(
         ),
         ExactEntry(name=NORM, dtype="F32", shape=(48,)),
         UnchangedEntry(name="model.norm.weight", dtype="BF16", shape=(48,)),
+        DirectEntry(
+            name=KEY,
+            dtype="BF16",
+            shape=(24, 48),
+            group="model.layers.0",
+            bits=1,
+            group_codes=(1, 0),
+            symmetric=True,
+        ),
     ),
     files={
         "delta.safetensors": FileRecord(sha256=SHA, size_bytes=9),
@@ -91,8 +104,9 @@ def test_the_json_is_canonical():
 def test_the_expected_tensors_follow_from_the_entries():
     # sigma 40 -> 48, V8 48 + 2 + 1 -> 48 + 16 + 16, U8 256 + 128 + 64, V2 9 x 3 words = 108 -> 112
     # + 18 -> 32 + 9 -> 16, U2 64 x 1 word = 256 + 128 + 64; 1232 in all, padded to 1280.
+    # Direct: 24 rows of 2 words + 24 scales = 240, padded to 256.
     assert expected_tensors(MANIFEST.entries) == {
-        "packed.model.layers.0": ("U8", (1280,)),
+        "packed.model.layers.0": ("U8", (1536,)),
         f"packed.{EMBED}": ("U8", (256,)),
         f"new.{EMBED}": ("BF16", (2, 48)),
         f"exact.{NORM}": ("F32", (48,)),
@@ -154,7 +168,7 @@ HOSTILE = {
     "field unknown": entry(0, offset=4),
     "field missing": delete_at(["entries", 0, "group_u"]),
     "dtype unknown": entry(0, dtype="F4"),
-    "bits 1": entry(0, bands=[[1, 2]]),
+    "bits 0": entry(0, bands=[[0, 2]]),
     "bits 5": entry(0, bands=[[5, 2]]),
     "bits true": entry(0, bands=[[True, 2]]),
     "rank 0": entry(0, bands=[[2, 0]]),
@@ -180,6 +194,14 @@ HOSTILE = {
     "rows more changed than there are": entry(1, n_changed=41),
     "rows base over shape": entry(1, base_rows=43),
     "rows base zero": entry(1, base_rows=0, n_changed=0),
+    "direct bits 5": entry(4, bits=5),
+    "direct bits true": entry(4, bits=True),
+    "direct with bands": entry(4, bands=[[1, 2]]),
+    "direct group of another layer": entry(4, group="rest"),
+    "direct scale group huge": entry(4, group_codes=[1, 2**17]),
+    "direct without scale group": delete_at(["entries", 4, "group_codes"]),
+    "direct shape 1-D": entry(4, shape=[48]),
+    "direct shape zero": entry(4, shape=[24, 0]),
     "exact rank 9": entry(2, shape=[1] * 9),
     "exact too large": entry(2, shape=[2**31 - 1] * 3),
     "digest short": set_at(["backbone", "digest"], "ab"),

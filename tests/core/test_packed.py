@@ -6,7 +6,7 @@ from factories_core import factorise, pack_rows, quantise, spread
 
 from deltacome_core.bitpack import pack_codes
 from deltacome_core.errors import InternalError
-from deltacome_core.layout import RankBand, scale_shape
+from deltacome_core.layout import PLANES, RankBand, scale_shape
 from deltacome_core.packed import PackedFactor
 
 GROUPS = [(1, 128), (128, 1), (0, 1), (1, 0), (0, 0), (3, 50)]
@@ -30,7 +30,7 @@ def make_factor(bits, group, *, symmetric, rows=7, cols=133):
     return factor, codes, zero
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", PLANES)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_value_is_code_minus_zero_times_scale(bits, group, symmetric):
