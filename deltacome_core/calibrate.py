@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,14 +16,12 @@ from deltacome_core.manifest import CalibrationRecord
 from deltacome_core.models import (
     build_skeleton,
     compute_dtype,
-    empty_module,
-    fill_module,
-    fill_parameter,
-    find_decoder_layers,
+    find_decoder,
     load_model,
-    match_checkpoint_names,
-    read_parameter,
+    running_on_text,
 )
+from deltacome_core.moments import LayerMoments, SharedHessian
+from deltacome_core.parameters import empty_module, fill_parameters, locate_parameters
 from deltacome_core.texts import read_texts, render_text
 
 # 128 sequences of 2048 tokens, as published (thunlp/Delta-CoMe, run.sh).
@@ -51,17 +49,14 @@ class CalibrationTokens:
         shape = repr(tuple(self.sequences.shape)).encode()
         return hashlib.sha256(shape + self.sequences.numpy().tobytes()).hexdigest()
 
-    @property
-    def record(self) -> CalibrationRecord:
-        return CalibrationRecord(source=self.source, n_tokens=self.n_tokens, sha256=self.sha256)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedHessian:
-    """Mean of x x^T over all tokens, float32 [in, in], for the weights that read the same x."""
-
-    weights: tuple[str, ...]
-    hessian: torch.Tensor
+    def record(self, *, n_matrices: int) -> CalibrationRecord:
+        """Describe the text and the matrices it was used for."""
+        return CalibrationRecord(
+            source=self.source,
+            n_tokens=self.n_tokens,
+            sha256=self.sha256,
+            n_matrices=n_matrices,
+        )
 
 
 def read_calibration(path: Path, tokenizer: Any, *, max_positions: int) -> CalibrationTokens:
@@ -144,38 +139,42 @@ class _LayerInputs:
 
 
 class LayerCalibrator:
-    """Walks the fine-tuned model layer by layer; one layer's weights are in memory at a time."""
+    """Walks the fine-tuned model layer by layer; one layer's weights are in memory at a time.
+
+    Of a model that also sees images only the language part runs.
+    """
 
     def __init__(self, directory: Path, tokens: CalibrationTokens, device: torch.device) -> None:
-        checkpoint = open_checkpoint(directory)
+        self._checkpoint = open_checkpoint(directory)
         self._device = device
-        model = build_skeleton(directory, compute_dtype(checkpoint, device))
-        names = match_checkpoint_names(model, checkpoint)
-        inner = {name for name, _ in model.base_model.named_parameters(model.base_model_prefix)}
-        # Fused parameters (batched experts) are absent from the files: the library then converts.
-        self._streams = inner <= names.keys()
-        self._read = read_parameter(checkpoint, names)
-        self._layers_name, self._layers = find_decoder_layers(model)
+        model = build_skeleton(directory, compute_dtype(self._checkpoint, device))
+        self._located = locate_parameters(model, self._checkpoint)
+        self._decoder = find_decoder(model)
+        own = {id(parameter) for parameter in self._decoder.module.parameters()}
+        # Parameters that only the library can read mean that it reads the whole model.
+        self._streams = all(
+            name in self._located
+            for name, parameter in model.named_parameters()
+            if id(parameter) in own
+        )
         if self._streams:
-            self._fill_around_layers(model)
+            self._fill(self._decoder.module, self._decoder.name, skip=self._decoder.layers_name)
         else:
             model = load_model(directory, device=device)
-            self._layers_name, self._layers = find_decoder_layers(model)
-            names = match_checkpoint_names(model, checkpoint)
-        self._names = names
-        with torch.no_grad(), _LayerInputs(self._layers) as inputs:
+            self._decoder = find_decoder(model)
+        # A loop over experts, whose products can be seen one by one.
+        model.set_experts_implementation("eager")
+        self._layers = self._decoder.layers
+        with torch.no_grad(), _LayerInputs(self._layers) as inputs, running_on_text():
             for sequence in tokens.sequences.to(device):
                 with suppress(_StopForwardError):
-                    model.base_model(input_ids=sequence[None], use_cache=False)
+                    self._decoder.module(input_ids=sequence[None], use_cache=False)
         self._hidden, self._options = inputs.hidden, inputs.options
 
-    def _fill_around_layers(self, model: Any) -> None:
-        for name, _ in list(model.base_model.named_parameters(model.base_model_prefix)):
-            if not name.startswith(self._layers_name + "."):
-                fill_parameter(model, name, self._read(name), device=self._device)
-        for module in model.modules():
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, buffer.to(self._device))
+    def _fill(self, module: nn.Module, prefix: str, *, skip: str | None = None) -> None:
+        fill_parameters(
+            module, prefix, self._checkpoint, self._located, device=self._device, skip=skip
+        )
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -191,22 +190,24 @@ class LayerCalibrator:
             An iterator of one tuple per decoder layer.
 
         Raises:
-            UserError: activations_not_finite.
+            UserError: activations_not_finite, model_not_runnable.
         """
         for index, layer in enumerate(self._layers):
-            prefix = f"{self._layers_name}.{index}"
+            prefix = f"{self._decoder.layers_name}.{index}"
             if self._streams:
-                fill_module(layer, prefix, self._read, device=self._device)
-            weights = {
-                module: self._names[f"{prefix}.{name}.weight"]
-                for name, module in layer.named_modules()
-                if isinstance(module, nn.Linear) and f"{prefix}.{name}.weight" in self._names
+                self._fill(layer, prefix)
+            pieces = {
+                own: self._located[f"{prefix}.{own}"]
+                for own, _ in layer.named_parameters()
+                if f"{prefix}.{own}" in self._located
             }
-            collector = _Collector(weights) if wanted(set(weights.values())) else None
-            self._advance(layer, index)
+            names = {piece.tensor for found in pieces.values() for piece in found}
+            moments = LayerMoments(layer, pieces) if wanted(names) else None
+            with running_on_text(), moments or nullcontext():
+                self._advance(layer, index)
             if not all(bool(torch.isfinite(states).all()) for states in self._hidden):
                 raise UserError("activations_not_finite", layer=prefix)
-            yield collector.finish() if collector else ()
+            yield moments.finish() if moments else ()
             if self._streams:
                 empty_module(layer)
 
@@ -216,48 +217,3 @@ class LayerCalibrator:
         for number, states in enumerate(self._hidden):
             output = layer(states, *args, **options)
             self._hidden[number] = output[0] if isinstance(output, tuple) else output
-
-
-class _Collector:
-    """Sums x^T x per distinct input; linears that are handed the same tensor share one sum."""
-
-    def __init__(self, weights: dict[nn.Linear, str]) -> None:
-        self._weights = weights
-        self._leader: dict[nn.Module, nn.Module] = {}
-        self._sums: dict[nn.Module, torch.Tensor] = {}
-        self._tokens: dict[nn.Module, int] = {}
-        self._last: tuple[nn.Module, torch.Tensor] | None = None
-        self._hooks = [module.register_forward_pre_hook(self._see) for module in weights]
-
-    def _see(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        states = inputs[0]
-        if module not in self._leader:
-            # Held until the next distinct input, so the identity cannot be reused.
-            shared = self._last is not None and self._last[1] is states
-            self._leader[module] = self._last[0] if shared and self._last else module
-            if not shared:
-                self._last = (module, states)
-        if self._leader[module] is not module:
-            return
-        rows = states.detach().reshape(-1, states.shape[-1]).float()
-        if module not in self._sums:
-            self._sums[module] = rows.new_zeros((rows.shape[1], rows.shape[1]))
-            self._tokens[module] = 0
-        self._sums[module].addmm_(rows.T, rows)
-        self._tokens[module] += rows.shape[0]
-
-    def finish(self) -> tuple[SharedHessian, ...]:
-        for hook in self._hooks:
-            hook.remove()
-        self._last = None
-        return tuple(
-            SharedHessian(
-                weights=tuple(
-                    self._weights[module]
-                    for module in self._weights
-                    if self._leader.get(module) is leader
-                ),
-                hessian=total.div_(max(self._tokens[leader], 1)),
-            )
-            for leader, total in self._sums.items()
-        )

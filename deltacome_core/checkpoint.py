@@ -30,6 +30,8 @@ MODEL_SIDECAR_NAMES = (
     "added_tokens.json",
     "chat_template.jinja",
     "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
     "LICENSE*",
 )
 SIDECAR_NAMES = (

@@ -17,7 +17,6 @@ from deltacome_core.calibrate import (
     SEQUENCE_TOKENS,
     CalibrationTokens,
     LayerCalibrator,
-    SharedHessian,
     read_calibration,
 )
 from deltacome_core.checkpoint import Checkpoint, open_checkpoint
@@ -41,12 +40,14 @@ from deltacome_core.manifest import (
     RecipeRecord,
 )
 from deltacome_core.models import find_max_positions, load_tokenizer, resolve_device
-from deltacome_core.packed import ExactTensor, PackedTensor
+from deltacome_core.moments import SharedHessian
+from deltacome_core.packed import ExactTensor, PackedMatrix, PackedTensor
 from deltacome_core.parts import read_part, write_delta, write_part
 from deltacome_core.recipe import Recipe, plan_bands
+from deltacome_core.slices import SlicedTensor, slice_tensor
 from deltacome_core.texts import DEFAULT_CALIBRATION
 
-_MATRIX_RANK = 2
+_MATRIX_DIMENSIONS = 2
 CALIBRATION_NAMES = ("calibration.jsonl", "calibration.txt")
 
 
@@ -65,7 +66,11 @@ class LayerDone:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressReport:
-    """What a compression made and what it cost; sizes count the whole delta."""
+    """What a compression made and what it cost; sizes count the whole delta.
+
+    n_matrices counts the quantised matrices, each slice of a stack as one; with_feedback of them
+    were quantised with the Hessian of their input, the others by rounding alone.
+    """
 
     out: Path
     seconds: float
@@ -76,6 +81,8 @@ class CompressReport:
     bits_per_param: float
     n_params: int
     entries: dict[str, int]
+    n_matrices: int
+    with_feedback: int
     calibration: CalibrationRecord | None
     resumed_layers: int
 
@@ -106,7 +113,7 @@ class _Work:
 
     def is_changed_matrix(self, name: str) -> bool:
         _, shape = self.tuned.checkpoint.layout[name]
-        return len(shape) == _MATRIX_RANK and not self.is_unchanged(name)
+        return len(shape) >= _MATRIX_DIMENSIONS and not self.is_unchanged(name)
 
 
 def find_calibration(tuned_dir: Path) -> Path:
@@ -164,7 +171,7 @@ def compress_checkpoint(
 
     Raises:
         UserError: output_exists, backbone_mismatch, nan_weights, calibration_too_short,
-            device_unavailable, and what opening the checkpoints raises.
+            model_not_runnable, device_unavailable, and what opening the checkpoints raises.
 
     Source: Delta-CoMe (arXiv 2406.08903).
     """
@@ -186,7 +193,9 @@ def compress_checkpoint(
     units = _plan_units(tuned, _open_parts(folder, fingerprint))
     resumed = _write_parts(work, units, tokens, on_layer or (lambda _done: None))
     parts = [unit.path for unit in units]
-    write_delta(out_dir, parts, head=_head(work, tokens), sidecars=tuned.sidecars)
+    with_feedback = sum(read_part(path).with_feedback for path in parts)
+    head = _head(work, tokens, with_feedback)
+    write_delta(out_dir, parts, head=head, sidecars=tuned.sidecars)
     shutil.rmtree(folder)
     seconds = time.monotonic() - started
     return _report(out_dir, seconds=seconds, device=target, resumed_layers=resumed)
@@ -276,11 +285,16 @@ def _write_parts(
 
     def write(unit: _Unit, hessians: Sequence[SharedHessian]) -> None:
         started = time.monotonic()
-        tensors, errors = _compress_unit(work, unit, hessians)
-        layout = work.tuned.checkpoint.layout
-        write_part(unit.path, tensors, layout=layout, fingerprint=work.fingerprint)
+        made = _compress_unit(work, unit, hessians)
+        write_part(
+            unit.path,
+            made.tensors,
+            layout=work.tuned.checkpoint.layout,
+            fingerprint=work.fingerprint,
+            with_feedback=made.with_feedback,
+        )
         del pending[unit.group]
-        announce(unit, errors, started, resumed=False)
+        announce(unit, made.errors, started, resumed=False)
 
     resumed = [unit for unit in units if unit.group not in pending]
     for unit in resumed:
@@ -318,11 +332,18 @@ def _walk_layers(
             return
 
 
-def _compress_unit(
-    work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]
-) -> tuple[list[PackedTensor | UnchangedEntry], list[float]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Compressed:
+    tensors: list[PackedTensor | UnchangedEntry]
+    errors: list[float]
+    with_feedback: int
+
+
+def _compress_unit(work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]) -> _Compressed:
     packed: list[PackedTensor | UnchangedEntry] = []
+    sliced: list[SlicedTensor] = []
     deltas: dict[str, NamedDelta] = {}
+    flipped = {name for shared in hessians if shared.transposed for name in shared.weights}
     for name in unit.names:
         dtype, shape = work.tuned.checkpoint.layout[name]
         unchanged = UnchangedEntry(name=name, dtype=dtype, shape=shape)
@@ -331,24 +352,24 @@ def _compress_unit(
             continue
         pair = load_pair(work.base.checkpoint, work.tuned.checkpoint, name)
         kind = pair.kind
-        if kind is TensorKind.UNCHANGED:
-            packed.append(unchanged)
-        elif kind is TensorKind.LOWRANK and _has_bands(pair, work.recipe):
-            deltas[name] = NamedDelta(name=name, delta=pair.difference().to(work.device))
-        else:
-            packed.append(_pack_whole(pair, work))
-    errors = []
+        if kind is TensorKind.LOWRANK:
+            tensor = slice_tensor(name, shape, flipped)
+            if plan_bands(*tensor.matrix_shape, work.recipe):
+                sliced.append(tensor)
+                deltas |= {each.name: each for each in tensor.split(pair.difference())}
+                continue
+        packed.append(unchanged if kind is TensorKind.UNCHANGED else _pack_whole(pair, work))
+    matrices: dict[str, PackedMatrix] = {}
+    errors: list[float] = []
+    with_feedback = 0
     for names, hessian in _share_inputs(tuple(deltas), hessians):
-        members = [deltas.pop(name) for name in names]
-        for matrix in factorise_matrices(members, work.recipe, hessian=hessian):
-            packed.append(matrix.packed)
-            errors.append(matrix.relative_error)
-    return packed, errors
-
-
-def _has_bands(pair: TensorPair, recipe: Recipe) -> bool:
-    out_features, in_features = pair.tuned.shape
-    return bool(plan_bands(out_features, in_features, recipe))
+        members = [deltas.pop(name).to(work.device) for name in names]
+        with_feedback += 0 if hessian is None else len(members)
+        for made in factorise_matrices(members, work.recipe, hessian=hessian):
+            matrices[made.packed.name] = made.packed
+            errors.append(made.relative_error)
+    packed += [tensor.join(matrices) for tensor in sliced]
+    return _Compressed(tensors=packed, errors=errors, with_feedback=with_feedback)
 
 
 def _pack_whole(pair: TensorPair, work: _Work) -> PackedTensor:
@@ -372,7 +393,7 @@ def _share_inputs(
         yield [name], None
 
 
-def _head(work: _Work, tokens: CalibrationTokens | None) -> DeltaManifest:
+def _head(work: _Work, tokens: CalibrationTokens | None, with_feedback: int) -> DeltaManifest:
     tuned = work.tuned.checkpoint
     return DeltaManifest(
         recipe=RecipeRecord(name=work.recipe.name, settings=work.recipe.settings),
@@ -387,7 +408,7 @@ def _head(work: _Work, tokens: CalibrationTokens | None) -> DeltaManifest:
         entries=(),
         files={},
         tools=_tools(),
-        calibration=None if tokens is None else tokens.record,
+        calibration=None if tokens is None else tokens.record(n_matrices=with_feedback),
     )
 
 
@@ -397,6 +418,7 @@ def _report(
     inspected = inspect_delta(out_dir)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     is_cuda = device.type == "cuda"
+    calibration = inspected.manifest.calibration
     return CompressReport(
         out=out_dir,
         seconds=seconds,
@@ -408,6 +430,8 @@ def _report(
         bits_per_param=inspected.bits_per_param,
         n_params=inspected.n_params,
         entries=inspected.entries_by_kind,
-        calibration=inspected.manifest.calibration,
+        n_matrices=inspected.n_matrices,
+        with_feedback=0 if calibration is None else calibration.n_matrices,
+        calibration=calibration,
         resumed_layers=resumed_layers,
     )

@@ -16,8 +16,8 @@ from deltacome_core.entries import (
 )
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import DeltaManifest
-from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
-from deltacome_core.payload import check_packed, matrix_from_payload, rows_from_payload
+from deltacome_core.packed import ExactTensor, PackedLinear, PackedStack, PackedTensor
+from deltacome_core.payload import check_packed, matrices_from_payload, rows_from_payload
 from deltacome_core.tensors import TORCH_DTYPES, read_bytes
 
 
@@ -83,40 +83,34 @@ class Delta:
             rows = rows_from_payload(entry, payload, new_rows)
             check_packed(rows, payload, entry.payload)
             return rows
-        layout = entry.payload
-        payload = self._read(f"packed.{entry.group}", self.offsets[name], layout.size_bytes)
-        matrix = matrix_from_payload(entry, payload)
-        check_packed(matrix, payload, layout)
-        return matrix
+        payload = self._read(f"packed.{entry.group}", self.offsets[name], entry.size_bytes)
+        return matrices_from_payload(entry, payload)
 
-    def load_group(self, group: str) -> tuple[torch.Tensor, tuple[PackedLinear, ...]]:
-        """Read all matrices of a layer at once.
+    def load_group(self, group: str) -> tuple[torch.Tensor, tuple[PackedLinear | PackedStack, ...]]:
+        """Read all quantised matrices of a layer at once.
 
         Args:
             group: a key of `groups`.
 
         Returns:
-            The payload as u8 [size], to be sent to a device in one copy, and the matrices as
+            The payload as u8 [size], to be sent to a device in one copy, and the tensors as
             views of it.
 
         Raises:
             UserError: delta_invalid.
         """
         payload = self._read(f"packed.{group}")
-        matrices = []
+        tensors = []
         for entry in self.groups[group]:
-            layout = entry.payload
-            own = payload[self.offsets[entry.name] :][: layout.size_bytes]
-            matrix = matrix_from_payload(entry, own)
-            check_packed(matrix, own, layout)
-            matrices.append(matrix)
-        return payload, tuple(matrices)
+            own = payload[self.offsets[entry.name] :][: entry.size_bytes]
+            tensors.append(matrices_from_payload(entry, own))
+        return payload, tuple(tensors)
 
-    def iter_groups(self) -> Iterator[tuple[str, tuple[PackedLinear, ...]]]:
+    def iter_groups(self) -> Iterator[tuple[str, tuple[PackedLinear | PackedStack, ...]]]:
         """Read layer by layer.
 
         Yields:
-            The group and its matrices in file order.
+            The group and its tensors in file order.
         """
         for group in self.groups:
             yield group, self.load_group(group)[1]
@@ -142,6 +136,6 @@ def open_delta(folder: Path, *, verify_digests: bool = True) -> Delta:
     for entry in opened.manifest.entries:
         if isinstance(entry, MatrixEntry):
             offsets[entry.name] = ends.get(entry.group, 0)
-            ends[entry.group] = offsets[entry.name] + entry.payload.size_bytes
+            ends[entry.group] = offsets[entry.name] + entry.size_bytes
     entries = {entry.name: entry for entry in opened.manifest.entries}
     return Delta(folder=opened, entries=entries, offsets=offsets)

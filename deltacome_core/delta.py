@@ -58,9 +58,9 @@ class TensorPair:
         grown = self.base.shape != self.tuned.shape
         if not grown and torch.equal(self.base.to(self.tuned.dtype), self.tuned):
             return TensorKind.UNCHANGED
-        if not self.tuned.is_floating_point() or self.tuned.ndim != 2:  # noqa: PLR2004 - a matrix
+        if not self.tuned.is_floating_point():
             return TensorKind.EXACT
-        if is_vocabulary_tensor(self.name):
+        if is_vocabulary_tensor(self.name) and self.tuned.ndim == 2:  # noqa: PLR2004 - a matrix
             return TensorKind.ROWS
         lowrank = is_lowrank_shape(self.name, tuple(self.tuned.shape))
         return TensorKind.LOWRANK if lowrank else TensorKind.EXACT

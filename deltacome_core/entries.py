@@ -30,18 +30,53 @@ EMPTY_ROWS_BITS = 4
 EMPTY_ROWS_GROUP = (1, 128)
 
 _MATRIX_DIMENSIONS = 2
+_STACK_DIMENSIONS = 3
 _LAYER = re.compile(r"\A(.+?\.\d+)\.")
 _SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LowRankEntry:
-    """A matrix kept as rank bands; its bytes lie in the payload of its group."""
+class _Matrices:
+    """A matrix, or a stack of them [n, rows, cols], in the payload of its group.
+
+    transposed: the tensor is stored [in, out] or [n, in, out], the codes are those of [out, in].
+    """
 
     name: str
     dtype: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     group: str
+    transposed: bool = False
+
+    @property
+    def n_slices(self) -> int:
+        return prod(self.shape[:-2])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is one matrix [out, in], as linear layers have it."""
+        return len(self.shape) == _MATRIX_DIMENSIONS and not self.transposed
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in) of one slice."""
+        rows, cols = self.shape[-2:]
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    @property
+    def payload(self) -> Payload:
+        """Layout of one slice; the slices follow each other."""
+        raise NotImplementedError
+
+    @property
+    def size_bytes(self) -> int:
+        return self.n_slices * self.payload.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankEntry(_Matrices):
+    """Matrices kept as rank bands, all slices with the same ones."""
+
     bands: tuple[RankBand, ...]
     group_u: Group
     group_v: Group
@@ -50,7 +85,7 @@ class LowRankEntry:
     @property
     def payload(self) -> Payload:
         return matrix_payload(
-            *self.shape,
+            *self.matrix_shape,
             bands=self.bands,
             group_u=self.group_u,
             group_v=self.group_v,
@@ -59,13 +94,9 @@ class LowRankEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DirectEntry:
-    """A matrix quantised as it is; its bytes lie in the payload of its group."""
+class DirectEntry(_Matrices):
+    """Matrices quantised as they are."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, int]
-    group: str
     bits: int
     group_codes: Group
     symmetric: bool
@@ -73,7 +104,7 @@ class DirectEntry:
     @property
     def payload(self) -> Payload:
         return direct_payload(
-            *self.shape, bits=self.bits, group=self.group_codes, symmetric=self.symmetric
+            *self.matrix_shape, bits=self.bits, group=self.group_codes, symmetric=self.symmetric
         )
 
 
@@ -132,15 +163,22 @@ def is_lowrank_shape(name: str, shape: tuple[int, ...]) -> bool:
     """Tell whether a changed tensor is kept as rank bands, by its name and shape.
 
     Args:
-        name: tensor name; norms are kept exactly, vocabularies by rows.
+        name: tensor name; norms and biases are kept exactly, vocabularies by rows.
         shape: of the fine-tune's tensor.
 
     Returns:
-        True for matrices that are large enough.
+        True for matrices, and for stacks of matrices such as the experts of one layer.
     """
-    if len(shape) != _MATRIX_DIMENSIONS or is_vocabulary_tensor(name) or "norm" in name:
+    if len(shape) not in {_MATRIX_DIMENSIONS, _STACK_DIMENSIONS} or is_vocabulary_tensor(name):
         return False
-    return min(shape) >= MIN_LOWRANK_DIMENSION
+    # gpt-oss keeps the biases of its experts as a matrix [experts, out].
+    is_small = "norm" in name or name.endswith("bias")
+    return not is_small and min(shape[-2:]) >= MIN_LOWRANK_DIMENSION
+
+
+def slice_name(name: str, index: int) -> str:
+    """Name one matrix of a stack, for example "model.layers.0.mlp.experts.down_proj[3]"."""
+    return f"{name}[{index}]"
 
 
 def group_of(name: str) -> str:
@@ -210,7 +248,7 @@ def expected_tensors(entries: Iterable[DeltaEntry]) -> Layout:
             if entry.group not in groups:
                 groups.add(entry.group)
                 add(stored, "U8", (0,))
-            layout[stored] = ("U8", (layout[stored][1][0] + entry.payload.size_bytes,))
+            layout[stored] = ("U8", (layout[stored][1][0] + entry.size_bytes,))
         elif isinstance(entry, RowsEntry):
             add(f"packed.{entry.name}", "U8", (entry.payload.size_bytes,))
             if entry.n_new:
@@ -238,6 +276,7 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
             "group_u": list(entry.group_u),
             "group_v": list(entry.group_v),
             "symmetric": entry.symmetric,
+            "transposed": entry.transposed,
         }
     if isinstance(entry, DirectEntry):
         return common | {
@@ -246,6 +285,7 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
             "bits": entry.bits,
             "group_codes": list(entry.group_codes),
             "symmetric": entry.symmetric,
+            "transposed": entry.transposed,
         }
     if isinstance(entry, RowsEntry):
         return common | {
@@ -259,11 +299,11 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
     return common | {"kind": "exact" if isinstance(entry, ExactEntry) else "unchanged"}
 
 
-def _matrix_shape(fields: Fields) -> tuple[int, int]:
-    shape = fields.naturals("shape", limit=MAX_DIMENSION, count=2)
-    if 0 in shape:
-        raise fields.invalid("shape has a dimension of 0")
-    return shape[0], shape[1]
+def _shape(fields: Fields, counts: set[int]) -> tuple[int, ...]:
+    shape = fields.naturals("shape", limit=MAX_DIMENSION)
+    if len(shape) not in counts or 0 in shape:
+        raise fields.invalid(f"the shape is {list(shape)}")
+    return shape
 
 
 def _group(fields: Fields, key: str) -> Group:
@@ -286,7 +326,7 @@ def _payload_group(fields: Fields, name: str) -> str:
 
 
 def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
-    shape = _matrix_shape(fields)
+    shape = _shape(fields, {_MATRIX_DIMENSIONS, _STACK_DIMENSIONS})
     bands = []
     for pair in fields.items("bands", limit=MAX_BANDS):
         band = Fields({"band": pair}, where=fields.where)
@@ -294,7 +334,7 @@ def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
         if bits not in PLANES or rank == 0:
             raise fields.invalid(f"a rank band is {rank} @ {bits} bits")
         bands.append(RankBand(bits, rank))
-    if not 0 < sum(band.rank for band in bands) <= min(shape):
+    if not 0 < sum(band.rank for band in bands) <= min(shape[-2:]):
         raise fields.invalid("the ranks do not fit the shape")
     return LowRankEntry(
         name=name,
@@ -305,6 +345,7 @@ def _parse_lowrank(fields: Fields, name: str, dtype: str) -> LowRankEntry:
         group_u=_group(fields, "group_u"),
         group_v=_group(fields, "group_v"),
         symmetric=fields.flag("symmetric"),
+        transposed=fields.flag("transposed"),
     )
 
 
@@ -312,23 +353,24 @@ def _parse_direct(fields: Fields, name: str, dtype: str) -> DirectEntry:
     return DirectEntry(
         name=name,
         dtype=dtype,
-        shape=_matrix_shape(fields),
+        shape=_shape(fields, {_MATRIX_DIMENSIONS, _STACK_DIMENSIONS}),
         group=_payload_group(fields, name),
         bits=_bits(fields),
         group_codes=_group(fields, "group_codes"),
         symmetric=fields.flag("symmetric"),
+        transposed=fields.flag("transposed"),
     )
 
 
 def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
-    shape = _matrix_shape(fields)
-    base_rows = fields.natural("base_rows", limit=shape[0])
+    rows, cols = _shape(fields, {_MATRIX_DIMENSIONS})
+    base_rows = fields.natural("base_rows", limit=rows)
     if base_rows == 0:
         raise fields.invalid("base_rows is 0")
     return RowsEntry(
         name=name,
         dtype=dtype,
-        shape=shape,
+        shape=(rows, cols),
         base_rows=base_rows,
         n_changed=fields.natural("n_changed", limit=base_rows),
         bits=_bits(fields),

@@ -30,6 +30,9 @@ class NamedDelta:
     name: str
     delta: torch.Tensor
 
+    def to(self, device: torch.device) -> "NamedDelta":
+        return NamedDelta(name=self.name, delta=self.delta.to(device))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FactorisedMatrix:

@@ -54,7 +54,14 @@ class InspectReport:
     ratio: float
     entries_by_kind: dict[str, int]
 
+    @property
+    def n_matrices(self) -> int:
+        """Quantised matrices beside the vocabularies, each slice of a stack as one."""
+        entries = self.manifest.entries
+        return sum(entry.n_slices for entry in entries if isinstance(entry, MatrixEntry))
+
     def to_json(self) -> dict[str, object]:
+        calibration = self.manifest.calibration
         return {
             "recipe": self.manifest.recipe.to_json(),
             "backbone_digest": self.manifest.backbone.digest,
@@ -66,6 +73,8 @@ class InspectReport:
             "bits_per_param": self.bits_per_param,
             "ratio": self.ratio,
             "entries": self.entries_by_kind,
+            "n_matrices": self.n_matrices,
+            "with_feedback": None if calibration is None else calibration.n_matrices,
         }
 
 
@@ -76,7 +85,7 @@ def _payload_bytes(entry: MatrixEntry) -> tuple[int, int]:
             codes += section.size_bytes
         else:
             scales += section.size_bytes
-    return codes, scales
+    return codes * entry.n_slices, scales * entry.n_slices
 
 
 def _measure(manifest: DeltaManifest, *, exact_bytes: int, total_bytes: int) -> SizeReport:

@@ -66,11 +66,12 @@ class RecipeRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
-    """The text the quantiser looked at."""
+    """The text the quantiser looked at, and how many matrices were quantised with its help."""
 
     source: str
     n_tokens: int
     sha256: str
+    n_matrices: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,7 @@ def _parse_calibration(fields: Fields) -> CalibrationRecord:
         source=fields.text("source"),
         n_tokens=fields.natural("n_tokens"),
         sha256=fields.sha256("sha256"),
+        n_matrices=fields.natural("n_matrices"),
     )
     fields.done()
     return record

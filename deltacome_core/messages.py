@@ -110,6 +110,11 @@ MESSAGES: dict[str, Message] = {
         what="{reason}.",
         do="Save the checkpoint again with save_pretrained, which writes a matching index.",
     ),
+    "model_not_runnable": Message(
+        title="The model does not run on text alone",
+        what="transformers failed when it was given tokens only: {reason}.",
+        do="Choose the datafree recipe, which runs no model, or upload a model that takes text.",
+    ),
     "name_unsafe": Message(
         title="A name is not allowed",
         what="{name} is not a plain name.",

@@ -1,7 +1,9 @@
 """Loading transformers models, whole or as a skeleton filled layer by layer."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ from torch import nn
 
 from deltacome_core.checkpoint import Checkpoint, open_checkpoint
 from deltacome_core.errors import UserError
-from deltacome_core.tensors import load_tensor
 
 # The library's classes are only partly typed.
 _library: Any = transformers
@@ -76,8 +77,19 @@ def find_max_positions(config: dict[str, Any], *, default: int) -> int:
     return limits[0] if limits else default
 
 
+def _auto_class(config: Any) -> Any:
+    """Choose the class that answers with text: a language model, or one that also sees images."""
+    for mapping, auto_class in (
+        (_library.MODEL_FOR_CAUSAL_LM_MAPPING, _library.AutoModelForCausalLM),
+        (_library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, _library.AutoModelForImageTextToText),
+    ):
+        if type(config) in mapping:
+            return auto_class
+    raise ValueError(f"{config.model_type} is no language model")
+
+
 def load_model(directory: Path, *, device: str | torch.device = "cpu") -> Any:
-    """Load a causal language model from safetensors files only, never running its own code.
+    """Load a language model from safetensors files only, never running its own code.
 
     Args:
         directory: a checkpoint folder with config.json.
@@ -93,8 +105,10 @@ def load_model(directory: Path, *, device: str | torch.device = "cpu") -> Any:
     target = resolve_device(str(device))
     checkpoint = open_checkpoint(directory)
     try:
-        model, info = _library.AutoModelForCausalLM.from_pretrained(
+        config = _library.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        model, info = _auto_class(config).from_pretrained(
             directory,
+            config=config,
             dtype=compute_dtype(checkpoint, target),
             trust_remote_code=False,
             use_safetensors=True,
@@ -151,9 +165,7 @@ def build_skeleton(directory: Path, dtype: torch.dtype) -> Any:
         config = _library.AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            model = _library.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False
-            )
+            model = _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UserError("architecture_unknown", reason=str(error)[:200]) from error
     finally:
@@ -161,91 +173,56 @@ def build_skeleton(directory: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """Find the list of decoder layers and its name inside the model.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """The part of a model that reads tokens, and the list of layers inside it.
+
+    name and layers_name are dotted names in the model; name is empty when it is all of the model.
+    """
+
+    name: str
+    module: Any
+    layers_name: str
+    layers: nn.ModuleList
+
+
+def find_decoder(model: Any) -> Decoder:
+    """Find the decoder layers of a language model, or of the language part of a larger one.
 
     Args:
-        model: a transformers model; `base_model.layers` is taken when there is one, else the
-            longest list of modules of one class.
+        model: a transformers model; of its decoder the outermost list of modules of one class is
+            taken, of several the longest.
 
     Returns:
-        The dotted name and the list.
+        The decoder and its layers.
 
     Raises:
         UserError: architecture_unknown when there is no such list.
     """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
+    root = model.get_decoder()
+    names = {module: name for name, module in model.named_modules()}
+    lists = [
+        module
+        for module in root.modules()
         if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-    }
-    for name, module in lists.items():
-        if module is getattr(model.base_model, "layers", None):
-            return name, module
+    ]
     if not lists:
         raise UserError("architecture_unknown", reason="it has no list of decoder layers")
-    name = max(lists, key=lambda key: len(lists[key]))
-    return name, lists[name]
+    layers = min(lists, key=lambda module: (names[module].count("."), -len(module)))
+    return Decoder(name=names[root], module=root, layers_name=names[layers], layers=layers)
 
 
-def match_checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Map parameter names to checkpoint names, with or without the base model's prefix.
+@contextmanager
+def running_on_text() -> Iterator[None]:
+    """Report what a model's own code raises on token ids alone, for example for want of an image.
 
-    Args:
-        model: a transformers model.
-        checkpoint: whose tensors are looked up.
-
-    Returns:
-        The parameters that were found; tied and fused parameters may be absent.
+    Raises:
+        UserError: model_not_runnable.
     """
-    prefix = f"{model.base_model_prefix}."
-    names: dict[str, str] = {}
-    for name, _parameter in model.named_parameters():
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in checkpoint.tensors:
-                names[name] = candidate
-                break
-    return names
-
-
-def fill_parameter(
-    module: nn.Module, name: str, values: torch.Tensor, *, device: torch.device
-) -> None:
-    """Replace one parameter, cast to its dtype.
-
-    Args:
-        module: changed in place.
-        name: dotted name of the parameter inside the module.
-        values: any float dtype, the parameter's shape.
-        device: where they go.
-    """
-    owner_name, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    dtype = owner.get_parameter(leaf).dtype
-    values = values.to(device=device, dtype=dtype)
-    setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
-
-
-def fill_module(
-    module: nn.Module, prefix: str, read: Callable[[str], torch.Tensor], *, device: torch.device
-) -> None:
-    """Give each parameter of a module its values.
-
-    Args:
-        module: changed in place.
-        prefix: dotted name of the module in the model.
-        read: returns the values of a parameter by its name in the model.
-        device: where they go.
-    """
-    for name, _ in list(module.named_parameters()):
-        fill_parameter(module, name, read(f"{prefix}.{name}"), device=device)
-
-
-def empty_module(module: nn.Module) -> None:
-    """Drop the values of each parameter of a module, in place."""
-    module.to("meta")
-
-
-def read_parameter(checkpoint: Checkpoint, names: dict[str, str]) -> Callable[[str], torch.Tensor]:
-    """Return a reader of parameters by their name in the model."""
-    return lambda name: load_tensor(checkpoint, names[name])
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError("model_not_runnable", reason=reason) from error

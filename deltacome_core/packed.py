@@ -1,6 +1,7 @@
 """A delta as it is kept: packed factors, matrices and rows, and what they mean as numbers."""
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -212,6 +213,47 @@ class PackedDirect:
         return self.factor.dequantise()
 
 
+PackedLinear = PackedMatrix | PackedDirect
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedStack:
+    """The delta of a tensor [n, rows, cols], or of a matrix that is stored [in, out].
+
+    slices: one matrix per index of the first dimension, all of one kind with the same bits and
+    ranks; transposed: a slice of the tensor is the transpose of its matrix.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slices: tuple[PackedLinear, ...]
+    transposed: bool
+
+    def __post_init__(self) -> None:
+        rows, cols = self.shape[-2:]
+        wanted = (cols, rows) if self.transposed else (rows, cols)
+        if len(self.slices) != prod(self.shape[:-2]):
+            raise InternalError(f"{self.name}: {len(self.slices)} slices for {self.shape}")
+        if any((piece.out_features, piece.in_features) != wanted for piece in self.slices):
+            raise InternalError(f"{self.name}: a slice is not {wanted[0]} x {wanted[1]}")
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(piece.size_bytes for piece in self.slices)
+
+    def to(self, device: torch.device | str) -> "PackedStack":
+        return replace(self, slices=tuple(piece.to(device) for piece in self.slices))
+
+    def dequantise(self) -> torch.Tensor:
+        """Give the delta of the whole tensor.
+
+        Returns:
+            f32 of `shape`.
+        """
+        deltas = torch.stack([piece.dequantise() for piece in self.slices])
+        return (deltas.mT if self.transposed else deltas).reshape(self.shape)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedRows:
     """The delta of an embedding or output head, row by row.
@@ -279,5 +321,4 @@ class ExactTensor:
         return replace(self, value=self.value.to(device))
 
 
-PackedLinear = PackedMatrix | PackedDirect
-PackedTensor = PackedLinear | PackedRows | ExactTensor
+PackedTensor = PackedLinear | PackedStack | PackedRows | ExactTensor

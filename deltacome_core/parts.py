@@ -38,6 +38,7 @@ from deltacome_core.packed import (
     PackedLinear,
     PackedMatrix,
     PackedRows,
+    PackedStack,
     PackedTensor,
 )
 from deltacome_core.payload import matrix_to_payload, rows_to_payload
@@ -55,11 +56,12 @@ _ENTRIES_TENSOR = "entries"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A finished piece of a delta on disk."""
+    """A finished piece of a delta on disk; with_feedback counts its calibrated matrices."""
 
     path: Path
     entries: tuple[DeltaEntry, ...]
     fingerprint: str
+    with_feedback: int
 
 
 def _common(groups: set[Group], name: str) -> Group:
@@ -97,6 +99,22 @@ def _describe_direct(matrix: PackedDirect, dtype: str) -> DirectEntry:
     )
 
 
+def _describe_stack(stack: PackedStack, dtype: str) -> MatrixEntry:
+    first, *others = (
+        replace(
+            _describe_matrix(piece, dtype)
+            if isinstance(piece, PackedMatrix)
+            else _describe_direct(piece, dtype),
+            name=stack.name,
+            group=site_order(stack.name)[0],
+        )
+        for piece in stack.slices
+    )
+    if any(other != first for other in others):
+        raise InternalError(f"{stack.name}: the slices have different bits, ranks or groups")
+    return replace(first, shape=stack.shape, transposed=stack.transposed)
+
+
 def _describe_rows(rows: PackedRows, dtype: str) -> RowsEntry:
     n_new = 0 if rows.new_rows is None else len(rows.new_rows)
     factor = rows.factor
@@ -116,7 +134,7 @@ def describe(packed: PackedTensor, *, dtype: str) -> DeltaEntry:
     """Say in the manifest's terms what a packed tensor is.
 
     Args:
-        packed: a matrix, rows or an exact tensor.
+        packed: a matrix, a stack of them, rows or an exact tensor.
         dtype: data type of the fine-tune's tensor, as safetensors spells it.
 
     Returns:
@@ -129,6 +147,8 @@ def describe(packed: PackedTensor, *, dtype: str) -> DeltaEntry:
         return _describe_matrix(packed, dtype)
     if isinstance(packed, PackedDirect):
         return _describe_direct(packed, dtype)
+    if isinstance(packed, PackedStack):
+        return _describe_stack(packed, dtype)
     if isinstance(packed, PackedRows):
         if packed.new_rows is not None and dtype_name(packed.new_rows.dtype) != dtype:
             raise InternalError(f"{packed.name}: new rows are {packed.new_rows.dtype}")
@@ -143,6 +163,9 @@ def _stored_bytes(
 ) -> Iterator[tuple[str, bytes | memoryview]]:
     if isinstance(packed, PackedLinear) and isinstance(entry, MatrixEntry):
         yield f"packed.{entry.group}", matrix_to_payload(entry, packed)
+    elif isinstance(packed, PackedStack) and isinstance(entry, MatrixEntry):
+        for piece in packed.slices:
+            yield f"packed.{entry.group}", matrix_to_payload(entry, piece)
     elif isinstance(packed, PackedRows) and isinstance(entry, RowsEntry):
         yield f"packed.{entry.name}", rows_to_payload(entry, packed)
         if packed.new_rows is not None and entry.n_new:
@@ -157,6 +180,7 @@ def write_part(
     *,
     layout: Layout,
     fingerprint: str,
+    with_feedback: int = 0,
 ) -> Part:
     """Store a piece of a delta, usually one layer; the file appears whole or not at all.
 
@@ -165,6 +189,7 @@ def write_part(
         tensors: what to store; unchanged tensors are given as their entries.
         layout: dtype and shape by tensor name of the fine-tune.
         fingerprint: identifies the inputs and settings the piece was made from.
+        with_feedback: how many of its matrices were quantised with the Hessian of their input.
 
     Returns:
         The part.
@@ -187,10 +212,13 @@ def write_part(
     sources += [(name, *expected[name], chunks) for name, chunks in data.items()]
     temporary = path.with_name(f".{path.name}.partial")
     temporary.unlink(missing_ok=True)
-    write_safetensors(temporary, sources, {"fingerprint": fingerprint})
+    metadata = {"fingerprint": fingerprint, "with_feedback": str(with_feedback)}
+    write_safetensors(temporary, sources, metadata)
     temporary.replace(path)
     sync_folder(path.parent)
-    return Part(path=path, entries=tuple(entries), fingerprint=fingerprint)
+    return Part(
+        path=path, entries=tuple(entries), fingerprint=fingerprint, with_feedback=with_feedback
+    )
 
 
 def read_part(path: Path) -> Part:
@@ -219,7 +247,12 @@ def read_part(path: Path) -> Part:
     found = {name: (info.dtype, info.shape) for name, info in places.items()}
     if expected_tensors(entries) != {k: v for k, v in found.items() if k != _ENTRIES_TENSOR}:
         raise invalid(f"{path.name} does not hold what its entries say")
-    return Part(path=path, entries=entries, fingerprint=header.metadata["fingerprint"])
+    return Part(
+        path=path,
+        entries=entries,
+        fingerprint=header.metadata["fingerprint"],
+        with_feedback=int(header.metadata.get("with_feedback", "0")),
+    )
 
 
 def _stream(places: Sequence[tuple[Path, int, int]]) -> Iterator[bytes]:

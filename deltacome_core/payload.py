@@ -1,12 +1,19 @@
 """Packed tensors to payload bytes and back, section by section; see docs/format.md."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from deltacome_core.bitpack import used_bits
-from deltacome_core.entries import DirectEntry, LowRankEntry, MatrixEntry, RowsEntry
+from deltacome_core.entries import (
+    DirectEntry,
+    LowRankEntry,
+    MatrixEntry,
+    RowsEntry,
+    slice_name,
+)
 from deltacome_core.errors import InternalError
 from deltacome_core.fields import invalid
 from deltacome_core.layout import FactorShape, Payload, Section, direct_factor, matrix_factors
@@ -17,6 +24,7 @@ from deltacome_core.packed import (
     PackedLinear,
     PackedMatrix,
     PackedRows,
+    PackedStack,
 )
 from deltacome_core.tensors import tensor_bytes
 
@@ -47,7 +55,7 @@ def matrix_to_payload(entry: MatrixEntry, matrix: PackedLinear) -> bytes:
 
     Args:
         entry: what the manifest will say of it.
-        matrix: the packed matrix.
+        matrix: the packed matrix, or one slice of a stack.
 
     Returns:
         entry.payload.size_bytes bytes.
@@ -112,7 +120,7 @@ def matrix_from_payload(entry: MatrixEntry, payload: torch.Tensor) -> PackedLine
         payload: u8 [entry.payload.size_bytes], at least 16-byte aligned, on any device.
 
     Returns:
-        A matrix whose arrays are views of `payload`.
+        A matrix whose arrays are views of `payload`; of a stack, the matrix of one slice.
     """
     if isinstance(entry, DirectEntry):
         return _direct_from_payload(entry, payload)
@@ -121,15 +129,17 @@ def matrix_from_payload(entry: MatrixEntry, payload: torch.Tensor) -> PackedLine
 
 def _direct_from_payload(entry: DirectEntry, payload: torch.Tensor) -> PackedDirect:
     shape = direct_factor(
-        *entry.shape, bits=entry.bits, group=entry.group_codes, symmetric=entry.symmetric
+        *entry.matrix_shape, bits=entry.bits, group=entry.group_codes, symmetric=entry.symmetric
     )
     return PackedDirect(name=entry.name, factor=_factor(_views(payload, entry.payload), shape))
 
 
 def _lowrank_from_payload(entry: LowRankEntry, payload: torch.Tensor) -> PackedMatrix:
     views = _views(payload, entry.payload)
+    out_features, in_features = entry.matrix_shape
     shapes = matrix_factors(
-        *entry.shape,
+        out_features,
+        in_features,
         bands=entry.bands,
         group_u=entry.group_u,
         group_v=entry.group_v,
@@ -139,10 +149,38 @@ def _lowrank_from_payload(entry: LowRankEntry, payload: torch.Tensor) -> PackedM
     bands = zip(factors[::2], factors[1::2], strict=True)
     return PackedMatrix(
         name=entry.name,
-        out_features=entry.shape[0],
-        in_features=entry.shape[1],
+        out_features=out_features,
+        in_features=in_features,
         sigma=views["sigma"],
         bands=tuple(PackedBand(v=v, u=u) for v, u in bands),
+    )
+
+
+def matrices_from_payload(entry: MatrixEntry, payload: torch.Tensor) -> PackedLinear | PackedStack:
+    """See quantised matrices in the bytes they are stored as, and check their numbers.
+
+    Args:
+        entry: what the manifest says of it.
+        payload: u8 [entry.size_bytes] on the CPU.
+
+    Returns:
+        A matrix [out, in], or for every other tensor a stack; views of `payload`.
+
+    Raises:
+        UserError: delta_invalid.
+    """
+    layout = entry.payload
+    slices = []
+    for index, raw in enumerate(torch.split(payload, layout.size_bytes)):
+        matrix = matrix_from_payload(entry, raw)
+        if not entry.is_plain:
+            matrix = replace(matrix, name=slice_name(entry.name, index))
+        check_packed(matrix, raw, layout)
+        slices.append(matrix)
+    if entry.is_plain:
+        return slices[0]
+    return PackedStack(
+        name=entry.name, shape=entry.shape, slices=tuple(slices), transposed=entry.transposed
     )
 
 

@@ -24,7 +24,7 @@ from deltacome_core.checkpoint import (
 from deltacome_core.container import Delta, open_delta
 from deltacome_core.entries import DeltaEntry, ExactEntry, RowsEntry
 from deltacome_core.errors import InternalError, UserError
-from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
+from deltacome_core.packed import ExactTensor, PackedLinear, PackedStack, PackedTensor
 from deltacome_core.safetensors_file import ITEM_BYTES, TensorSource, write_safetensors
 from deltacome_core.shards import MAX_SHARD_BYTES
 from deltacome_core.tensors import TORCH_DTYPES, as_float32, dtype_name, load_tensor, tensor_bytes
@@ -76,11 +76,27 @@ def apply_entry(
     if isinstance(packed, PackedLinear):
         delta = packed.to(device).dequantise()
         return (as_float32(base.to(device)) + delta).to(target).cpu()
+    if isinstance(packed, PackedStack):
+        return _add_slices(base, packed, target, device)
     result = base.to(target, copy=True)
     if packed.factor is not None:
         delta = packed.factor.to(device).dequantise().cpu()
         result[packed.changed] = (as_float32(base[packed.changed]) + delta).to(target)
     return result if packed.new_rows is None else torch.cat([result, packed.new_rows.to(target)])
+
+
+def _add_slices(
+    base: torch.Tensor, stack: PackedStack, dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """One slice at a time: in f32 the experts of a layer may be larger than a device."""
+    result = torch.empty(base.shape, dtype=dtype)
+    sources = base.reshape(-1, *base.shape[-2:])
+    targets = result.view(sources.shape)
+    for source, piece, target in zip(sources, stack.slices, targets, strict=True):
+        delta = piece.to(device).dequantise()
+        delta = delta.T if stack.transposed else delta
+        target.copy_((as_float32(source.to(device)) + delta).to(dtype))
+    return result
 
 
 def _base_shape(entry: DeltaEntry) -> tuple[int, ...]:

@@ -16,7 +16,12 @@ from deltacome_core.container import open_delta
 from deltacome_core.entries import MatrixEntry, RowsEntry
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
-from deltacome_core.models import find_max_positions, load_model, load_tokenizer
+from deltacome_core.models import (
+    find_max_positions,
+    load_model,
+    load_tokenizer,
+    running_on_text,
+)
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.tensors import as_float32, load_tensor
 from deltacome_core.texts import DEFAULT_PROMPTS, read_texts, render_text
@@ -147,7 +152,8 @@ def verify_delta(
         The measurements with a grade; at most two models were in memory at a time.
 
     Raises:
-        UserError: backbone_digest_mismatch, delta_invalid, texts_invalid, tokenizer_missing.
+        UserError: backbone_digest_mismatch, delta_invalid, texts_invalid, tokenizer_missing,
+            architecture_unknown, model_not_runnable.
     """
     started = time.monotonic()
     tokenizer = load_tokenizer(tuned_dir, delta_dir, base_dir)
@@ -300,7 +306,7 @@ def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> C
     """
     divergences, agreements = [], []
     surprise = 0.0
-    known = min(reference.config.vocab_size, other.config.vocab_size)
+    known = min(model.config.get_text_config().vocab_size for model in (reference, other))
     for text in texts:
         ids = torch.tensor([text.tokens], device=reference.device)
         truth = _log_probabilities(reference, ids, known)[text.first_scored - 1 :]
@@ -320,7 +326,8 @@ def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> C
 
 
 def _log_probabilities(model: Any, ids: torch.Tensor, known: int) -> torch.Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1, :known]
+    with running_on_text():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1, :known]
     return torch.log_softmax(logits.double(), dim=-1)
 
 

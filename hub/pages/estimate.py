@@ -5,12 +5,10 @@ from functools import lru_cache
 from math import prod
 
 from deltacome_core.checkpoint import Layout, is_vocabulary_tensor
+from deltacome_core.entries import is_lowrank_shape
 from deltacome_core.layout import rows_payload
 from deltacome_core.recipe import Recipe, matrix_size_bytes, plan_bands
 from deltacome_core.safetensors_file import ITEM_BYTES
-
-# The same border as in deltacome_core.delta, which needs torch and cannot be asked here.
-MIN_LOWRANK_DIMENSION = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +38,6 @@ def _matrix_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
     )
 
 
-def _is_lowrank(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and min(shape) >= MIN_LOWRANK_DIMENSION and "norm" not in name  # noqa: PLR2004  a matrix
-
-
 def estimate_delta(layout: Layout, recipe: Recipe) -> Estimate:
     """Add up the packed size of every tensor of a fine-tune that has the backbone's shapes.
 
@@ -62,9 +56,10 @@ def estimate_delta(layout: Layout, recipe: Recipe) -> Estimate:
                 group=(1, recipe.group_size),
                 symmetric=False,
             ).size_bytes
-        elif _is_lowrank(name, shape):
-            matrices += 1
-            matrix_bytes += _matrix_bytes(*shape, recipe)
+        elif is_lowrank_shape(name, shape):
+            n_slices = prod(shape[:-2])
+            matrices += n_slices
+            matrix_bytes += n_slices * _matrix_bytes(*shape[-2:], recipe)
         else:
             exact_bytes += tensor_bytes
     return Estimate(

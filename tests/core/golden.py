@@ -4,12 +4,13 @@
 gets a new version, because deltas on disk must stay readable for ever.
 """
 
+from math import prod
 from pathlib import Path
 
 import torch
 
 from deltacome_core.bitpack import pack_codes
-from deltacome_core.entries import UnchangedEntry
+from deltacome_core.entries import UnchangedEntry, slice_name
 from deltacome_core.layout import scale_shape
 from deltacome_core.manifest import (
     BackboneRecord,
@@ -25,6 +26,7 @@ from deltacome_core.packed import (
     PackedFactor,
     PackedMatrix,
     PackedRows,
+    PackedStack,
 )
 from deltacome_core.parts import write_delta, write_part
 
@@ -46,6 +48,12 @@ MATRICES = {
 DIRECT = {
     f"{LAYER}.mlp.up_proj.weight": (6, 161, 1),
     f"{LAYER}.mlp.down_proj.weight": (4, 133, 3),
+}
+# name: (shape, rank bands, transposed); each slice of a stack has singular values of its own.
+STACKS = {
+    f"{LAYER}.attn.c_attn.weight": ((130, 7), ((4, 2),), True),
+    f"{LAYER}.mlp.experts.down_proj": ((2, 133, 5), ((8, 1), (3, 2)), True),
+    f"{LAYER}.mlp.experts.gate_up_proj": ((3, 6, 129), ((2, 3),), False),
 }
 # variant: (symmetric, scale group of U, scale group of V)
 VARIANTS = {
@@ -71,8 +79,8 @@ def zero_at(row, col, bits):
     return (3 * row + col) % (1 << bits)
 
 
-def sigma_at(index):
-    return 2.0 ** -(index % 8)
+def sigma_at(index, piece=0):
+    return 2.0 ** -((index + 3 * piece) % 8)
 
 
 def exact_at(index):
@@ -97,15 +105,15 @@ def make_factor(rows, cols, bits, group, *, symmetric):
     )
 
 
-def make_matrix(name, variant):
+def make_matrix(name, variant, shape=None, piece=0):
     symmetric, group_u, group_v = VARIANTS[variant]
-    out, inn, bands = MATRICES[name]
+    out, inn, bands = shape or MATRICES[name]
     rank = sum(band_rank for _, band_rank in bands)
     return PackedMatrix(
         name=name,
         out_features=out,
         in_features=inn,
-        sigma=torch.tensor([sigma_at(index) for index in range(rank)]),
+        sigma=torch.tensor([sigma_at(index, piece) for index in range(rank)]),
         bands=tuple(
             PackedBand(
                 u=make_factor(out, band_rank, bits, group_u, symmetric=symmetric),
@@ -120,6 +128,26 @@ def make_direct(name, variant):
     out, inn, bits = DIRECT[name]
     group, symmetric = DIRECT_GROUPS[variant], VARIANTS[variant][0]
     return PackedDirect(name=name, factor=make_factor(out, inn, bits, group, symmetric=symmetric))
+
+
+def matrix_shape(name):
+    """(out, in, bands) of one slice."""
+    shape, bands, transposed = STACKS[name]
+    rows, cols = shape[-2:]
+    return (cols, rows, bands) if transposed else (rows, cols, bands)
+
+
+def make_stack(name, variant):
+    shape, _, transposed = STACKS[name]
+    return PackedStack(
+        name=name,
+        shape=shape,
+        slices=tuple(
+            make_matrix(slice_name(name, piece), variant, matrix_shape(name), piece)
+            for piece in range(prod(shape[:-2]))
+        ),
+        transposed=transposed,
+    )
 
 
 def make_rows(variant):
@@ -142,6 +170,7 @@ def make_tensors(variant):
     return [
         *(make_matrix(name, variant) for name in MATRICES),
         *(make_direct(name, variant) for name in DIRECT),
+        *(make_stack(name, variant) for name in STACKS),
         make_rows(variant),
         ExactTensor(name=NORM, value=exact),
         UnchangedEntry(name=FINAL_NORM, dtype="BF16", shape=(COLS,)),
@@ -150,12 +179,13 @@ def make_tensors(variant):
 
 def make_layout():
     layout = {name: ("BF16", shape[:2]) for name, shape in (MATRICES | DIRECT).items()}
+    layout |= {name: ("BF16", shape) for name, (shape, _, _) in STACKS.items()}
     layout[EMBED] = ("BF16", (BASE_ROWS + NEW_ROWS, COLS))
     return layout | {NORM: ("F32", (COLS,)), FINAL_NORM: ("BF16", (COLS,))}
 
 
 def make_head():
-    names = [*MATRICES, *DIRECT, EMBED, FINAL_NORM]
+    names = [*MATRICES, *DIRECT, *STACKS, EMBED, FINAL_NORM]
     return DeltaManifest(
         recipe=RecipeRecord(name="come", settings={"bits_per_param": 1.0, "group_size": 128}),
         backbone=BackboneRecord(digest=SHA["a"], tensors=dict.fromkeys(names, SHA["b"])),
@@ -169,7 +199,9 @@ def make_head():
         entries=(),
         files={},
         tools={"deltacome": "0.1.0", "torch": "2.13.0"},
-        calibration=CalibrationRecord(source="calibration.txt", n_tokens=4096, sha256=SHA["d"]),
+        calibration=CalibrationRecord(
+            source="calibration.txt", n_tokens=4096, sha256=SHA["d"], n_matrices=10
+        ),
     )
 
 

@@ -27,11 +27,18 @@ from deltacome_core.errors import InternalError, UserError
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.layout import PLANES, RankBand
 from deltacome_core.manifest import read_manifest
-from deltacome_core.packed import ExactTensor, PackedDirect, PackedLinear, PackedRows
+from deltacome_core.packed import (
+    ExactTensor,
+    PackedDirect,
+    PackedLinear,
+    PackedRows,
+    PackedStack,
+)
 from deltacome_core.parts import describe, read_part, write_delta, write_part
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload
+from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.safetensors_file import read_header
-from deltacome_core.tensors import tensor_bytes
+from deltacome_core.tensors import load_tensor, tensor_bytes
 
 LAYER = "model.layers.0"
 QUERY = f"{LAYER}.self_attn.q_proj.weight"
@@ -99,6 +106,50 @@ def test_a_layer_is_read_in_one_piece(folders):
         assert start % 256 == 0
         assert 0 <= start < len(payload)
     assert [group for group, _ in delta.iter_groups()] == [LAYER]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["lowrank", "direct"])
+def test_a_stack_is_read_back_slice_by_slice(tmp_path, kind, transposed):
+    generator = torch.Generator().manual_seed(0)
+    name, shape = f"{LAYER}.mlp.experts.down_proj", (3, 40, 48)
+    base = {name: torch.randn(shape, generator=generator)}
+    tuned = {name: base[name] + torch.randn(shape, generator=generator)}
+    write_checkpoint(tmp_path / "base", base)
+    write_checkpoint(tmp_path / "tuned", tuned)
+    deltas = tuned[name] - base[name]
+    slices = []
+    for index, delta in enumerate(deltas.mT if transposed else deltas):
+        own = f"{name}[{index}]"
+        direct = PackedDirect(name=own, factor=quantise(delta, 8, (1, 128)))
+        slices.append(direct if kind == "direct" else factorise(own, delta))
+    stack = PackedStack(name=name, shape=shape, slices=tuple(slices), transposed=transposed)
+    part = tmp_path / "part"
+    layout = open_checkpoint(tmp_path / "tuned").layout
+    write_part(part, [stack], layout=layout, fingerprint="test")
+    config = tmp_path / "tuned" / "config.json"
+    head = make_head(tmp_path / "base", tmp_path / "tuned")
+    write_delta(tmp_path / "delta", [part], head=head, sidecars=[config])
+    loaded = open_delta(tmp_path / "delta").load(name)
+    for ours, truth in zip(loaded.slices, slices, strict=True):
+        assert ours.name == truth.name
+        assert torch.equal(ours.dequantise(), truth.dequantise())
+    assert inspect_delta(tmp_path / "delta").n_matrices == 3
+    reconstruct_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "back")
+    rebuilt = load_tensor(open_checkpoint(tmp_path / "back"), name)
+    steps = torch.stack([piece.dequantise() for piece in slices])
+    assert torch.equal(rebuilt, base[name] + (steps.mT if transposed else steps))
+
+
+def test_slices_of_different_kinds_are_no_stack(tmp_path):
+    name = f"{LAYER}.mlp.experts.down_proj"
+    slices = (
+        PackedDirect(name=f"{name}[0]", factor=quantise(torch.ones(40, 48), 8, (1, 128))),
+        PackedDirect(name=f"{name}[1]", factor=quantise(torch.ones(40, 48), 4, (1, 128))),
+    )
+    stack = PackedStack(name=name, shape=(2, 40, 48), slices=slices, transposed=False)
+    with pytest.raises(InternalError, match="different bits"):
+        describe(stack, dtype="F32")
 
 
 def test_every_payload_and_tensor_is_aligned(folders):

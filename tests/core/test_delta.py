@@ -16,7 +16,10 @@ from deltacome_core.errors import UserError
         ("model.layers.0.self_attn.q_proj.bias", (64,), TensorKind.EXACT),
         ("model.embed_tokens.weight", (99, 64), TensorKind.ROWS),
         ("lm_head.weight", (99, 64), TensorKind.ROWS),
-        ("model.layers.0.experts.weight", (2, 64, 64), TensorKind.EXACT),
+        ("model.layers.0.mlp.experts.down_proj", (2, 64, 64), TensorKind.LOWRANK),
+        ("model.layers.0.mlp.experts.down_proj_bias", (64, 64), TensorKind.EXACT),
+        ("conv1.weight", (64, 64, 3), TensorKind.EXACT),
+        ("vision.patch_embedding.weight", (64, 64, 64, 64), TensorKind.EXACT),
     ],
 )
 def test_a_changed_tensor_is_kept_by_its_kind(name, shape, kind):

@@ -13,7 +13,7 @@ import torch
 from deltacome_core import layout, parts, safetensors_file
 from deltacome_core.bitpack import PLANES, pack_codes, unpack_codes, words_per_row
 from deltacome_core.checkpoint import checkpoint_digest
-from deltacome_core.entries import parse_entries
+from deltacome_core.entries import expected_tensors, parse_entries
 from deltacome_core.manifest import FORMAT_VERSION
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload
 from deltacome_core.safetensors_file import ITEM_BYTES
@@ -132,6 +132,20 @@ def test_the_printed_offsets_are_those_of_the_layout(entry):
     text = DOC[DOC.index("has seven sections") :].replace("\n", " ")
     assert [int(at) for at in re.findall(r" at (\d+)", text)[:7]] == starts
     assert entry.payload.size_bytes == 256
+
+
+SLICES = [json.loads(text) for text in blocks("json slices")]
+
+
+@pytest.mark.parametrize("example", SLICES, ids=lambda example: str(example["shape"]))
+def test_a_printed_shape_is_cut_into_the_printed_matrices(example):
+    raw = only_json("entry") | {"bands": [[3, 2], [2, 1]]}
+    raw |= {key: example[key] for key in ("shape", "transposed")}
+    (entry,) = parse_entries([raw])
+    assert entry.n_slices == example["n_slices"]
+    assert entry.matrix_shape == (example["out"], example["in"])
+    stored = expected_tensors([entry])["packed.model.layers.0"][1][0]
+    assert stored == example["n_slices"] * entry.payload.size_bytes
 
 
 def test_the_printed_row_map_marks_the_printed_rows():

@@ -42,13 +42,11 @@ def delta(variant):
     return open_delta(golden.ROOT / variant)
 
 
-@pytest.mark.parametrize("name", sorted(golden.MATRICES))
-def test_a_golden_matrix_decodes_to_the_stated_numbers(delta, variant, name):
+def check_matrix(matrix, variant, shape, piece=0):
     symmetric, group_u, group_v = golden.VARIANTS[variant]
-    out, inn, bands = golden.MATRICES[name]
-    matrix = delta.load(name)
+    out, inn, bands = shape
     assert matrix.rank_bands == tuple(RankBand(*band) for band in bands)
-    assert matrix.sigma.tolist() == [golden.sigma_at(index) for index in range(matrix.rank)]
+    assert matrix.sigma.tolist() == [golden.sigma_at(index, piece) for index in range(matrix.rank)]
     for band, (bits, rank) in zip(matrix.bands, bands, strict=True):
         u = stated_factor(out, rank, bits, group_u, symmetric=symmetric)
         v = stated_factor(rank, inn, bits, group_v, symmetric=symmetric)
@@ -62,6 +60,24 @@ def test_a_golden_direct_matrix_decodes_to_the_stated_numbers(delta, variant, na
     out, inn, bits = golden.DIRECT[name]
     stated = stated_factor(out, inn, bits, group, symmetric=symmetric)
     assert torch.equal(delta.load(name).dequantise(), stated)
+
+
+@pytest.mark.parametrize("name", sorted(golden.MATRICES))
+def test_a_golden_matrix_decodes_to_the_stated_numbers(delta, variant, name):
+    check_matrix(delta.load(name), variant, golden.MATRICES[name])
+
+
+@pytest.mark.parametrize("name", sorted(golden.STACKS))
+def test_each_slice_of_a_golden_stack_decodes_to_the_stated_numbers(delta, variant, name):
+    shape, _, transposed = golden.STACKS[name]
+    stack = delta.load(name)
+    for piece, matrix in enumerate(stack.slices):
+        check_matrix(matrix, variant, golden.matrix_shape(name), piece)
+    whole = stack.dequantise()
+    assert tuple(whole.shape) == shape
+    for matrix, part in zip(stack.slices, whole.view(-1, *shape[-2:]), strict=True):
+        delta_of_slice = matrix.dequantise()
+        assert torch.equal(part, delta_of_slice.T if transposed else delta_of_slice)
 
 
 def test_golden_rows_decode_to_the_stated_numbers(delta, variant):

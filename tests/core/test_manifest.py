@@ -82,7 +82,9 @@ MANIFEST = DeltaManifest(
         "config.json": FileRecord(sha256=SHA, size_bytes=2),
     },
     tools={"deltacome": "0.1.0", "torch": "2.13.0"},
-    calibration=CalibrationRecord(source="calibration.txt", n_tokens=4096, sha256=SHA),
+    calibration=CalibrationRecord(
+        source="calibration.txt", n_tokens=4096, sha256=SHA, n_matrices=1
+    ),
 )
 DOCUMENT = json.loads(manifest_to_json(MANIFEST))
 
@@ -181,7 +183,11 @@ HOSTILE = {
     "band of three": entry(0, bands=[[2, 1, 1]]),
     "bands flat": entry(0, bands=[2, 1]),
     "shape 1-D": entry(0, shape=[64]),
-    "shape 3-D": entry(0, shape=[64, 48, 1]),
+    "shape 4-D": entry(0, shape=[1, 1, 64, 48]),
+    "stack of no slices": entry(0, shape=[0, 64, 48]),
+    "rank over the slices": entry(0, shape=[64, 48, 9]),
+    "transposed number": entry(0, transposed=1),
+    "rows of a stack": entry(1, shape=[2, 42, 48]),
     "shape zero": entry(0, shape=[0, 48]),
     "shape float": entry(0, shape=[64.0, 48]),
     "shape over 2^31": entry(0, shape=[2**31, 48]),

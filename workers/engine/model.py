@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from deltacome_core.checkpoint import checkpoint_digest
 from deltacome_core.container import Delta, open_delta
-from deltacome_core.entries import ExactEntry, RowsEntry
+from deltacome_core.entries import ExactEntry, MatrixEntry, RowsEntry
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_model, load_tokenizer
@@ -104,7 +104,7 @@ def load_delta(
 def measure_delta(folder: Path, backbone: LoadedModel) -> int:
     """Say how much memory a delta takes at most, before any of it is loaded.
 
-    Packed matrices stay as they are on disk; rows and exact tensors become dense.
+    Packed matrices stay as they are on disk; everything else becomes dense.
     """
     manifest = read_manifest(folder)
     item_bytes = int(backbone.module.dtype.itemsize)
@@ -112,6 +112,7 @@ def measure_delta(folder: Path, backbone: LoadedModel) -> int:
         prod(entry.shape) * item_bytes
         for entry in manifest.entries
         if isinstance(entry, RowsEntry | ExactEntry)
+        or (isinstance(entry, MatrixEntry) and not entry.is_plain)
     )
     return dense + sum(manifest.files[name].size_bytes for name in manifest.data_files)
 
