@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 
 from deltacome_core.errors import InternalError
-from deltacome_core.packed import PackedFactor, PackedMatrix
+from deltacome_core.packed import PackedDirect, PackedFactor, PackedLinear, PackedMatrix
 from kernels import reference
 
-__all__ = ["delta_linear", "dequantise", "expand", "merge", "shrink"]
+__all__ = ["delta_linear", "dequantise", "expand", "merge", "multiply", "shrink"]
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -37,15 +37,24 @@ class Backend(Protocol):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
+    def multiply(
+        self,
+        x: torch.Tensor,
+        matrix: PackedDirect,
+        y: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
     def merge(
-        self, weight: torch.Tensor, matrix: PackedMatrix, *, out: torch.Tensor | None = None
+        self, weight: torch.Tensor, matrix: PackedLinear, *, out: torch.Tensor | None = None
     ) -> torch.Tensor: ...
 
     def delta_linear(
         self,
         x: torch.Tensor,
         weight: torch.Tensor,
-        matrix: PackedMatrix,
+        matrix: PackedLinear,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor: ...
 
@@ -79,11 +88,12 @@ def _check(
         raise InternalError(f"{name} is {found}, expected {shape} on {device}")
 
 
-def _check_matrix(matrix: PackedMatrix, device: torch.device) -> None:
-    if not matrix.bands:
+def _check_matrix(matrix: PackedLinear, device: torch.device) -> None:
+    if isinstance(matrix, PackedMatrix) and not matrix.bands:
         raise InternalError(f"{matrix.name} has no rank band")
-    if matrix.sigma.device != device:
-        raise InternalError(f"{matrix.name} is on {matrix.sigma.device}, expected {device}")
+    first = matrix.factor.codes if isinstance(matrix, PackedDirect) else matrix.sigma
+    if first.device != device:
+        raise InternalError(f"{matrix.name} is on {first.device}, expected {device}")
 
 
 def _check_out(out: torch.Tensor | None, like: torch.Tensor, shape: tuple[int, int]) -> None:
@@ -171,12 +181,45 @@ def expand(
         return _choose_backend(h.device).expand(h, matrix, y, out=out)
 
 
-def merge(
-    weight: torch.Tensor, matrix: PackedMatrix, *, out: torch.Tensor | None = None
+def multiply(
+    x: torch.Tensor,
+    matrix: PackedDirect,
+    y: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The fine-tune's weight, backbone + U diag(sigma) V, summed in fp32 over all bands.
+    """Outputs of a direct matrix, y + x D^T, summed in fp32.
 
-    Delta-CoMe (arXiv 2406.08903), section 3: the delta is U diag(sigma) V, a band a bit width.
+    Args:
+        x: bf16, fp16 or fp32 [tokens, in].
+        matrix: The packed delta D on x's device.
+        y: bf16, fp16 or fp32 [tokens, out] to add to; None is zero.
+        out: [tokens, out] with adjacent columns, overwritten, may be `y`; made where it is None.
+
+    Returns:
+        [tokens, out] in y's dtype, fp32 without y: the exact sum within 2e-6 (relative L2), rounded
+        once.
+
+    Raises:
+        InternalError: A shape, dtype or device does not fit.
+    """
+    n_tokens = len(x)
+    shape = (n_tokens, matrix.out_features)
+    _check_matrix(matrix, x.device)
+    _check("x", x, (n_tokens, matrix.in_features), device=x.device)
+    _check("y", y, shape, device=x.device)
+    _check_out(out, matrix.factor.scale.float() if y is None else y, shape)
+    with _activate(x.device):
+        return _choose_backend(x.device).multiply(x, matrix, y, out=out)
+
+
+def merge(
+    weight: torch.Tensor, matrix: PackedLinear, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The fine-tune's weight, backbone + U diag(sigma) V or backbone + D, summed in fp32.
+
+    Delta-CoMe (arXiv 2406.08903), section 3: the delta is U diag(sigma) V, a band a bit width; a
+    direct matrix D stands for itself.
 
     Args:
         weight: bf16, fp16 or fp32 [out, in].
@@ -201,10 +244,10 @@ def merge(
 def delta_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    matrix: PackedMatrix,
+    matrix: PackedLinear,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer of the fine-tune, x W^T + bias + x V^T diag(sigma) U^T.
+    """A linear layer of the fine-tune, x W^T + bias + x V^T diag(sigma) U^T or + x D^T.
 
     Args:
         x: bf16, fp16 or fp32 [..., in].

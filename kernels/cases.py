@@ -3,20 +3,27 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 
 from deltacome_core.bitpack import pack_codes
 from deltacome_core.layout import Group, RankBand, scale_shape
-from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix
+from deltacome_core.packed import (
+    PackedBand,
+    PackedDirect,
+    PackedFactor,
+    PackedMatrix,
+)
 from kernels import ACTIVATION_DTYPES, Backend
 
-Op = Literal["dequantise", "shrink", "expand", "merge", "delta_linear"]
-OPS: Final[tuple[Op, ...]] = ("dequantise", "shrink", "expand", "merge", "delta_linear")
+Op = Literal["dequantise", "shrink", "expand", "merge", "multiply", "delta_linear"]
+OPS: Final[tuple[Op, ...]] = ("dequantise", "shrink", "expand", "merge", "multiply", "delta_linear")
+LOWRANK_OPS: Final[tuple[Op, ...]] = tuple(op for op in OPS if op != "multiply")
+DIRECT_OPS: Final[tuple[Op, ...]] = ("multiply", "merge", "delta_linear")
 OPS_ON_TOKENS: Final[tuple[Op, ...]] = ("shrink", "expand", "delta_linear")
-BITS: Final = (2, 3, 4, 8)
-MIXED: Final = (RankBand(8, 2), RankBand(3, 9), RankBand(2, 22))
+BITS: Final = (1, 2, 3, 4, 8)
+MIXED: Final = (RankBand(8, 2), RankBand(3, 9), RankBand(2, 14), RankBand(1, 8))
 # A value is exact in fp32. Sums stay below the limit in any order, since no running sum of a kernel
 # is longer than 512 terms or the rank; one kept in tf32 or bf16 misses it a hundredfold.
 ERROR_LIMITS: Final[dict[Op, float]] = dict.fromkeys(OPS, 2e-6) | {"dequantise": 0.0}
@@ -26,10 +33,14 @@ ROUNDING: Final = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One call: sizes, formats and the op; the defaults fit no block of any kernel."""
+    """One call: sizes, formats and the op; the defaults fit no block of any kernel.
+
+    A case of a direct matrix has its bits and no bands; group_v is the group of its codes.
+    """
 
     op: Op
-    bands: tuple[RankBand, ...]
+    bands: tuple[RankBand, ...] = ()
+    direct_bits: int = 0
     out_features: int = 257
     in_features: int = 300
     n_tokens: int = 3
@@ -41,11 +52,17 @@ class Case:
 
     def __str__(self) -> str:
         bands = "+".join(f"{band.rank}@{band.bits}" for band in self.bands)
+        bands = bands or f"direct@{self.direct_bits}"
         groups = "-".join("x".join(map(str, group)) for group in (self.group_u, self.group_v))
         flags = ("-symmetric" if self.symmetric else "") + ("" if self.has_y else "-without-y")
         sizes = f"{self.out_features}x{self.in_features}-t{self.n_tokens}"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.op}-{bands}-{sizes}-{dtype}-g{groups}{flags}"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of all codes the op reads."""
+        return tuple(band.bits for band in self.bands) or (self.direct_bits,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +87,24 @@ class ExactMatrix:
     u: torch.Tensor
     v: torch.Tensor
 
+    @property
+    def delta(self) -> torch.Tensor:
+        return self.u @ self.v
+
+    def to(self, device: torch.device | str) -> "ExactMatrix":
+        return ExactMatrix(packed=self.packed.to(device), u=self.u.to(device), v=self.v.to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExactDirect:
+    """A direct matrix and, from the codes before packing, its values in float64."""
+
+    packed: PackedDirect
+    delta: torch.Tensor
+
+    def to(self, device: torch.device | str) -> "ExactDirect":
+        return ExactDirect(packed=self.packed.to(device), delta=self.delta.to(device))
+
 
 def make_factor(
     rows: int, cols: int, *, bits: int, group: Group, symmetric: bool, seed: torch.Generator
@@ -79,7 +114,7 @@ def make_factor(
     Args:
         rows: Rows of the factor.
         cols: Columns of the factor.
-        bits: 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4 or 8.
         group: Codes that share a scale; 0 is the whole dimension.
         symmetric: Without zero points.
         seed: Where the codes, scales and zeros come from.
@@ -152,6 +187,27 @@ def make_matrix(case: Case, *, seed: torch.Generator) -> ExactMatrix:
     return ExactMatrix(packed=matrix, u=torch.cat(left, dim=1), v=v_exact)
 
 
+def make_direct(case: Case, *, seed: torch.Generator) -> ExactDirect:
+    """Draw the direct matrix of a case.
+
+    Args:
+        case: Sizes, bits, group.
+        seed: Where the numbers come from.
+
+    Returns:
+        The packed matrix on the CPU and its values float64 [out, in].
+    """
+    factor, values = make_factor(
+        case.out_features,
+        case.in_features,
+        bits=case.direct_bits,
+        group=case.group_v,
+        symmetric=case.symmetric,
+        seed=seed,
+    )
+    return ExactDirect(packed=PackedDirect(name=str(case), factor=factor), delta=values)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
     """One op on its inputs: what it should write, and the distance that rounding explains."""
@@ -163,6 +219,7 @@ class Call:
 
 
 Draw = Callable[..., torch.Tensor]
+Exact = ExactMatrix | ExactDirect
 
 
 def make_frame(
@@ -201,8 +258,8 @@ def measure(
         written beyond the output.
     """
     generator = torch.Generator().manual_seed(seed)
-    exact = make_matrix(case, seed=generator)
-    exact = ExactMatrix(packed=exact.packed.to(device), u=exact.u.to(device), v=exact.v.to(device))
+    make = make_matrix if case.bands else make_direct
+    exact = make(case, seed=generator).to(device)
 
     def draw(rows: int, cols: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
         _, matrix = make_frame((rows, cols), dtype=dtype, device=device)
@@ -252,9 +309,22 @@ def _prepare_expand(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw
     )
 
 
-def _prepare_merge(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw) -> Call:
+def _prepare_multiply(case: Case, backend: Backend, exact: ExactDirect, draw: Draw) -> Call:
+    x = draw(case.n_tokens, case.in_features)
+    y = draw(case.n_tokens, case.out_features) if case.has_y else None
+    wanted = x.double() @ exact.delta.T + (0.0 if y is None else y.double())
+    dtype = torch.float32 if y is None else y.dtype
+    return Call(
+        write=lambda out: backend.multiply(x, exact.packed, y, out=out),
+        wanted=wanted,
+        dtype=dtype,
+        allowed=ROUNDING[dtype] * wanted.abs(),
+    )
+
+
+def _prepare_merge(case: Case, backend: Backend, exact: Exact, draw: Draw) -> Call:
     weight = draw(case.out_features, case.in_features)
-    wanted = exact.u @ exact.v + weight.double()
+    wanted = exact.delta + weight.double()
     return Call(
         write=lambda out: backend.merge(weight, exact.packed, out=out),
         wanted=wanted,
@@ -263,12 +333,12 @@ def _prepare_merge(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw)
     )
 
 
-def _prepare_delta_linear(case: Case, backend: Backend, exact: ExactMatrix, draw: Draw) -> Call:
+def _prepare_delta_linear(case: Case, backend: Backend, exact: Exact, draw: Draw) -> Call:
     x = draw(case.n_tokens, case.in_features)
     weight = draw(case.out_features, case.in_features)
     bias = draw(1, case.out_features)[0] if case.has_y else None
     base = x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-    wanted = base + x.double() @ exact.v.T @ exact.u.T
+    wanted = base + x.double() @ exact.delta.T
     # The backbone's term is rounded before the delta's is added.
     rounding = ROUNDING[case.dtype]
     return Call(
@@ -279,18 +349,45 @@ def _prepare_delta_linear(case: Case, backend: Backend, exact: ExactMatrix, draw
     )
 
 
-_PREPARE: Final[dict[Op, Callable[[Case, Backend, ExactMatrix, Draw], Call]]] = {
+# A case of bands makes an ExactMatrix, one of bits an ExactDirect.
+_PREPARE: Final[dict[Op, Callable[[Case, Backend, Any, Draw], Call]]] = {
     "dequantise": _prepare_dequantise,
     "shrink": _prepare_shrink,
     "expand": _prepare_expand,
     "merge": _prepare_merge,
+    "multiply": _prepare_multiply,
     "delta_linear": _prepare_delta_linear,
 }
 
 
-def _list_cases() -> Iterator[Case]:
-    groups: tuple[Group, ...] = ((1, 128), (128, 1), (0, 1), (1, 0), (0, 0), (3, 50))
-    for bits, group, symmetric in product(BITS, groups, (False, True)):
+GROUPS: Final[tuple[Group, ...]] = ((1, 128), (128, 1), (0, 1), (1, 0), (0, 0), (3, 50))
+
+
+def _list_direct_cases() -> Iterator[Case]:
+    for bits, dtype in product(BITS, ACTIVATION_DTYPES):
+        for n_tokens in (1, 17):
+            yield Case(
+                op="multiply",
+                direct_bits=bits,
+                dtype=dtype,
+                n_tokens=n_tokens,
+                out_features=67,
+                in_features=576,
+            )
+        yield Case(op="merge", direct_bits=bits, dtype=dtype, out_features=67, in_features=200)
+    for bits, (turn, group) in product((1, 3), enumerate(GROUPS)):
+        for op in DIRECT_OPS:
+            symmetric = (turn + bits // 2) % 2 == 0
+            yield Case(op=op, direct_bits=bits, group_v=group, symmetric=symmetric)
+    yield Case(op="multiply", direct_bits=1, has_y=False)
+    for dtype, n_tokens in product(ACTIVATION_DTYPES, (1, 2)):
+        yield Case(
+            op="delta_linear", direct_bits=1, dtype=dtype, n_tokens=n_tokens, has_y=n_tokens == 1
+        )
+
+
+def _list_lowrank_cases() -> Iterator[Case]:
+    for bits, group, symmetric in product(BITS, GROUPS, (False, True)):
         bands = (RankBand(bits, 131),)
         yield Case(op="dequantise", bands=bands, group_u=group, symmetric=symmetric)
     for bits, dtype in product(BITS, ACTIVATION_DTYPES):
@@ -314,15 +411,33 @@ def _list_cases() -> Iterator[Case]:
             yield Case(op=op, bands=MIXED, group_u=group_u, group_v=group_v)
 
 
-CASES: Final = tuple(_list_cases())
+CASES: Final = (*_list_lowrank_cases(), *_list_direct_cases())
 # The published 8+3+2 recipe on the layers of a 7B model, and the longest sum of one.
 LARGE_BANDS: Final = (RankBand(8, 2), RankBand(3, 32), RankBand(2, 968))
-LARGE_CASES: Final = tuple(
+_LARGE_LOWRANK: Final = tuple(
     Case(op=op, bands=LARGE_BANDS, out_features=4096, in_features=size, n_tokens=n, dtype=dtype)
     for op, size, n, dtype in (
-        *product(OPS, (4096,), (1, 64), (torch.bfloat16,)),
+        *product(LOWRANK_OPS, (4096,), (1, 64), (torch.bfloat16,)),
         ("shrink", 18944, 1, torch.float32),
         ("shrink", 18944, 17, torch.float32),
         ("merge", 11008, 1, torch.float32),
     )
 )
+_LARGE_DIRECT: Final = tuple(
+    Case(
+        op=op,
+        direct_bits=1,
+        out_features=4096,
+        in_features=size,
+        n_tokens=n,
+        dtype=dtype,
+        group_v=(0, 0),
+        symmetric=True,
+    )
+    for op, size, n, dtype in (
+        *product(DIRECT_OPS, (4096,), (1, 64), (torch.bfloat16,)),
+        ("multiply", 18944, 1, torch.float32),
+        ("multiply", 18944, 17, torch.float32),
+    )
+)
+LARGE_CASES: Final = (*_LARGE_LOWRANK, *_LARGE_DIRECT)

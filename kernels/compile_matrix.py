@@ -21,6 +21,7 @@ from triton.errors import TritonError
 
 from kernels.config import SHARED_LIMIT_BYTES, Blocks, Op, choose_blocks
 from kernels.triton_ops.dequantise import dequantise_kernel
+from kernels.triton_ops.direct import merge_direct_kernel, multiply_kernel
 from kernels.triton_ops.expand import expand_kernel
 from kernels.triton_ops.merge import merge_kernel
 from kernels.triton_ops.shrink import shrink_kernel
@@ -32,8 +33,10 @@ KERNELS: Final[dict[Op, Any]] = {
     "shrink": shrink_kernel,
     "expand": expand_kernel,
     "merge": merge_kernel,
+    "multiply": multiply_kernel,
+    "merge_direct": merge_direct_kernel,
 }
-BITS: Final = (2, 3, 4, 8)
+BITS: Final = (1, 2, 3, 4, 8)
 DTYPES: Final[tuple[Dtype, ...]] = ("bf16", "fp16", "fp32")
 ARCHITECTURES: Final = tuple(SHARED_LIMIT_BYTES)
 # One token takes the decode blocks, more take the prefill blocks; the others have one kind.
@@ -42,6 +45,8 @@ TOKENS: Final[dict[Op, tuple[int, ...]]] = {
     "shrink": (1, 16),
     "expand": (1, 16),
     "merge": (1,),
+    "multiply": (1, 16),
+    "merge_direct": (1,),
 }
 WARP_SIZE: Final = 32
 # Integers a launch finds to be multiples of 16 on the matrices of real models.

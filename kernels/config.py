@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-Op = Literal["dequantise", "shrink", "expand", "merge"]
+Op = Literal["dequantise", "shrink", "expand", "merge", "multiply", "merge_direct"]
 # Shared memory one block may use. CUDA C programming guide, table of compute capabilities.
 SHARED_LIMIT_BYTES: Final = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 # tl.dot takes no fewer rows, columns or terms.
@@ -28,10 +28,13 @@ _DECODE: Final[dict[Op, Blocks]] = {
     "shrink": Blocks(tokens=1, rows=8, reduction=128),
     "expand": Blocks(tokens=1, rows=16, reduction=128),
     "merge": Blocks(tokens=1, rows=64, reduction=32, columns=64),
+    "multiply": Blocks(tokens=1, rows=16, reduction=128),
+    "merge_direct": Blocks(tokens=1, rows=32, reduction=128),
 }
 _PREFILL: Final[dict[Op, Blocks]] = _DECODE | {
     "shrink": Blocks(tokens=16, rows=32, reduction=64),
     "expand": Blocks(tokens=16, rows=64, reduction=32),
+    "multiply": Blocks(tokens=16, rows=64, reduction=32),
 }
 # The 8-bit band of a recipe holds one or two ranks: wide tiles along the rank would be padding.
 _WIDE_CODES: Final = 8

@@ -5,7 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix
+from deltacome_core.packed import (
+    PackedBand,
+    PackedDirect,
+    PackedFactor,
+    PackedLinear,
+    PackedMatrix,
+)
 
 
 def _with_ranks(matrix: PackedMatrix) -> Iterator[tuple[slice, PackedBand]]:
@@ -83,12 +89,40 @@ def expand(
     return out.copy_(total)
 
 
-def merge(
-    weight: torch.Tensor, matrix: PackedMatrix, *, out: torch.Tensor | None = None
+def multiply(
+    x: torch.Tensor,
+    matrix: PackedDirect,
+    y: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The fine-tune's weight, backbone + U diag(sigma) V, summed in fp32 over all bands.
+    """Outputs of a direct matrix, y + x D^T, summed in fp32.
 
-    Delta-CoMe (arXiv 2406.08903), section 3: the delta is U diag(sigma) V, a band a bit width.
+    Args:
+        x: bf16, fp16 or fp32 [tokens, in].
+        matrix: The packed delta D on x's device.
+        y: bf16, fp16 or fp32 [tokens, out] to add to; None is zero.
+        out: [tokens, out], overwritten, may be `y`; made where it is None.
+
+    Returns:
+        [tokens, out] in y's dtype, fp32 without y: the exact sum within 2e-6 (relative L2), rounded
+        once.
+    """
+    total = x.float() @ matrix.dequantise().T
+    if y is not None:
+        total += y
+    if out is None:
+        return total if y is None else total.to(y.dtype)
+    return out.copy_(total)
+
+
+def merge(
+    weight: torch.Tensor, matrix: PackedLinear, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The fine-tune's weight, backbone + U diag(sigma) V or backbone + D, summed in fp32.
+
+    Delta-CoMe (arXiv 2406.08903), section 3: the delta is U diag(sigma) V, a band a bit width; a
+    direct matrix D stands for itself.
 
     Args:
         weight: bf16, fp16 or fp32 [out, in].
@@ -105,10 +139,10 @@ def merge(
 def delta_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    matrix: PackedMatrix,
+    matrix: PackedLinear,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer of the fine-tune, x W^T + bias + x V^T diag(sigma) U^T.
+    """A linear layer of the fine-tune, x W^T + bias + x V^T diag(sigma) U^T or + x D^T.
 
     Args:
         x: bf16, fp16 or fp32 [tokens, in].
@@ -120,4 +154,6 @@ def delta_linear(
         [tokens, out] in x's dtype: the exact sum within 2e-6 (relative L2), rounded once.
     """
     base = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if isinstance(matrix, PackedDirect):
+        return multiply(x, matrix, base, out=base).to(x.dtype)
     return expand(shrink(x, matrix), matrix, base, out=base).to(x.dtype)

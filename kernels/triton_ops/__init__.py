@@ -3,22 +3,23 @@
 import torch
 from torch.nn import functional
 
-from deltacome_core.packed import PackedMatrix
+from deltacome_core.packed import PackedDirect, PackedLinear
 from kernels.triton_ops.dequantise import dequantise
+from kernels.triton_ops.direct import multiply
 from kernels.triton_ops.expand import expand
 from kernels.triton_ops.merge import merge
 from kernels.triton_ops.shrink import shrink
 
-__all__ = ["delta_linear", "dequantise", "expand", "merge", "shrink"]
+__all__ = ["delta_linear", "dequantise", "expand", "merge", "multiply", "shrink"]
 
 
 def delta_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    matrix: PackedMatrix,
+    matrix: PackedLinear,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A linear layer of the fine-tune, x W^T + bias + x V^T diag(sigma) U^T.
+    """A linear layer of the fine-tune, x W^T + bias + x V^T diag(sigma) U^T or + x D^T.
 
     Args:
         x: bf16, fp16 or fp32 [tokens, in].
@@ -30,4 +31,6 @@ def delta_linear(
         [tokens, out] in x's dtype; rounded twice, after the backbone's term and after the delta's.
     """
     y = functional.linear(x, weight, bias)
+    if isinstance(matrix, PackedDirect):
+        return multiply(x, matrix, y, out=y)
     return expand(shrink(x, matrix), matrix, y, out=y)

@@ -2,8 +2,9 @@ import torch
 import triton
 import triton.language as tl
 
-from deltacome_core.packed import PackedMatrix
+from deltacome_core.packed import PackedDirect, PackedLinear
 from kernels.config import choose_blocks
+from kernels.triton_ops.direct import merge_direct
 from kernels.triton_ops.launch import enumerate_bands, factor_arguments, running_sums, unit_columns
 from kernels.triton_ops.planes import TILE, load_values
 
@@ -91,11 +92,12 @@ def merge_kernel(
 
 
 def merge(
-    weight: torch.Tensor, matrix: PackedMatrix, *, out: torch.Tensor | None = None
+    weight: torch.Tensor, matrix: PackedLinear, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The fine-tune's weight, backbone + U diag(sigma) V, summed in fp32 over all bands.
+    """The fine-tune's weight, backbone + U diag(sigma) V or backbone + D, summed in fp32.
 
-    Delta-CoMe (arXiv 2406.08903), section 3: the delta is U diag(sigma) V, a band a bit width.
+    Delta-CoMe (arXiv 2406.08903), section 3: the delta is U diag(sigma) V, a band a bit width; a
+    direct matrix D stands for itself.
 
     Args:
         weight: bf16, fp16 or fp32 [out, in].
@@ -106,6 +108,8 @@ def merge(
     Returns:
         [out, in] in the weight's dtype: the exact sum within 2e-6 (relative L2), rounded once.
     """
+    if isinstance(matrix, PackedDirect):
+        return merge_direct(weight, matrix, out=out)
     if out is None:
         out = torch.empty_like(weight, memory_format=torch.contiguous_format)
     base = unit_columns(weight)

@@ -6,6 +6,8 @@ import triton.language as tl
 from deltacome_core.layout import TILE_CODES
 
 TILE = tl.constexpr(TILE_CODES)
+# Terms of one running fp32 sum: over a whole row of 18,944 rounding alone would cost 2e-6.
+SPAN = tl.constexpr(512)
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def load_codes(codes_ptr, row, col, tile, n_cols, row_words, mask, BITS: tl.cons
         n_cols: Codes of a row.
         row_words: Words of a row.
         mask: Which codes exist; the others read as 0.
-        BITS: 2, 3, 4 or 8.
+        BITS: 1, 2, 3, 4 or 8.
 
     Returns:
         int32 codes in the broadcast shape.
@@ -56,6 +58,8 @@ def load_codes(codes_ptr, row, col, tile, n_cols, row_words, mask, BITS: tl.cons
     low_ptr = codes_ptr + row * row_words + tile * (TILE * BITS // 32)
     if BITS == 8:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
         codes = load_plane(low_ptr, field, n_codes, mask, 8)
+    elif BITS == 1:
+        codes = load_plane(low_ptr, field, n_codes, mask, 1)
     else:
         codes = load_plane(low_ptr, field, n_codes, mask, 2)
         if BITS > 2:  # noqa: PLR2004 same
@@ -96,7 +100,7 @@ def load_values(
         group_rows: Rows that share a scale.
         group_cols: Columns that share a scale.
         row_groups: Scales of one row of groups.
-        BITS: 2, 3, 4 or 8.
+        BITS: 1, 2, 3, 4 or 8.
         HAS_ZERO: Asymmetric; without it the zero is the middle of the code range.
 
     Returns:

@@ -5,10 +5,7 @@ import triton.language as tl
 from deltacome_core.packed import PackedMatrix
 from kernels.config import choose_blocks
 from kernels.triton_ops.launch import enumerate_bands, factor_arguments, unit_columns
-from kernels.triton_ops.planes import TILE, load_values, multiply_rows
-
-# Terms of one running fp32 sum: over a whole row of 18,944 rounding alone would cost 2e-6.
-SPAN = tl.constexpr(512)
+from kernels.triton_ops.planes import SPAN, TILE, load_values, multiply_rows
 
 
 @triton.jit

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import kernels
+from deltacome_core.layout import PLANES
 from kernels import gpu_check
-from kernels.cases import CASES, LARGE_CASES, OPS, Case, RankBand
+from kernels.cases import CASES, DIRECT_OPS, LARGE_CASES, LOWRANK_OPS, OPS, Case, RankBand
 
 SMALL = [next(case for case in CASES if case.op == op) for op in OPS]
 
@@ -22,8 +23,10 @@ def fake_device(monkeypatch):
 
 
 def test_cases_cover_every_op_width_and_dtype():
-    widths = {(case.op, band.bits) for case in CASES for band in case.bands}
-    assert widths == {(op, bits) for op in OPS for bits in (2, 3, 4, 8)}
+    widths = {(case.op, width) for case in CASES for width in case.widths}
+    assert widths == {(op, bits) for op in OPS for bits in PLANES}
+    direct = {(case.op, bool(case.bands)) for case in CASES}
+    assert direct == {(op, True) for op in LOWRANK_OPS} | {(op, False) for op in DIRECT_OPS}
     dtypes = {(case.op, case.dtype) for case in CASES if case.op != "dequantise"}
     assert dtypes == {(op, dtype) for op in OPS[1:] for dtype in kernels.ACTIVATION_DTYPES}
     assert {case.op for case in LARGE_CASES} == set(OPS)

@@ -6,10 +6,21 @@ import pytest
 import torch
 
 import kernels
+from deltacome_core.bitpack import pack_codes
 from deltacome_core.errors import InternalError
 from deltacome_core.layout import RankBand
+from deltacome_core.packed import PackedDirect, PackedFactor
 from kernels import reference, triton_ops
-from kernels.cases import CASES, MIXED, OPS, Case, make_frame, make_matrix, measure
+from kernels.cases import (
+    CASES,
+    MIXED,
+    OPS,
+    Case,
+    make_direct,
+    make_frame,
+    make_matrix,
+    measure,
+)
 
 BACKENDS = {"triton": triton_ops, "reference": reference}
 
@@ -22,6 +33,12 @@ def draw_matrix(seed=0, **sizes):
 @pytest.fixture
 def matrix():
     return draw_matrix()
+
+
+@pytest.fixture
+def direct():
+    case = Case(op="multiply", direct_bits=1, out_features=35, in_features=44, symmetric=True)
+    return make_direct(case, seed=torch.Generator().manual_seed(0)).packed
 
 
 @pytest.fixture(params=BACKENDS)
@@ -49,7 +66,7 @@ def test_every_op_has_one_signature(op):
     assert len(signatures) == 1
 
 
-def test_ops_allocate_their_outputs(backend, matrix):
+def test_ops_allocate_their_outputs(backend, matrix, direct):
     torch.manual_seed(1)
     x, y, weight = torch.randn(2, 44), torch.randn(2, 35).bfloat16(), torch.randn(35, 44).half()
     h = backend.shrink(x, matrix)
@@ -60,19 +77,35 @@ def test_ops_allocate_their_outputs(backend, matrix):
         backend.expand(h, matrix, y),
         backend.merge(weight, matrix),
         backend.dequantise(matrix.bands[1].u),
+        backend.multiply(x, direct),
+        backend.multiply(x, direct, y),
+        backend.merge(weight, direct),
     ]
     assert [output.dtype for output in outputs[1:]] == [
         torch.float32,
         torch.bfloat16,
         torch.float16,
         torch.float32,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
     ]
     assert all(output.isfinite().all() for output in outputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_sums_may_overwrite_what_they_add_to(backend, matrix, dtype):
+def test_sums_may_overwrite_what_they_add_to(backend, matrix, direct, dtype):
     torch.manual_seed(2)
+    x, added, other = (
+        torch.randn(3, 44),
+        torch.randn(3, 35).to(dtype),
+        torch.randn(35, 44).to(dtype),
+    )
+    expected = backend.multiply(x, direct, added), backend.merge(other, direct)
+    assert backend.multiply(x, direct, added, out=added) is added
+    assert backend.merge(other, direct, out=other) is other
+    assert torch.equal(added, expected[0])
+    assert torch.equal(other, expected[1])
     h, y, weight = torch.randn(3, 33), torch.randn(3, 35).to(dtype), torch.randn(35, 44).to(dtype)
     apart = backend.expand(h, matrix, y), backend.merge(weight, matrix)
     assert backend.expand(h, matrix, y, out=y) is y
@@ -81,7 +114,7 @@ def test_sums_may_overwrite_what_they_add_to(backend, matrix, dtype):
     assert torch.equal(weight, apart[1])
 
 
-def test_inputs_may_be_transposed(backend, matrix):
+def test_inputs_may_be_transposed(backend, matrix, direct):
     torch.manual_seed(3)
     x, h, y, weight = (torch.randn(n, m).T for m, n in ((2, 44), (2, 33), (2, 35), (35, 44)))
     pairs = [
@@ -91,12 +124,18 @@ def test_inputs_may_be_transposed(backend, matrix):
             backend.expand(h.contiguous(), matrix, y.contiguous()),
         ),
         (backend.merge(weight, matrix), backend.merge(weight.contiguous(), matrix)),
+        (
+            backend.multiply(x, direct, y),
+            backend.multiply(x.contiguous(), direct, y.contiguous()),
+        ),
+        (backend.merge(weight, direct), backend.merge(weight.contiguous(), direct)),
     ]
     for transposed, adjacent in pairs:
         torch.testing.assert_close(transposed, adjacent, rtol=1e-5, atol=1e-5)
 
 
-def test_no_tokens_give_no_rows(backend, matrix):
+def test_no_tokens_give_no_rows(backend, matrix, direct):
+    assert backend.multiply(torch.empty(0, 44), direct).shape == (0, 35)
     h = backend.shrink(torch.empty(0, 44), matrix)
     assert h.shape == (0, 33)
     assert backend.expand(h, matrix).shape == (0, 35)
@@ -117,7 +156,9 @@ def test_a_token_does_not_depend_on_its_batch():
     torch.testing.assert_close(triton_ops.expand(h[order], matrix), y[order], **close)
 
 
-def test_delta_linear_keeps_leading_dimensions(matrix):
+@pytest.mark.parametrize("kind", ["matrix", "direct"])
+def test_delta_linear_keeps_leading_dimensions(kind, request):
+    matrix = request.getfixturevalue(kind)
     torch.manual_seed(5)
     x, weight, bias = torch.randn(2, 3, 44), torch.randn(35, 44), torch.randn(35)
     y = kernels.delta_linear(x, weight, matrix, bias)
@@ -126,7 +167,23 @@ def test_delta_linear_keeps_leading_dimensions(matrix):
     torch.testing.assert_close(y, merged, rtol=1e-5, atol=1e-4)
 
 
-def test_ops_refuse_what_does_not_fit(matrix):
+def test_one_bit_is_plus_or_minus_half_the_scale(backend):
+    factor = PackedFactor(
+        codes=pack_codes(torch.tensor([[1, 0, 1], [0, 0, 1]]), 1),
+        scale=torch.tensor([[2.0], [0.5]]).half(),
+        zero=None,
+        bits=1,
+        rows=2,
+        cols=3,
+        group=(1, 0),
+    )
+    signs = torch.tensor([[1.0, -1.0, 1.0], [-0.25, -0.25, 0.25]])
+    assert torch.equal(backend.dequantise(factor), signs)
+    y = backend.multiply(torch.eye(3), PackedDirect(name="w", factor=factor))
+    assert torch.equal(y, signs.T)
+
+
+def test_ops_refuse_what_does_not_fit(matrix, direct):
     x, h, weight = torch.randn(2, 44), torch.randn(2, 33), torch.randn(35, 44)
     refused = [
         lambda: kernels.shrink(x[:, 1:], matrix),
@@ -140,6 +197,12 @@ def test_ops_refuse_what_does_not_fit(matrix):
         lambda: kernels.merge(weight.T, matrix),
         lambda: kernels.dequantise(matrix.bands[0].u, out=torch.empty(2, 35)),
         lambda: kernels.delta_linear(x[:, 1:], weight, matrix),
+        lambda: kernels.multiply(x[:, 1:], direct),
+        lambda: kernels.multiply(x, direct, torch.randn(3, 35)),
+        lambda: kernels.multiply(x, direct, out=torch.empty(2, 35).half()),
+        lambda: kernels.multiply(x.to("meta"), direct),
+        lambda: kernels.merge(weight.T, direct),
+        lambda: kernels.delta_linear(x[:, 1:], weight, direct),
         lambda: kernels.delta_linear(x, weight.half(), matrix),
         lambda: kernels.delta_linear(x, weight, matrix, torch.randn(34)),
     ]
