@@ -17,7 +17,7 @@ from deltacome_core.entries import ExactEntry, MatrixEntry, RowsEntry
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_model, load_tokenizer
-from deltacome_core.packed import PackedMatrix
+from deltacome_core.packed import PackedLinear
 from deltacome_core.reconstruct import apply_entry
 from deltacome_core.tensors import TORCH_DTYPES
 from kernels import delta_linear
@@ -39,15 +39,15 @@ class LoadedModel:
 class DeltaLinear(nn.Module):
     """A linear layer of the backbone plus the packed delta of one fine-tune.
 
-    With `factors` (U [out, rank], V [rank, in] with sigma) the delta runs as two plain products;
-    without, the kernel reads the packed codes.
+    With `factors` (U [out, rank], V [rank, in] with sigma; or a direct matrix [out, in] alone) the
+    delta runs as plain products; without, the kernel reads the packed codes.
     """
 
     def __init__(
         self,
         linear: nn.Linear,
-        matrix: PackedMatrix,
-        factors: tuple[torch.Tensor, torch.Tensor] | None,
+        matrix: PackedLinear,
+        factors: tuple[torch.Tensor, ...] | None,
     ) -> None:
         super().__init__()
         self.weight = linear.weight
@@ -57,9 +57,10 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._factors is not None:
-            left, right = self._factors
             base = functional.linear(x, self.weight, self.bias)
-            return base + (x @ right.T) @ left.T
+            for factor in reversed(self._factors):
+                x = x @ factor.T
+            return base + x
         return delta_linear(x, self.weight, self._matrix, self.bias)
 
 
@@ -89,12 +90,11 @@ def load_delta(
     matrices = _fill(module, backbone.module, delta, device=backbone.device)
     size_bytes = _own_bytes(module, backbone.module)
     for name, matrix in matrices.items():
-        factors = None
-        if matrix.rank * (matrix.in_features + matrix.out_features) * 4 <= factor_bytes:
+        factors: tuple[torch.Tensor, ...] | None = None
+        if matrix.factors_size_bytes <= factor_bytes:
             factors = matrix.factors()
-            kept = sum(factor.numel() * factor.element_size() for factor in factors)
-            factor_bytes -= kept
-            size_bytes += kept
+            factor_bytes -= matrix.factors_size_bytes
+            size_bytes += matrix.factors_size_bytes
         size_bytes += matrix.size_bytes
         layer = name.removesuffix(".weight")
         module.set_submodule(layer, DeltaLinear(module.get_submodule(layer), matrix, factors))
@@ -132,18 +132,18 @@ def _check_backbone(delta: Delta, backbone_folder: Path) -> None:
         )
 
 
-def _fill(module: Any, backbone: Any, delta: Delta, *, device: str) -> dict[str, PackedMatrix]:
+def _fill(module: Any, backbone: Any, delta: Delta, *, device: str) -> dict[str, PackedLinear]:
     """Give every parameter its tensor; return the matrices that run beside their linear layer."""
     base = dict(backbone.named_parameters(remove_duplicate=False))
     wanted = _untied_parameters(module)
-    matrices: dict[str, PackedMatrix] = {}
+    matrices: dict[str, PackedLinear] = {}
     own: dict[str, torch.Tensor] = {}
     for entry in delta.entries.values():
         packed = delta.load(entry.name)
         if packed is None:
             continue
         name = _parameter_name(module, entry.name, wanted)
-        if isinstance(packed, PackedMatrix) and _is_linear(module, name):
+        if isinstance(packed, PackedLinear) and _is_linear(module, name):
             matrices[name] = packed.to(device)
         else:
             # Rounded to the fine-tune's dtype first: the very numbers its checkpoint had.
