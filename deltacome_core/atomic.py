@@ -52,6 +52,29 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a temporary sibling and rename it to `path` when the block ends without an error.
+
+    Args:
+        path: file to create; its parents are made as needed.
+
+    Yields:
+        Where to write; nothing is there yet, and it is removed when the block fails.
+
+    Raises:
+        UserError: output_exists.
+    """
+    _refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        _refuse_existing(path)
+        temporary.rename(path)
+        sync_folder(path.parent)
+
+
 def _refuse_existing(path: Path) -> None:
     if path.exists() or path.is_symlink():
         raise UserError("output_exists", path=str(path))

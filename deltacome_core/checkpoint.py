@@ -48,7 +48,8 @@ _VOCABULARY_MODULES = frozenset(
 )
 _PLAIN_FILE = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+# Types a tensor may change between from a backbone to its fine-tune.
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +362,7 @@ def checkpoint_digest(layout: Layout, hashes: Mapping[str, str]) -> str:
 
 
 def _fits(base: tuple[str, tuple[int, ...]], tuned: tuple[str, tuple[int, ...]]) -> bool:
-    both_float = base[0] in _FLOATS and tuned[0] in _FLOATS
+    both_float = base[0] in FLOATS and tuned[0] in FLOATS
     return base[1] == tuned[1] and (base[0] == tuned[0] or both_float)
 
 

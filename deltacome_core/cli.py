@@ -25,6 +25,8 @@ _EXIT_CODES = {
     "header_truncated": EXIT_INTEGRITY,
     "backbone_mismatch": EXIT_INCOMPATIBLE,
     "backbone_digest_mismatch": EXIT_INCOMPATIBLE,
+    "fine_tune_mismatch": EXIT_INCOMPATIBLE,
+    "residual_mismatch": EXIT_INCOMPATIBLE,
     "shape_mismatch": EXIT_INCOMPATIBLE,
 }
 _BYTES_PER_MIB = 1 << 20
@@ -58,7 +60,7 @@ def compress(
     base: Base,
     tuned: Tuned,
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    recipe: Annotated[str, typer.Option(help="come or datafree.")] = "come",
+    recipe: Annotated[str, typer.Option(help="come, datafree or lossless.")] = "come",
     bits_per_param: Annotated[
         float, typer.Option(help="Budget of the low-rank matrices, all overhead counted.")
     ] = 1.0,
@@ -184,6 +186,9 @@ def reconstruct(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; the fine-tune's by default.")
     ] = None,
+    residual: Annotated[
+        Path | None, typer.Option(help="File of `deltacome residual`: makes the result exact.")
+    ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -197,9 +202,30 @@ def reconstruct(
         out,
         dtype=None if dtype is None else parse_dtype(dtype),
         device=resolve_device(device),
+        residual=residual,
     )
     _tell(f"{out}: {report.n_tensors} tensors, {report.size_bytes / _BYTES_PER_MIB:.2f} MiB")
     _print_json(asdict(report) | {"path": str(out)}, wanted=as_json)
+
+
+@app.command()
+def residual(
+    *,
+    base: Base,
+    tuned: Tuned,
+    delta: DeltaDir,
+    out: Annotated[Path, typer.Option(help="File to create, FILE.safetensors.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write what a delta lost, so that both together give the fine-tune bit for bit."""
+    from deltacome_core.residual_writer import write_residual
+
+    report = write_residual(base, tuned, delta, out)
+    _tell(
+        f"{out}: {report.size_bytes / _BYTES_PER_MIB:.2f} MiB, {report.n_coded} tensors coded, "
+        f"{report.n_exact} exact already"
+    )
+    _print_json(report.to_json(), wanted=as_json)
 
 
 @app.command()
@@ -213,7 +239,7 @@ def push(  # noqa: PLR0913 - one parameter for each option
     backbone: Annotated[
         str | None, typer.Option(help="namespace/name of the backbone; found by default.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="come or datafree.")] = "come",
+    recipe: Annotated[str, typer.Option(help="come, datafree or lossless.")] = "come",
     bits_per_param: Annotated[float, typer.Option(help="Budget of the matrices.")] = 1.0,
     visibility: Annotated[str, typer.Option(help="public or private.")] = "private",
     wait: Annotated[bool, typer.Option(help="Wait for the end of the job.")] = True,

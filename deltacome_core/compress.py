@@ -32,6 +32,8 @@ from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
 from deltacome_core.errors import UserError
 from deltacome_core.factorise import NamedDelta, factorise_matrices, factorise_rows
 from deltacome_core.inspection import inspect_delta
+from deltacome_core.lossless import ZSTD_VERSION
+from deltacome_core.lossless_spool import CodedSpool, code_tensor, open_spool
 from deltacome_core.manifest import (
     BackboneRecord,
     CalibrationRecord,
@@ -225,13 +227,14 @@ def _fingerprint(
         "recipe": asdict(recipe),
         "calibration": None if tokens is None else [tokens.sha256, tokens.digest],
         "device": device.type,
-        "tools": _tools(),
+        "tools": _tools(recipe),
     }
     return hashlib.sha256(strict_json.dumps_canonical(identity)).hexdigest()
 
 
-def _tools() -> dict[str, str]:
-    return {"deltacome": __version__, "torch": str(torch.__version__)}
+def _tools(recipe: Recipe) -> dict[str, str]:
+    tools = {"deltacome": __version__, "torch": str(torch.__version__)}
+    return tools | {"zstd": ZSTD_VERSION} if recipe.method == "lossless" else tools
 
 
 def _open_parts(folder: Path, fingerprint: str) -> Path:
@@ -285,14 +288,18 @@ def _write_parts(
 
     def write(unit: _Unit, hessians: Sequence[SharedHessian]) -> None:
         started = time.monotonic()
-        made = _compress_unit(work, unit, hessians)
-        write_part(
-            unit.path,
-            made.tensors,
-            layout=work.tuned.checkpoint.layout,
-            fingerprint=work.fingerprint,
-            with_feedback=made.with_feedback,
-        )
+        with open_spool(unit.path.parent) as spool:
+            if work.recipe.method == "lossless":
+                made = _code_unit(work, unit, spool)
+            else:
+                made = _compress_unit(work, unit, hessians)
+            write_part(
+                unit.path,
+                made.tensors,
+                layout=work.tuned.checkpoint.layout,
+                fingerprint=work.fingerprint,
+                with_feedback=made.with_feedback,
+            )
         del pending[unit.group]
         announce(unit, made.errors, started, resumed=False)
 
@@ -372,6 +379,17 @@ def _compress_unit(work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]) 
     return _Compressed(tensors=packed, errors=errors, with_feedback=with_feedback)
 
 
+def _code_unit(work: _Work, unit: _Unit, spool: CodedSpool) -> _Compressed:
+    base, tuned = work.base.checkpoint, work.tuned.checkpoint
+    coded: list[PackedTensor | UnchangedEntry] = [
+        UnchangedEntry(name=name, dtype=tuned.layout[name][0], shape=tuned.layout[name][1])
+        if work.is_unchanged(name)
+        else code_tensor(spool, base, tuned, name, sha256=work.tuned.hashes[name])
+        for name in unit.names
+    ]
+    return _Compressed(tensors=coded, errors=[], with_feedback=0)
+
+
 def _pack_whole(pair: TensorPair, work: _Work) -> PackedTensor:
     if pair.kind is TensorKind.ROWS and pair.base is not None:
         return factorise_rows(pair.name, pair.base, pair.tuned, work.recipe, device=work.device)
@@ -407,7 +425,7 @@ def _head(work: _Work, tokens: CalibrationTokens | None, with_feedback: int) -> 
         ),
         entries=(),
         files={},
-        tools=_tools(),
+        tools=_tools(work.recipe),
         calibration=None if tokens is None else tokens.record(n_matrices=with_feedback),
     )
 

@@ -1,13 +1,14 @@
 """Read a delta folder as packed tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from deltacome_core.delta_folder import DeltaFolder, open_folder
+from deltacome_core.delta_folder import DeltaFolder, StoredTensor, open_folder
 from deltacome_core.entries import (
+    CodedEntry,
     DeltaEntry,
     ExactEntry,
     MatrixEntry,
@@ -16,9 +17,9 @@ from deltacome_core.entries import (
 )
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import DeltaManifest
-from deltacome_core.packed import ExactTensor, PackedLinear, PackedStack, PackedTensor
+from deltacome_core.packed import CodedTensor, ExactTensor, PackedLinear, PackedStack, PackedTensor
 from deltacome_core.payload import check_packed, matrices_from_payload, rows_from_payload
-from deltacome_core.tensors import TORCH_DTYPES, read_bytes
+from deltacome_core.tensors import TORCH_DTYPES, read_bytes, tensor_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +78,8 @@ class Delta:
             return None
         if isinstance(entry, ExactEntry):
             return ExactTensor(name=name, value=self._read_whole(f"exact.{name}"))
+        if isinstance(entry, CodedEntry):
+            return self.load_coded(entry)
         if isinstance(entry, RowsEntry):
             payload = self._read(f"packed.{name}")
             new_rows = self._read_whole(f"new.{name}") if entry.n_new else None
@@ -85,6 +88,11 @@ class Delta:
             return rows
         payload = self._read(f"packed.{entry.group}", self.offsets[name], entry.size_bytes)
         return matrices_from_payload(entry, payload)
+
+    def load_coded(self, entry: CodedEntry) -> CodedTensor:
+        return CodedTensor(
+            entry=entry, read=range_reader(self.folder.stored[f"coded.{entry.name}"])
+        )
 
     def load_group(self, group: str) -> tuple[torch.Tensor, tuple[PackedLinear | PackedStack, ...]]:
         """Read all quantised matrices of a layer at once.
@@ -114,6 +122,18 @@ class Delta:
         """
         for group in self.groups:
             yield group, self.load_group(group)[1]
+
+
+def range_reader(at: StoredTensor) -> Callable[[int, int], memoryview]:
+    """Give a reader of parts of a stored tensor.
+
+    Args:
+        at: where it lies.
+
+    Returns:
+        A function of (first byte, number of bytes) within the tensor.
+    """
+    return lambda start, size_bytes: tensor_bytes(read_bytes(at.file, at.start + start, size_bytes))
 
 
 def open_delta(folder: Path, *, verify_digests: bool = True) -> Delta:

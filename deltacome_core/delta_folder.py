@@ -57,7 +57,18 @@ def _check_files(folder: Path, manifest: DeltaManifest, *, verify_digests: bool)
             raise UserError("file_digest_mismatch", file=name)
 
 
-def _read_data_header(path: Path) -> Header:
+def read_data_header(path: Path) -> Header:
+    """Read the header of a file that a delta, or its residual, consists of.
+
+    Args:
+        path: a safetensors file.
+
+    Returns:
+        The header.
+
+    Raises:
+        UserError: delta_invalid, whatever is wrong with it.
+    """
     try:
         return read_header(path)
     except UserError as error:
@@ -99,7 +110,7 @@ def open_folder(folder: Path, *, verify_digests: bool) -> DeltaFolder:
     _check_files(folder, manifest, verify_digests=verify_digests)
     stored: dict[str, StoredTensor] = {}
     for name in manifest.data_files:
-        header = _read_data_header(folder / name)
+        header = read_data_header(folder / name)
         for info in header.tensors:
             if info.name in stored:
                 raise invalid(f"the tensor {info.name} is stored twice")

@@ -1,4 +1,4 @@
-"""What a delta keeps of each tensor: five kinds of entry, where their bytes lie, and as JSON."""
+"""What a delta keeps of each tensor: six kinds of entry, where their bytes lie, and as JSON."""
 
 import re
 from collections.abc import Iterable
@@ -147,6 +147,25 @@ class ExactEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CodedEntry:
+    """A tensor coded exactly; its first `base_rows` rows grew from the backbone's.
+
+    A tensor without dimensions counts as one row. `sha256` is that of the tensor's own bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    base_rows: int
+    size_bytes: int
+    sha256: str
+
+    @property
+    def n_predicted(self) -> int:
+        return self.base_rows * prod(self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnchangedEntry:
     """A tensor that equals the backbone's after a cast to `dtype`; it costs no bytes."""
 
@@ -156,7 +175,35 @@ class UnchangedEntry:
 
 
 MatrixEntry = LowRankEntry | DirectEntry
-DeltaEntry = MatrixEntry | RowsEntry | ExactEntry | UnchangedEntry
+DeltaEntry = MatrixEntry | RowsEntry | ExactEntry | CodedEntry | UnchangedEntry
+
+
+def needs_backbone(entry: DeltaEntry) -> bool:
+    """Tell whether a tensor can only be rebuilt from the backbone's tensor of its name.
+
+    Args:
+        entry: any kind of entry.
+
+    Returns:
+        False for what is kept whole or coded without a base.
+    """
+    if isinstance(entry, CodedEntry):
+        return entry.base_rows > 0
+    return not isinstance(entry, ExactEntry)
+
+
+def backbone_shape(entry: DeltaEntry) -> tuple[int, ...]:
+    """Give the shape that the backbone's tensor of an entry must have.
+
+    Args:
+        entry: one that needs the backbone.
+
+    Returns:
+        The entry's shape, without the rows that the backbone lacks.
+    """
+    if isinstance(entry, RowsEntry | CodedEntry) and entry.shape:
+        return (entry.base_rows, *entry.shape[1:])
+    return entry.shape
 
 
 def is_lowrank_shape(name: str, shape: tuple[int, ...]) -> bool:
@@ -255,6 +302,8 @@ def expected_tensors(entries: Iterable[DeltaEntry]) -> Layout:
                 add(f"new.{entry.name}", entry.dtype, (entry.n_new, entry.shape[1]))
         elif isinstance(entry, ExactEntry):
             add(f"exact.{entry.name}", entry.dtype, entry.shape)
+        elif isinstance(entry, CodedEntry):
+            add(f"coded.{entry.name}", "U8", (entry.size_bytes,))
     return layout
 
 
@@ -295,6 +344,13 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
             "bits": entry.bits,
             "group_rows": list(entry.group_rows),
             "symmetric": entry.symmetric,
+        }
+    if isinstance(entry, CodedEntry):
+        return common | {
+            "kind": "coded",
+            "base_rows": entry.base_rows,
+            "size_bytes": entry.size_bytes,
+            "sha256": entry.sha256,
         }
     return common | {"kind": "exact" if isinstance(entry, ExactEntry) else "unchanged"}
 
@@ -379,6 +435,25 @@ def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
     )
 
 
+def _any_shape(fields: Fields, dtype: str) -> tuple[int, ...]:
+    shape = fields.naturals("shape", limit=MAX_DIMENSION)
+    if len(shape) > MAX_RANK or prod(shape) * ITEM_BYTES[dtype] >= 2**63:
+        raise fields.invalid("the shape is too large")
+    return shape
+
+
+def _parse_coded(fields: Fields, name: str, dtype: str) -> CodedEntry:
+    shape = _any_shape(fields, dtype)
+    return CodedEntry(
+        name=name,
+        dtype=dtype,
+        shape=shape,
+        base_rows=fields.natural("base_rows", limit=shape[0] if shape else 1),
+        size_bytes=fields.natural("size_bytes"),
+        sha256=fields.sha256("sha256"),
+    )
+
+
 def _parse_entry(fields: Fields) -> DeltaEntry:
     name = fields.text("name")
     check_tensor_name(name)
@@ -393,10 +468,10 @@ def _parse_entry(fields: Fields) -> DeltaEntry:
         entry = _parse_direct(fields, name, dtype)
     elif kind == "rows":
         entry = _parse_rows(fields, name, dtype)
+    elif kind == "coded":
+        entry = _parse_coded(fields, name, dtype)
     elif kind in {"exact", "unchanged"}:
-        shape = fields.naturals("shape", limit=MAX_DIMENSION)
-        if len(shape) > MAX_RANK or prod(shape) * ITEM_BYTES[dtype] >= 2**63:
-            raise fields.invalid("the shape is too large")
+        shape = _any_shape(fields, dtype)
         of_kind = ExactEntry if kind == "exact" else UnchangedEntry
         entry = of_kind(name=name, dtype=dtype, shape=shape)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deltacome_core.delta_folder import open_folder
 from deltacome_core.entries import (
+    CodedEntry,
     DeltaEntry,
     DirectEntry,
     ExactEntry,
@@ -22,23 +23,26 @@ _KINDS: dict[type[DeltaEntry], str] = {
     DirectEntry: "direct",
     RowsEntry: "rows",
     ExactEntry: "exact",
+    CodedEntry: "coded",
     UnchangedEntry: "unchanged",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeReport:
-    """Where the bytes go; the five add up to the size of the data files plus delta.json."""
+    """Where the bytes go; the six add up to the size of the data files plus delta.json."""
 
     codes: int
     scales: int
     embeddings: int
     exact: int
+    coded: int
     header: int
 
     @property
     def total_bytes(self) -> int:
-        return self.codes + self.scales + self.embeddings + self.exact + self.header
+        parts = (self.codes, self.scales, self.embeddings, self.exact, self.coded, self.header)
+        return sum(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ def _payload_bytes(entry: MatrixEntry) -> tuple[int, int]:
 
 
 def _measure(manifest: DeltaManifest, *, exact_bytes: int, total_bytes: int) -> SizeReport:
-    codes = scales = embeddings = 0
+    codes = scales = embeddings = coded = 0
     for entry in manifest.entries:
         if isinstance(entry, MatrixEntry):
             of_codes, of_scales = _payload_bytes(entry)
@@ -98,12 +102,15 @@ def _measure(manifest: DeltaManifest, *, exact_bytes: int, total_bytes: int) -> 
         elif isinstance(entry, RowsEntry):
             embeddings += sum(section.size_bytes for section in entry.payload.sections)
             embeddings += entry.n_new * entry.shape[1] * ITEM_BYTES[entry.dtype]
+        elif isinstance(entry, CodedEntry):
+            coded += entry.size_bytes
     return SizeReport(
         codes=codes,
         scales=scales,
         embeddings=embeddings,
         exact=exact_bytes,
-        header=total_bytes - codes - scales - embeddings - exact_bytes,
+        coded=coded,
+        header=total_bytes - codes - scales - embeddings - exact_bytes - coded,
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from deltacome_core import strict_json
 from deltacome_core.entries import (
     DeltaEntry,
-    ExactEntry,
     entry_to_json,
+    needs_backbone,
     parse_entries,
 )
 from deltacome_core.errors import UserError
@@ -198,7 +198,7 @@ def _parse_calibration(fields: Fields) -> CalibrationRecord:
 
 def _check_backbone_names(entries: Iterable[DeltaEntry], known: Mapping[str, str]) -> None:
     for entry in entries:
-        if not isinstance(entry, ExactEntry) and entry.name not in known:
+        if needs_backbone(entry) and entry.name not in known:
             raise invalid(f"{entry.name} has no hash of its backbone tensor")
 
 

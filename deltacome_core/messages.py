@@ -85,6 +85,11 @@ MESSAGES: dict[str, Message] = {
         what="{file} has {found} bytes; its header promises {expected}.",
         do="Copy or upload the file again.",
     ),
+    "fine_tune_mismatch": Message(
+        title="This is not the fine-tune the delta was made from",
+        what="Its weights have the digest {found}, those of the delta's fine-tune {expected}.",
+        do="Choose the checkpoint the delta was compressed from.",
+    ),
     "header_invalid": Message(
         title="The safetensors header is not valid",
         what="{file}: {reason}.",
@@ -149,6 +154,11 @@ MESSAGES: dict[str, Message] = {
         title="No recipe has this name",
         what="{name} is not a recipe. Known: {known}.",
         do="Choose one of the known recipes.",
+    ),
+    "residual_mismatch": Message(
+        title="The residual belongs to another delta",
+        what="{file} was made for the delta {expected}; this one is {found}.",
+        do="Take the residual of this delta, or make one with `deltacome residual`.",
     ),
     "shape_mismatch": Message(
         title="A tensor has another shape than expected",

@@ -1,14 +1,18 @@
 """A delta as it is kept: packed factors, matrices and rows, and what they mean as numbers."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from deltacome_core.bitpack import unpack_codes, words_per_row
+from deltacome_core.entries import CodedEntry
 from deltacome_core.errors import InternalError
 from deltacome_core.exact_product import multiply_factors
 from deltacome_core.layout import Group, RankBand, scale_shape
+
+_CODED_CHUNK_BYTES = 8 << 20
 
 
 def _spread(grid: torch.Tensor, size: int, group: int, *, dim: int) -> torch.Tensor:
@@ -321,4 +325,24 @@ class ExactTensor:
         return replace(self, value=self.value.to(device))
 
 
-PackedTensor = PackedLinear | PackedStack | PackedRows | ExactTensor
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CodedTensor:
+    """A tensor coded exactly against the backbone's; `read` gives (start, size) of its bytes."""
+
+    entry: CodedEntry
+    read: Callable[[int, int], memoryview]
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def size_bytes(self) -> int:
+        return self.entry.size_bytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        for start in range(0, self.size_bytes, _CODED_CHUNK_BYTES):
+            yield self.read(start, min(_CODED_CHUNK_BYTES, self.size_bytes - start))
+
+
+PackedTensor = PackedLinear | PackedStack | PackedRows | ExactTensor | CodedTensor

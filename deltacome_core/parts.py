@@ -21,6 +21,7 @@ from deltacome_core.entries import (
     UnchangedEntry,
     entry_to_json,
     expected_tensors,
+    needs_backbone,
     parse_entries,
     site_order,
 )
@@ -33,6 +34,7 @@ from deltacome_core.manifest import (
     manifest_to_json,
 )
 from deltacome_core.packed import (
+    CodedTensor,
     ExactTensor,
     PackedDirect,
     PackedLinear,
@@ -43,7 +45,9 @@ from deltacome_core.packed import (
 )
 from deltacome_core.payload import matrix_to_payload, rows_to_payload
 from deltacome_core.safetensors_file import (
+    Chunks,
     TensorSource,
+    chunks_of,
     read_chunks,
     read_header,
     write_safetensors,
@@ -134,7 +138,7 @@ def describe(packed: PackedTensor, *, dtype: str) -> DeltaEntry:
     """Say in the manifest's terms what a packed tensor is.
 
     Args:
-        packed: a matrix, a stack of them, rows or an exact tensor.
+        packed: a matrix, a stack of them, rows, an exact or a coded tensor.
         dtype: data type of the fine-tune's tensor, as safetensors spells it.
 
     Returns:
@@ -153,14 +157,14 @@ def describe(packed: PackedTensor, *, dtype: str) -> DeltaEntry:
         if packed.new_rows is not None and dtype_name(packed.new_rows.dtype) != dtype:
             raise InternalError(f"{packed.name}: new rows are {packed.new_rows.dtype}")
         return _describe_rows(packed, dtype)
+    if isinstance(packed, CodedTensor):
+        return packed.entry
     if dtype_name(packed.value.dtype) != dtype:
         raise InternalError(f"{packed.name}: the value is {packed.value.dtype}")
     return ExactEntry(name=packed.name, dtype=dtype, shape=tuple(packed.value.shape))
 
 
-def _stored_bytes(
-    packed: PackedTensor, entry: DeltaEntry
-) -> Iterator[tuple[str, bytes | memoryview]]:
+def _stored_bytes(packed: PackedTensor, entry: DeltaEntry) -> Iterator[tuple[str, Chunks]]:
     if isinstance(packed, PackedLinear) and isinstance(entry, MatrixEntry):
         yield f"packed.{entry.group}", matrix_to_payload(entry, packed)
     elif isinstance(packed, PackedStack) and isinstance(entry, MatrixEntry):
@@ -172,6 +176,13 @@ def _stored_bytes(
             yield f"new.{entry.name}", tensor_bytes(packed.new_rows)
     elif isinstance(packed, ExactTensor):
         yield f"exact.{entry.name}", tensor_bytes(packed.value)
+    elif isinstance(packed, CodedTensor):
+        yield f"coded.{entry.name}", packed.chunks()
+
+
+def _join(pieces: Iterable[Chunks]) -> Iterator[bytes | bytearray | memoryview]:
+    for piece in pieces:
+        yield from chunks_of(piece)
 
 
 def write_part(
@@ -195,7 +206,7 @@ def write_part(
         The part.
     """
     entries: list[DeltaEntry] = []
-    data: dict[str, list[bytes | memoryview]] = {}
+    data: dict[str, list[Chunks]] = {}
     for item in sorted(tensors, key=lambda tensor: site_order(tensor.name)):
         if isinstance(item, UnchangedEntry):
             entries.append(item)
@@ -209,7 +220,7 @@ def write_part(
     listed = strict_json.dumps_canonical([entry_to_json(entry) for entry in entries])
     expected = expected_tensors(entries)
     sources: list[TensorSource] = [(_ENTRIES_TENSOR, "U8", (len(listed),), listed)]
-    sources += [(name, *expected[name], chunks) for name, chunks in data.items()]
+    sources += [(name, *expected[name], _join(pieces)) for name, pieces in data.items()]
     temporary = path.with_name(f".{path.name}.partial")
     temporary.unlink(missing_ok=True)
     metadata = {"fingerprint": fingerprint, "with_feedback": str(with_feedback)}
@@ -306,7 +317,7 @@ def write_delta(
     """
     opened = [read_part(path) for path in parts]
     entries = tuple(entry for part in opened for entry in part.entries)
-    needed = {entry.name for entry in entries if not isinstance(entry, ExactEntry)}
+    needed = {entry.name for entry in entries if needs_backbone(entry)}
     hashes = {name: head.backbone.tensors[name] for name in sorted(needed)}
     with new_folder(out) as folder:
         _write_data(folder, opened, entries, max_shard_bytes)

@@ -64,6 +64,7 @@ class Recipe:
 PRESETS: dict[str, Recipe] = {
     "come": Recipe(name="come"),
     "datafree": Recipe(name="datafree", calibrated=False),
+    "lossless": Recipe(name="lossless", method="lossless", calibrated=False),
 }
 
 

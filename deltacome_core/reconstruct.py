@@ -1,5 +1,6 @@
 """Rebuild a fine-tune from its backbone and a delta."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,15 +17,19 @@ from deltacome_core.checkpoint import (
     WEIGHTS_NAME,
     Checkpoint,
     check_config,
+    checkpoint_digest,
     find_sidecars,
     hash_tensor,
     open_checkpoint,
     read_json_object,
 )
 from deltacome_core.container import Delta, open_delta
-from deltacome_core.entries import DeltaEntry, ExactEntry, RowsEntry
+from deltacome_core.entries import CodedEntry, DeltaEntry, backbone_shape, needs_backbone
 from deltacome_core.errors import InternalError, UserError
-from deltacome_core.packed import ExactTensor, PackedLinear, PackedStack, PackedTensor
+from deltacome_core.fields import invalid
+from deltacome_core.lossless import decode_blocks, decode_tensor, read_elements
+from deltacome_core.packed import CodedTensor, ExactTensor, PackedLinear, PackedStack, PackedTensor
+from deltacome_core.residual import Residual, open_residual
 from deltacome_core.safetensors_file import ITEM_BYTES, TensorSource, write_safetensors
 from deltacome_core.shards import MAX_SHARD_BYTES
 from deltacome_core.tensors import TORCH_DTYPES, as_float32, dtype_name, load_tensor, tensor_bytes
@@ -68,6 +73,9 @@ def apply_entry(
     """
     if isinstance(packed, ExactTensor):
         return packed.value if dtype is None else packed.value.to(dtype)
+    if isinstance(packed, CodedTensor):
+        restored = decode_tensor(packed, base)
+        return restored if dtype is None else restored.to(dtype)
     if base is None:
         raise InternalError("there is no backbone tensor to add to")
     target = base.dtype if dtype is None else dtype
@@ -99,10 +107,6 @@ def _add_slices(
     return result
 
 
-def _base_shape(entry: DeltaEntry) -> tuple[int, ...]:
-    return (entry.base_rows, entry.shape[1]) if isinstance(entry, RowsEntry) else entry.shape
-
-
 def check_backbone(base: Checkpoint, delta: Delta) -> None:
     """Make sure a checkpoint holds the weights a delta was made from.
 
@@ -117,10 +121,10 @@ def check_backbone(base: Checkpoint, delta: Delta) -> None:
     record = delta.manifest.backbone
     differing = []
     for name, entry in delta.entries.items():
-        if isinstance(entry, ExactEntry):
+        if not needs_backbone(entry):
             continue
         at = base.tensors.get(name)
-        fits = at is not None and at.info.shape == _base_shape(entry)
+        fits = at is not None and at.info.shape == backbone_shape(entry)
         if not fits or hash_tensor(base, name) != record.tensors[name]:
             differing.append(name)
     if differing:
@@ -152,9 +156,66 @@ def rebuild_tensor(
         UserError: tensor_missing, delta_invalid.
     """
     entry = delta.entry(name)
-    source = None if isinstance(entry, ExactEntry) else load_tensor(base, name)
+    source = load_tensor(base, name) if needs_backbone(entry) else None
     target = TORCH_DTYPES[_output_dtype(entry, dtype)]
     return apply_entry(source, delta.load(name), dtype=target, device=device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rebuild:
+    """Tensors on their way into a checkpoint; hashes are kept when a residual promises them."""
+
+    base: Checkpoint
+    delta: Delta
+    residual: Residual | None
+    dtype: torch.dtype | None
+    device: torch.device | str
+    on_tensor: Callable[[str], None]
+    hashes: dict[str, str]
+
+    def write(self, folder: Path, max_shard_bytes: int) -> tuple[tuple[str, ...], int]:
+        shards = _shards(self.delta.entries, self.dtype, max_shard_bytes)
+        names = _shard_names(len(shards))
+        size_bytes = 0
+        for file, shard in zip(names, shards, strict=True):
+            sources = [self._source(entry) for entry in shard]
+            size_bytes += write_safetensors(folder / file, sources, {"format": "pt"})
+        if len(shards) > 1:
+            _write_index(folder, shards, names, size_bytes)
+        return tuple(names), size_bytes
+
+    def _source(self, entry: DeltaEntry) -> TensorSource:
+        def chunks() -> Iterator[memoryview]:
+            yield from self._chunks(entry)
+            self.on_tensor(entry.name)
+
+        return entry.name, _output_dtype(entry, self.dtype), entry.shape, chunks()
+
+    def _chunks(self, entry: DeltaEntry) -> Iterator[memoryview]:
+        if self.residual is not None:
+            yield self._exact(entry, self.residual)
+        elif isinstance(entry, CodedEntry) and _output_dtype(entry, self.dtype) == entry.dtype:
+            reader = read_elements(self.base, entry.name) if needs_backbone(entry) else None
+            yield from decode_blocks(self.delta.load_coded(entry), reader)
+        else:
+            yield tensor_bytes(
+                rebuild_tensor(
+                    self.base, self.delta, entry.name, dtype=self.dtype, device=self.device
+                )
+            )
+
+    def _exact(self, entry: DeltaEntry, residual: Residual) -> memoryview:
+        lossy = rebuild_tensor(self.base, self.delta, entry.name, device=self.device)
+        tensor = residual.restore(entry.name, lossy)
+        self.hashes[entry.name] = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        return tensor_bytes(tensor.to(TORCH_DTYPES[_output_dtype(entry, self.dtype)]))
+
+    def check_exact(self) -> None:
+        if self.residual is None:
+            return
+        layout = {name: (entry.dtype, entry.shape) for name, entry in self.delta.entries.items()}
+        if checkpoint_digest(layout, self.hashes) != self.delta.manifest.fine_tune.digest:
+            raise invalid("delta and residual together do not give the fine-tune's weights")
 
 
 def _output_dtype(entry: DeltaEntry, dtype: torch.dtype | None) -> str:
@@ -217,6 +278,7 @@ def reconstruct_checkpoint(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    residual: Path | None = None,
     on_tensor: Callable[[str], None] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ReconstructReport:
@@ -228,6 +290,7 @@ def reconstruct_checkpoint(
         out_dir: folder to create; it appears whole or not at all.
         dtype: data type for floating tensors; the fine-tune's by default.
         device: where to compute.
+        residual: file that makes the result exact; see write_residual.
         on_tensor: called with each name once its data are in the file.
         max_shard_bytes: weights beyond this go into a further file.
 
@@ -235,32 +298,25 @@ def reconstruct_checkpoint(
         What was written.
 
     Raises:
-        UserError: output_exists, backbone_digest_mismatch, and everything open_checkpoint and
-            open_delta raise.
+        UserError: output_exists, backbone_digest_mismatch, and everything open_checkpoint,
+            open_delta and open_residual raise.
     """
     base = open_checkpoint(base_dir)
     delta = open_delta(delta_dir)
+    work = _Rebuild(
+        base=base,
+        delta=delta,
+        residual=None if residual is None else open_residual(residual, delta),
+        dtype=dtype,
+        device=device,
+        on_tensor=on_tensor or (lambda _name: None),
+        hashes={},
+    )
     with new_folder(out_dir) as folder:
         check_backbone(base, delta)
         _copy_sidecars(delta, folder, dtype)
-        shards = _shards(delta.entries, dtype, max_shard_bytes)
-        names = _shard_names(len(shards))
-
-        def source(entry: DeltaEntry) -> TensorSource:
-            def chunks() -> Iterator[memoryview]:
-                tensor = rebuild_tensor(base, delta, entry.name, dtype=dtype, device=device)
-                yield tensor_bytes(tensor)
-                if on_tensor is not None:
-                    on_tensor(entry.name)
-
-            return entry.name, _output_dtype(entry, dtype), entry.shape, chunks()
-
-        size_bytes = 0
-        for file, shard in zip(names, shards, strict=True):
-            sources = [source(entry) for entry in shard]
-            size_bytes += write_safetensors(folder / file, sources, {"format": "pt"})
-        if len(shards) > 1:
-            _write_index(folder, shards, names, size_bytes)
+        names, size_bytes = work.write(folder, max_shard_bytes)
+        work.check_exact()
     return ReconstructReport(
-        path=out_dir, n_tensors=len(delta.entries), size_bytes=size_bytes, files=tuple(names)
+        path=out_dir, n_tensors=len(delta.entries), size_bytes=size_bytes, files=names
     )

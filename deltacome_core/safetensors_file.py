@@ -301,7 +301,15 @@ def encode_header(
     return raw
 
 
-def _chunks_of(data: Chunks) -> Iterable[bytes | bytearray | memoryview]:
+def chunks_of(data: Chunks) -> Iterable[bytes | bytearray | memoryview]:
+    """See data as chunks, whether they are whole or come in pieces.
+
+    Args:
+        data: bytes, or an iterable of them.
+
+    Returns:
+        The pieces in order.
+    """
     return (data,) if isinstance(data, bytes | bytearray | memoryview) else data
 
 
@@ -329,7 +337,7 @@ def write_safetensors(
         file.write(header)
         for name, dtype, shape, data in sources:
             missing = prod(shape) * ITEM_BYTES[dtype]
-            for chunk in _chunks_of(data):
+            for chunk in chunks_of(data):
                 missing -= memoryview(chunk).nbytes
                 file.write(chunk)
             if missing:

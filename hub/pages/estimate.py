@@ -41,6 +41,8 @@ def _matrix_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
 def estimate_delta(layout: Layout, recipe: Recipe) -> Estimate:
     """Add up the packed size of every tensor of a fine-tune that has the backbone's shapes.
 
+    What the lossless recipe leaves of a tensor depends on its numbers: whole tensors are counted.
+
     Raises:
         UserError: budget_impossible.
     """
@@ -48,7 +50,9 @@ def estimate_delta(layout: Layout, recipe: Recipe) -> Estimate:
     for name, (dtype, shape) in layout.items():
         tensor_bytes = prod(shape) * ITEM_BYTES[dtype]
         source_bytes += tensor_bytes
-        if len(shape) == 2 and is_vocabulary_tensor(name):  # noqa: PLR2004  a matrix
+        if recipe.method == "lossless":
+            exact_bytes += tensor_bytes
+        elif len(shape) == 2 and is_vocabulary_tensor(name):  # noqa: PLR2004  a matrix
             rows_bytes += rows_payload(
                 *shape,
                 n_changed=shape[0],

@@ -23,7 +23,7 @@ BAR_VALUE_PX = 58
 # Half-width of a 95 % interval in standard errors.
 Z_95 = 1.96
 
-BYTE_CLASSES = ("codes", "scales", "embeddings", "exact", "header")
+BYTE_CLASSES = ("codes", "scales", "embeddings", "exact", "coded", "header")
 BYTES_WIDTH_PX = 600
 
 _LAYER = re.compile(r"\.(\d+)\.(?:.*\.)?(\w+)\.weight$")

@@ -19,6 +19,7 @@ from .page import crumbs, current_user, explain, page
 RECIPE_LABELS = {
     "come": "Delta-CoMe: 8 + 3 + 2 bit bands, calibrated",
     "datafree": "The same bands, without calibration data",
+    "lossless": "Bit for bit: nothing is lost, and several times larger",
 }
 
 

@@ -4,14 +4,19 @@
 gets a new version, because deltas on disk must stay readable for ever.
 """
 
+import tempfile
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import torch
+from factories_core import write_checkpoint
 
 from deltacome_core.bitpack import pack_codes
+from deltacome_core.checkpoint import hash_tensors, open_checkpoint
 from deltacome_core.entries import UnchangedEntry, slice_name
 from deltacome_core.layout import scale_shape
+from deltacome_core.lossless_spool import code_tensor, open_spool
 from deltacome_core.manifest import (
     BackboneRecord,
     CalibrationRecord,
@@ -216,7 +221,52 @@ def write_golden(out, variant):
     config.unlink()
 
 
+def old_at(index):
+    """Sixty-fourths that bfloat16 holds exactly, of either sign."""
+    return ((37 * index) % 201 - 100) / 64
+
+
+def tuned_at(index):
+    return old_at(index) + (index % 5 - 2) / 64
+
+
+def make_pair():
+    """What the lossless golden delta was made from: an embedding that grew, and a norm."""
+    base = {
+        EMBED: torch.tensor([old_at(index) for index in range(BASE_ROWS * COLS)])
+        .reshape(BASE_ROWS, COLS)
+        .to(torch.bfloat16)
+    }
+    rows = BASE_ROWS + NEW_ROWS
+    tuned = torch.tensor([tuned_at(index) for index in range(rows * COLS)]).reshape(rows, COLS)
+    norm = torch.tensor([exact_at(index) for index in range(COLS)])
+    return base, {EMBED: tuned.to(torch.bfloat16), NORM: norm}
+
+
+def write_lossless(out):
+    """Encode the lossless golden delta; another zstd may give other bytes for the same numbers."""
+    base, tuned = make_pair()
+    config = out.with_name("config.json")
+    config.write_text('{"model_type":"llama"}')
+    part = out.with_name("lossless.part")
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / name for name in ("base", "tuned")]
+        for folder, tensors in zip(folders, (base, tuned), strict=True):
+            write_checkpoint(folder, tensors)
+        opened = [open_checkpoint(folder) for folder in folders]
+        hashes = hash_tensors(opened[1])
+        with open_spool(out.parent) as spool:
+            coded = [code_tensor(spool, *opened, name, sha256=hashes[name]) for name in tuned]
+            write_part(part, coded, layout=opened[1].layout, fingerprint="golden")
+    head = replace(make_head(), recipe=RecipeRecord(name="lossless", settings={}), calibration=None)
+    write_delta(out, [part], head=head, sidecars=[config])
+    part.unlink()
+    config.unlink()
+
+
 if __name__ == "__main__":
     ROOT.mkdir(exist_ok=True)
+    if not (ROOT / "lossless").exists():
+        write_lossless(ROOT / "lossless")
     for chosen in VARIANTS:
         write_golden(ROOT / chosen, chosen)

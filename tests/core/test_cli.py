@@ -43,7 +43,16 @@ def test_help_loads_nothing_heavy():
         [sys.executable, "-c", CHECK_IMPORTS], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for command in ("compress", "inspect", "verify", "evaluate", "reconstruct", "push", "pull"):
+    for command in (
+        "compress",
+        "inspect",
+        "verify",
+        "evaluate",
+        "reconstruct",
+        "residual",
+        "push",
+        "pull",
+    ):
         assert f"\n  {command} " in done.stdout
 
 
@@ -70,7 +79,7 @@ def test_inspect_counts_every_byte(run, trained_delta):
     code, out, _ = run("inspect", trained_delta, "--json")
     report = json.loads(out)
     assert code == 0
-    assert report["bytes"].keys() == {"codes", "scales", "embeddings", "exact", "header"}
+    assert report["bytes"].keys() == {"codes", "scales", "embeddings", "exact", "coded", "header"}
     assert sum(report["bytes"].values()) == report["total_bytes"]
     assert report["ratio"] > 4
     assert report["bits_per_param"] < 8

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 
 from deltacome_core import layout, parts, safetensors_file
 from deltacome_core.bitpack import PLANES, pack_codes, unpack_codes, words_per_row
 from deltacome_core.checkpoint import checkpoint_digest
 from deltacome_core.entries import expected_tensors, parse_entries
+from deltacome_core.lossless import BLOCK_ELEMENTS, encode_blocks, slice_elements
 from deltacome_core.manifest import FORMAT_VERSION
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload
 from deltacome_core.safetensors_file import ITEM_BYTES
@@ -28,6 +30,10 @@ def blocks(kind):
 def only_json(kind):
     (text,) = blocks(f"json {kind}")
     return json.loads(text)
+
+
+def read_words(texts):
+    return torch.tensor([int(text, 16) for text in texts]).to(torch.uint16)
 
 
 def dump(kind):
@@ -170,4 +176,34 @@ def test_the_stated_limits_are_those_of_the_code():
     assert safetensors_file.MAX_TENSORS == 65_536
     assert (safetensors_file.MAX_RANK, safetensors_file.MAX_NAME_CHARS) == (8, 256)
     assert (layout.MATRIX_ALIGNMENT_BYTES, layout.SECTION_ALIGNMENT_BYTES) == (256, 16)
+    assert f"blocks of {BLOCK_ELEMENTS:,}" in DOC
     assert parts.MAX_SHARD_BYTES == 5_000_000_000
+
+
+def test_the_printed_block_is_that_of_the_printed_elements():
+    example = only_json("coded")
+    base, tuned = (
+        slice_elements(read_words(example[key]).view(torch.bfloat16)) for key in ("base", "element")
+    )
+    (block,) = encode_blocks("BF16", 5, tuned, base=base, n_predicted=5)
+    assert block == bytes(dump("coded"))
+
+
+def test_the_printed_block_can_be_read_with_the_page_alone():
+    example, raw = only_json("coded"), bytes(dump("coded"))
+    old, new = ([int(text, 16) for text in example[key]] for key in ("base", "element"))
+    rising = [
+        [bits ^ 0xFFFF if bits >> 15 else bits + 0x8000 for bits in side] for side in (new, old)
+    ]
+    difference = [a - b for a, b in zip(*rising, strict=True)]
+    order = sorted(range(5), key=lambda at: old[at] >> 7 & 0xFF)
+    words = [2 * d if d >= 0 else -2 * d - 1 for d in (difference[at] for at in order)]
+    assert (difference, order) == (example["difference"], example["order"])
+    assert [f"{word:04x}" for word in words] == example["word"]
+    planes, at = [], 1
+    for _ in range(2):
+        (size,) = struct.unpack_from("<I", raw, at)
+        planes.append(zstandard.decompress(raw[at + 4 : at + 4 + size]))
+        at += 4 + size
+    assert (raw[0], at) == (2, len(raw))
+    assert [low + 256 * high for low, high in zip(*planes, strict=True)] == words

@@ -7,7 +7,8 @@ import torch
 from deltacome_core.container import open_delta
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.layout import RankBand
-from deltacome_core.packed import ExactTensor
+from deltacome_core.packed import CodedTensor, ExactTensor
+from deltacome_core.reconstruct import apply_entry
 
 VARIANTS = sorted(golden.VARIANTS)
 
@@ -107,6 +108,17 @@ def test_the_same_content_is_written_to_the_same_bytes(variant, tmp_path):
         assert (tmp_path / variant / path.name).read_bytes() == path.read_bytes()
 
 
+def test_the_golden_lossless_delta_decodes_to_the_stated_numbers():
+    delta = open_delta(golden.ROOT / "lossless")
+    base, tuned = golden.make_pair()
+    for name, expected in tuned.items():
+        entry, packed = delta.entries[name], delta.load(name)
+        assert isinstance(packed, CodedTensor)
+        assert entry.base_rows == (golden.BASE_ROWS if name in base else 0)
+        assert torch.equal(apply_entry(base.get(name), packed), expected)
+
+
 def test_the_golden_folders_stay_small():
-    total = sum(inspect_delta(golden.ROOT / variant).total_bytes for variant in VARIANTS)
+    folders = [golden.ROOT / name for name in (*VARIANTS, "lossless")]
+    total = sum(inspect_delta(folder).total_bytes for folder in folders)
     assert total < 64 << 10

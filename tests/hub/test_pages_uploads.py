@@ -34,7 +34,7 @@ def test_the_form_offers_what_the_uploader_may_use(sign_in, acme, ci_bot, bob):
     form = sign_in(ci_bot).get("/new").context
     assert form["namespaces"] == ["ci_bot", "acme"]
     assert form["backbones"] == ["acme/base"]
-    assert [recipe.name for recipe in form["recipes"]] == ["come", "datafree"]
+    assert [recipe.name for recipe in form["recipes"]] == ["come", "datafree", "lossless"]
     assert sign_in(bob).get("/new").context["namespaces"] == ["bob"]
 
 
@@ -112,3 +112,12 @@ def test_the_estimate_is_what_compression_makes(tmp_path):
     assert estimate.rows_bytes >= sum(rows) > 0.9 * estimate.rows_bytes
     assert any(isinstance(entry, ExactEntry) for entry in entries)
     assert estimate.exact_bytes == made.sizes.exact
+
+
+def test_the_estimate_of_a_lossless_delta_is_a_bound(tmp_path):
+    recipe = get_recipe("lossless")
+    tuned = open_checkpoint(EXAMPLES / "dates")
+    compress_checkpoint(EXAMPLES / "backbone", EXAMPLES / "dates", tmp_path / "delta", recipe)
+    estimate = estimate_delta(tuned.layout, recipe)
+    assert estimate.size_bytes == estimate.source_size_bytes
+    assert inspect_delta(tmp_path / "delta").total_bytes < estimate.size_bytes

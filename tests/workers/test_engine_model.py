@@ -7,7 +7,7 @@ from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
-from workers.engine.model import DeltaLinear, load_backbone, load_delta
+from workers.engine.model import DeltaLinear, load_backbone, load_delta, measure_delta
 
 PROMPT = torch.tensor([[40, 41, 42, 200, 7, 8, 9]])
 SHAPES = {
@@ -62,6 +62,34 @@ def test_a_bfloat16_delta_is_served_as_near_as_its_rounding_allows(tmp_path):
     assert (ours - theirs).norm() / theirs.norm() < 2**-6
     embedding = rebuilt.get_input_embeddings().weight
     torch.testing.assert_close(served.get_input_embeddings().weight, embedding, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_lossless_delta_is_served_as_the_fine_tune_itself(tmp_path, shape, dtype):
+    tiny.save(tiny.make_model(**SHAPES[shape]), tmp_path / "base", dtype=dtype)
+    tuned = tiny.tune(tiny.make_model(**SHAPES[shape]), new_rows=3)
+    tiny.save(tuned, tmp_path / "tuned", dtype=dtype)
+    pair = tmp_path / "base", tmp_path / "tuned"
+    compress_checkpoint(*pair, tmp_path / "delta", get_recipe("lossless"))
+    backbone = load_backbone(tmp_path / "base", device="cpu")
+    served = load_delta(backbone, tmp_path / "base", tmp_path / "delta", factor_bytes=0)
+    with torch.inference_mode():
+        ours, theirs = served.module(PROMPT).logits, load_model(tmp_path / "tuned")(PROMPT).logits
+    assert torch.equal(ours, theirs)
+    assert measure_delta(tmp_path / "delta", backbone) >= served.size_bytes
+
+
+def test_a_backbone_in_a_narrower_type_does_not_spoil_a_lossless_delta(tmp_path):
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    tiny.save(tiny.tune(tiny.make_model()), tmp_path / "tuned")
+    pair = tmp_path / "base", tmp_path / "tuned"
+    compress_checkpoint(*pair, tmp_path / "delta", get_recipe("lossless"))
+    backbone = load_backbone(tmp_path / "base", device="cpu")
+    backbone.module.to(torch.bfloat16)
+    served = load_delta(backbone, tmp_path / "base", tmp_path / "delta", factor_bytes=0).module
+    expected = load_model(tmp_path / "tuned").lm_head.weight.to(torch.bfloat16)
+    assert torch.equal(served.lm_head.weight, expected)
 
 
 def test_loading_a_delta_leaves_the_backbone_as_it_was(tmp_path):

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from deltacome_core.checkpoint import checkpoint_digest
+from deltacome_core.checkpoint import Checkpoint, checkpoint_digest, open_checkpoint
 from deltacome_core.container import Delta, open_delta
-from deltacome_core.entries import ExactEntry, MatrixEntry, RowsEntry
+from deltacome_core.entries import CodedEntry, ExactEntry, MatrixEntry, RowsEntry
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_model, load_tokenizer
-from deltacome_core.packed import PackedLinear
+from deltacome_core.packed import CodedTensor, PackedLinear
 from deltacome_core.reconstruct import apply_entry
-from deltacome_core.tensors import TORCH_DTYPES
+from deltacome_core.tensors import TORCH_DTYPES, load_tensor
 from kernels import delta_linear
 
 
@@ -87,7 +87,7 @@ def load_delta(
     delta = open_delta(folder)
     _check_backbone(delta, backbone_folder)
     module = build_skeleton(folder, backbone.module.dtype)
-    matrices = _fill(module, backbone.module, delta, device=backbone.device)
+    matrices = _fill(module, backbone, delta, open_checkpoint(backbone_folder))
     size_bytes = _own_bytes(module, backbone.module)
     for name, matrix in matrices.items():
         factors: tuple[torch.Tensor, ...] | None = None
@@ -111,7 +111,7 @@ def measure_delta(folder: Path, backbone: LoadedModel) -> int:
     dense = sum(
         prod(entry.shape) * item_bytes
         for entry in manifest.entries
-        if isinstance(entry, RowsEntry | ExactEntry)
+        if isinstance(entry, RowsEntry | ExactEntry | CodedEntry)
         or (isinstance(entry, MatrixEntry) and not entry.is_plain)
     )
     return dense + sum(manifest.files[name].size_bytes for name in manifest.data_files)
@@ -132,9 +132,12 @@ def _check_backbone(delta: Delta, backbone_folder: Path) -> None:
         )
 
 
-def _fill(module: Any, backbone: Any, delta: Delta, *, device: str) -> dict[str, PackedLinear]:
+def _fill(
+    module: Any, backbone: LoadedModel, delta: Delta, files: Checkpoint
+) -> dict[str, PackedLinear]:
     """Give every parameter its tensor; return the matrices that run beside their linear layer."""
-    base = dict(backbone.named_parameters(remove_duplicate=False))
+    base = dict(backbone.module.named_parameters(remove_duplicate=False))
+    device = backbone.device
     wanted = _untied_parameters(module)
     matrices: dict[str, PackedLinear] = {}
     own: dict[str, torch.Tensor] = {}
@@ -148,6 +151,9 @@ def _fill(module: Any, backbone: Any, delta: Delta, *, device: str) -> dict[str,
         else:
             # Rounded to the fine-tune's dtype first: the very numbers its checkpoint had.
             source = base[name].cpu() if name in base else None
+            if isinstance(packed, CodedTensor) and packed.entry.base_rows:
+                # In memory the backbone may be narrower than the bits this was coded against.
+                source = load_tensor(files, entry.name)
             exact = apply_entry(source, packed, dtype=TORCH_DTYPES[entry.dtype])
             own[name] = exact.to(device=device, dtype=wanted[name].dtype)
     for name, parameter in wanted.items():
