@@ -148,7 +148,7 @@ class LayerCalibrator:
         self._checkpoint = open_checkpoint(directory)
         self._device = device
         model = build_skeleton(directory, compute_dtype(self._checkpoint, device))
-        self._located = locate_parameters(model, self._checkpoint)
+        self._located = locate_parameters(model, self._checkpoint.layout)
         self._decoder = find_decoder(model)
         own = {id(parameter) for parameter in self._decoder.module.parameters()}
         # Parameters that only the library can read mean that it reads the whole model.

@@ -85,7 +85,8 @@ def compress(
     )
     _tell(
         f"{out}: {report.total_bytes / _BYTES_PER_MIB:.2f} MiB, {report.ratio:.2f}x smaller, "
-        f"{report.bits_per_param:.3f} bits per parameter, {report.seconds:.1f} s"
+        f"{report.bits_per_param:.3f} bits per parameter, {report.seconds:.1f} s; "
+        f"{report.with_feedback} of {report.n_matrices} matrices calibrated"
     )
     _print_json(report.to_json(), wanted=as_json)
 

@@ -118,7 +118,7 @@ MESSAGES: dict[str, Message] = {
     "model_not_runnable": Message(
         title="The model does not run on text alone",
         what="transformers failed when it was given tokens only: {reason}.",
-        do="Choose the datafree recipe, which runs no model, or upload a model that takes text.",
+        do="Choose the datafree recipe, which runs no model; verification always needs text.",
     ),
     "name_unsafe": Message(
         title="A name is not allowed",

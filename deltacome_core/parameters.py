@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from deltacome_core.checkpoint import Checkpoint
+from deltacome_core.checkpoint import Checkpoint, Layout
 from deltacome_core.tensors import load_tensor
 
 Block = tuple[int | slice, ...]
@@ -38,7 +38,7 @@ class _Probe:
     values: torch.Tensor
 
 
-def locate_parameters(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[Piece, ...]]:
+def locate_parameters(model: Any, layout: Layout) -> dict[str, tuple[Piece, ...]]:
     """Map parameters to the checkpoint tensors that hold them.
 
     Most have the same name in both, with or without the base model's prefix. For the others the
@@ -47,14 +47,13 @@ def locate_parameters(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[Pie
 
     Args:
         model: a transformers model; its parameters may be on the meta device.
-        checkpoint: whose tensors are looked up.
+        layout: dtype and shape by name of the tensors that are looked up.
 
     Returns:
         The pieces that together fill a parameter; tied ones, and those kept in a form that only
         the library can read, are absent.
     """
     prefix = f"{model.base_model_prefix}."
-    layout = checkpoint.layout
     located: dict[str, tuple[Piece, ...]] = {}
     unnamed: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
@@ -65,7 +64,7 @@ def locate_parameters(model: Any, checkpoint: Checkpoint) -> dict[str, tuple[Pie
             located[name] = (Piece(tensor=found[0]),)
         else:
             unnamed[name] = shape
-    return located | _locate_converted(model, unnamed, checkpoint)
+    return located | _locate_converted(model, unnamed, layout)
 
 
 def _make_probes(shapes: Mapping[str, tuple[int, ...]]) -> list[_Probe]:
@@ -88,7 +87,7 @@ def _make_probes(shapes: Mapping[str, tuple[int, ...]]) -> list[_Probe]:
 
 
 def _locate_converted(
-    model: Any, shapes: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint
+    model: Any, shapes: Mapping[str, tuple[int, ...]], layout: Layout
 ) -> dict[str, tuple[Piece, ...]]:
     """Send small numbered tensors through the library's conversion and see where they come out."""
     probes = _make_probes(shapes)
@@ -104,8 +103,9 @@ def _locate_converted(
     for tensor, values in saved.items():
         probe = probes[bisect_right(firsts, int(values.min())) - 1]
         piece = _find_piece(probe, tensor, values)
-        at = checkpoint.tensors.get(tensor)
-        if piece is None or at is None or at.info.shape != _piece_shape(probe.shape, piece):
+        if piece is None or tensor not in layout:
+            continue
+        if layout[tensor][1] != _piece_shape(probe.shape, piece):
             continue
         pieces.setdefault(probe.name, []).append(piece)
         filled[probe.name] = filled.get(probe.name, 0) + values.numel()

@@ -1,18 +1,25 @@
 """Each supported class, from what transformers saves to logits of the rebuilt checkpoint."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import architectures
+import finetunes
 import pytest
 import torch
+import transformers
 from architectures import ARCHITECTURES, EXPERTS
+from safetensors.torch import load_file, save_file
 
+from deltacome_core.calibrate import LayerCalibrator, read_calibration
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.compress import CompressReport, compress_checkpoint
 from deltacome_core.container import open_delta
 from deltacome_core.delta import load_pair
 from deltacome_core.entries import ExactEntry, LowRankEntry, UnchangedEntry
+from deltacome_core.errors import UserError
+from deltacome_core.factorise import NamedDelta, factorise_matrices
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.models import load_model
 from deltacome_core.packed import PackedMatrix, PackedStack
@@ -56,7 +63,7 @@ def pack(tmp_path_factory):
     def make(name):
         if name not in made:
             folder = tmp_path_factory.mktemp(name)
-            base, tuned = architectures.save_pair(folder, name)
+            base, tuned = architectures.save_pair(folder, ARCHITECTURES[name])
             report = compress_checkpoint(base, tuned, folder / "come", COME)
             compress_checkpoint(base, tuned, folder / "free", FREE)
             reconstruct_checkpoint(base, folder / "come", folder / "back")
@@ -154,7 +161,7 @@ def test_the_rebuilt_checkpoint_is_the_backbone_plus_the_packed_delta(packed, na
 
 def checkpoint_tensors(model_name, parameter):
     """Where transformers 5 saves a parameter, written out by hand for the classes that rename."""
-    if ARCHITECTURES[model_name].config in {"LlavaConfig", "Gemma3Config"}:
+    if model_name in {"llava", "gemma3"}:
         inner = parameter.removeprefix("model.")
         if inner.startswith("language_model."):
             return ["language_model.model." + inner.removeprefix("language_model.")]
@@ -170,7 +177,7 @@ def checkpoint_tensors(model_name, parameter):
             ],
             "experts.down_proj": [f"{each}.w2.weight" for each in experts],
         }[leaf]
-    if model_name.endswith("_moe") and leaf.startswith("experts."):
+    if model_name in {"qwen2_moe", "qwen3_moe"} and leaf.startswith("experts."):
         sites = ("gate", "up") if "gate" in leaf else ("down",)
         experts = [f"{layer}.mlp.experts.{index}" for index in range(EXPERTS)]
         return [f"{each}.{site}_proj.weight" for each in experts for site in sites]
@@ -212,3 +219,220 @@ def test_verification_runs_on_text(packed, name, tmp_path):
         not isinstance(entry, ExactEntry) for entry in packed.delta.entries.values()
     )
     assert all(check.ok for check in found.checks if "tensors" in check.name)
+
+
+def read_tokens(packed):
+    path = packed.tuned / "calibration.txt"
+    return read_calibration(path, finetunes.make_tokenizer(), max_positions=256)
+
+
+def find_hessians(folder, tokens):
+    """By matrix name: the Hessian and whether the checkpoint stores the matrix [in, out]."""
+    layers = LayerCalibrator(folder, tokens, CPU).layers(lambda _names: True)
+    return {
+        weight: (shared.hessian, shared.transposed)
+        for layer in layers
+        for shared in layer
+        for weight in shared.weights
+    }
+
+
+def watch_modules(model, tokens, kinds):
+    """What modules of a class were called with, one list of arguments per sequence."""
+    seen = {}
+
+    def watch(name):
+        return lambda _module, inputs: seen.setdefault(name, []).append(inputs)
+
+    for name, module in model.named_modules():
+        if type(module).__name__ in kinds:
+            module.register_forward_pre_hook(watch(name))
+    with torch.no_grad():
+        for sequence in tokens.sequences:
+            model(input_ids=sequence[None])
+    return seen
+
+
+def assert_same_hessian(found, rows):
+    expected = rows.double().T @ rows.double() / len(rows)
+    error = torch.linalg.norm(found.double() - expected) / torch.linalg.norm(expected)
+    assert error < 1e-4
+
+
+def test_the_matrices_of_gpt2_are_seen_from_the_side_of_their_input(pack):
+    packed = pack("gpt2")
+    tokens = read_tokens(packed)
+    found = find_hessians(packed.tuned, tokens)
+    inputs = watch_modules(load_model(packed.tuned), tokens, {"Conv1D"})
+    assert set(found) == {f"{module}.weight" for module in inputs}
+    for module, calls in inputs.items():
+        hessian, transposed = found[f"{module}.weight"]
+        assert transposed
+        assert_same_hessian(hessian, torch.cat([x.reshape(-1, x.shape[-1]) for (x,) in calls]))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "template", "transposed"),
+    [
+        ("gpt_oss", "GptOssExperts", "{module}.gate_up_proj[{expert}]", True),
+        ("mixtral_fused", "MixtralExperts", "{module}.gate_up_proj[{expert}]", False),
+        ("qwen3_moe", "Qwen3MoeExperts", "{module}.{expert}.up_proj.weight", False),
+    ],
+)
+def test_an_expert_is_calibrated_with_the_tokens_it_was_given(
+    pack, name, kind, template, transposed
+):
+    packed = pack(name)
+    tokens = read_tokens(packed)
+    found = find_hessians(packed.tuned, tokens)
+    inputs = watch_modules(load_model(packed.tuned), tokens, {kind})
+    assert len(inputs) == 2
+    for module, calls in inputs.items():
+        for expert in range(EXPERTS):
+            rows = torch.cat([x[(chosen == expert).any(dim=1)] for x, chosen, _ in calls])
+            hessian, stored_by_input = found[template.format(module=module, expert=expert)]
+            assert stored_by_input == transposed
+            assert_same_hessian(hessian, rows)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_oss", "qwen2_moe"])
+def test_feedback_lowers_the_error_of_what_a_layer_puts_out(pack, name):
+    """Errors weighed by the Hessian of the input, against the same bands rounded without it."""
+    packed = pack(name)
+    base, tuned = open_checkpoint(packed.base), open_checkpoint(packed.tuned)
+    loaded = {
+        piece.name: piece
+        for matrix in map(packed.delta.load, packed.delta.names)
+        for piece in getattr(matrix, "slices", [matrix])
+        if isinstance(piece, PackedMatrix)
+    }
+    ratios = []
+    for key, (hessian, transposed) in find_hessians(packed.tuned, read_tokens(packed)).items():
+        matrix = loaded.get(key) or loaded.get(f"{key}[0]")
+        tensor, _, index = key.partition("[")
+        if matrix is None:
+            continue
+        truth = load_pair(base, tuned, tensor).difference()
+        truth = truth[int(index[:-1])] if index else truth
+        truth = truth.T if transposed else truth
+        (plain,) = factorise_matrices([NamedDelta(name=key, delta=truth)], COME, hessian=None)
+        errors = [multiply_out(each).float() - truth for each in (matrix, plain.packed)]
+        with_it, without = (float(((error @ hessian) * error).sum()) for error in errors)
+        ratios.append(with_it / without)
+    assert len(ratios) == ARCHITECTURES[name].n_matrices
+    assert sum(ratios) / len(ratios) < 0.95
+
+
+def kinds(delta, part):
+    return {name: type(entry) for name, entry in delta.entries.items() if name.startswith(part)}
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_a_vision_tower_that_was_frozen_costs_nothing(pack, name, tmp_path):
+    base, tuned = architectures.save_pair(tmp_path, ARCHITECTURES[name], same=("vision_tower",))
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", COME)
+    frozen = open_delta(tmp_path / "delta")
+    tower = kinds(frozen, "vision_tower.")
+    assert set(tower.values()) == {UnchangedEntry}
+    assert not any("vision_tower" in stored for stored in frozen.folder.stored)
+    assert report.with_feedback == ARCHITECTURES[name].n_matrices
+    assert report.total_bytes < pack(name).report.total_bytes
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_a_vision_tower_and_a_projector_that_changed_follow_the_rules_of_all(pack, name):
+    delta = pack(name).delta
+    tower = kinds(delta, "vision_tower.")
+    assert tower["vision_tower.embeddings.patch_embedding.weight"] is ExactEntry
+    assert tower["vision_tower.encoder.layers.1.mlp.fc1.weight"] is LowRankEntry
+    assert tower["vision_tower.encoder.layers.1.mlp.fc1.bias"] is ExactEntry
+    assert LowRankEntry in kinds(delta, "multi_modal_projector.").values()
+
+
+def test_experts_published_by_input_are_packed_by_output(tmp_path):
+    """Qwen3-VL-MoE's published files have [n, in, out]; the library turns them while loading."""
+    base, tuned = architectures.save_pair(tmp_path, ARCHITECTURES["qwen3_vl_moe"])
+    for folder in (base, tuned):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        for name, value in tensors.items():
+            if ".experts." in name:
+                tensors[name] = value.mT.contiguous()
+        save_file(tensors, path, {"format": "pt"})
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", COME)
+    assert report.with_feedback == ARCHITECTURES["qwen3_vl_moe"].n_matrices
+    for entry in open_delta(tmp_path / "delta").entries.values():
+        if ".experts." in entry.name:
+            assert entry.transposed
+    assert verify_delta(base, tuned, tmp_path / "delta").recovery > 0.4
+
+
+def test_a_class_only_the_library_can_read_is_calibrated_where_names_agree(tmp_path):
+    """HRM keeps q, k, v and gate, up as one tensor each; it runs its layers again and again."""
+    base, tuned = architectures.save_pair(tmp_path, architectures.RECURRENT)
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", COME)
+    assert (report.with_feedback, report.n_matrices) == (4, 16)
+    assert open_delta(tmp_path / "delta").manifest.calibration.n_matrices == 4
+    assert verify_delta(base, tuned, tmp_path / "delta").recovery > 0.4
+
+
+def test_layers_that_lie_deeper_in_the_decoder_are_found(tmp_path):
+    base, tuned = architectures.save_pair(tmp_path, architectures.BIDIRECTIONAL)
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", COME)
+    assert report.with_feedback == architectures.BIDIRECTIONAL.n_matrices
+
+
+def test_an_expert_that_no_text_reaches_is_counted_as_rounded(tmp_path):
+    model = architectures.make_model(ARCHITECTURES["gpt_oss"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.router.bias[EXPERTS - 1] = -1000
+    base = finetunes.save(model, tmp_path / "base")
+    tuned = finetunes.save(architectures.fine_tune(model), tmp_path / "tuned")
+    (tuned / "calibration.txt").write_text(finetunes.CALIBRATION)
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", COME)
+    n_matrices = ARCHITECTURES["gpt_oss"].n_matrices
+    assert (report.with_feedback, report.n_matrices) == (n_matrices - 4, n_matrices)
+
+
+def test_a_model_that_needs_pictures_is_calibrated_but_not_verified(tmp_path):
+    chosen = architectures.WITH_PICTURES_ONLY
+    base, tuned = architectures.save_pair(tmp_path, chosen)
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", COME)
+    assert report.with_feedback == chosen.n_matrices
+    with pytest.raises(UserError) as caught:
+        verify_delta(base, tuned, tmp_path / "delta")
+    assert caught.value.code == "model_not_runnable"
+    assert "pixel_values" in caught.value.params["reason"]
+
+
+def test_a_model_that_is_no_language_model_is_compressed_without_data_only(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(**architectures.VISION)
+    model = transformers.CLIPVisionModel(config)
+    base = finetunes.save(model, tmp_path / "base")
+    tuned = finetunes.save(architectures.fine_tune(model), tmp_path / "tuned")
+    (tuned / "calibration.txt").write_text(finetunes.CALIBRATION)
+    for action in (
+        lambda: compress_checkpoint(base, tuned, tmp_path / "come", COME),
+        lambda: load_model(tuned),
+    ):
+        with pytest.raises(UserError) as caught:
+            action()
+        assert caught.value.code == "architecture_unknown"
+    report = compress_checkpoint(base, tuned, tmp_path / "free", FREE)
+    assert (report.with_feedback, report.calibration) == (0, None)
+    assert report.n_matrices == 13
+    reconstruct_checkpoint(base, tmp_path / "free", tmp_path / "back")
+    assert open_checkpoint(tmp_path / "back").layout == open_checkpoint(tuned).layout
+
+
+DOC = (Path(__file__).resolve().parents[2] / "docs" / "architectures.md").read_text()
+
+
+def test_the_printed_counts_are_those_that_were_asked_for():
+    printed = re.findall(r"^\| (\w+)[^|]*\|[^|]+\| (\d+) \| (\d+) \|$", DOC, re.MULTILINE)
+    table = {name: (int(calibrated), int(others)) for name, calibrated, others in printed}
+    assert table == {
+        name: (chosen.n_matrices, chosen.others) for name, chosen in ARCHITECTURES.items()
+    }

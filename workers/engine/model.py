@@ -1,7 +1,7 @@
 """A fine-tune as the engine runs it: modules of its own over the weights of the shared backbone."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,11 +13,12 @@ from torch.nn import functional
 
 from deltacome_core.checkpoint import Checkpoint, checkpoint_digest, open_checkpoint
 from deltacome_core.container import Delta, open_delta
-from deltacome_core.entries import CodedEntry, ExactEntry, MatrixEntry, RowsEntry
+from deltacome_core.entries import DeltaEntry, MatrixEntry, UnchangedEntry, needs_backbone
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_model, load_tokenizer
-from deltacome_core.packed import CodedTensor, PackedLinear
+from deltacome_core.packed import PackedLinear
+from deltacome_core.parameters import Piece, locate_parameters
 from deltacome_core.reconstruct import apply_entry
 from deltacome_core.tensors import TORCH_DTYPES, load_tensor
 from kernels import delta_linear
@@ -104,15 +105,16 @@ def load_delta(
 def measure_delta(folder: Path, backbone: LoadedModel) -> int:
     """Say how much memory a delta takes at most, before any of it is loaded.
 
-    Packed matrices stay as they are on disk; everything else becomes dense.
+    Matrices of linear layers stay as they are on disk; everything else becomes dense.
     """
     manifest = read_manifest(folder)
     item_bytes = int(backbone.module.dtype.itemsize)
+    places = _locate_tensors(backbone.module, manifest.entries)
     dense = sum(
         prod(entry.shape) * item_bytes
         for entry in manifest.entries
-        if isinstance(entry, RowsEntry | ExactEntry | CodedEntry)
-        or (isinstance(entry, MatrixEntry) and not entry.is_plain)
+        if not isinstance(entry, UnchangedEntry)
+        and not _runs_packed(backbone.module, entry, places.get(entry.name))
     )
     return dense + sum(manifest.files[name].size_bytes for name in manifest.data_files)
 
@@ -141,21 +143,28 @@ def _fill(
     wanted = _untied_parameters(module)
     matrices: dict[str, PackedLinear] = {}
     own: dict[str, torch.Tensor] = {}
+    places = _locate_tensors(module, delta.entries.values())
     for entry in delta.entries.values():
         packed = delta.load(entry.name)
         if packed is None:
             continue
-        name = _parameter_name(module, entry.name, wanted)
-        if isinstance(packed, PackedLinear) and _is_linear(module, name):
+        place = places.get(entry.name)
+        if place is None or place.parameter not in wanted:
+            raise UserError("architecture_unknown", reason=f"it has no parameter {entry.name}")
+        name = place.parameter
+        if isinstance(packed, PackedLinear) and _runs_packed(module, entry, place):
             matrices[name] = packed.to(device)
+            continue
+        # From the files: in memory the backbone may be narrower than what a delta was made from.
+        source = load_tensor(files, entry.name) if needs_backbone(entry) else None
+        # Rounded to the fine-tune's dtype first: the very numbers its checkpoint had.
+        exact = apply_entry(source, packed, dtype=TORCH_DTYPES[entry.dtype])
+        exact = exact.to(device=device, dtype=wanted[name].dtype)
+        if place.piece.block == ():
+            own[name] = exact
         else:
-            # Rounded to the fine-tune's dtype first: the very numbers its checkpoint had.
-            source = base[name].cpu() if name in base else None
-            if isinstance(packed, CodedTensor) and packed.entry.base_rows:
-                # In memory the backbone may be narrower than the bits this was coded against.
-                source = load_tensor(files, entry.name)
-            exact = apply_entry(source, packed, dtype=TORCH_DTYPES[entry.dtype])
-            own[name] = exact.to(device=device, dtype=wanted[name].dtype)
+            whole = own.setdefault(name, base[name].detach().clone())
+            whole[place.piece.block] = exact.mT if place.piece.transposed else exact
     for name, parameter in wanted.items():
         tensor = own.get(name, base.get(name))
         if tensor is None or tensor.shape != parameter.shape:
@@ -178,13 +187,28 @@ def _untied_parameters(module: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _parameter_name(module: Any, entry: str, parameters: Mapping[str, torch.Tensor]) -> str:
-    """Files may leave out or add the prefix of the base model."""
-    prefix = f"{module.base_model_prefix}."
-    for name in (entry, prefix + entry, entry.removeprefix(prefix)):
-        if name in parameters:
-            return name
-    raise UserError("architecture_unknown", reason=f"it has no parameter {entry}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """The parameter that a tensor of the files fills, wholly or in part."""
+
+    parameter: str
+    piece: Piece
+
+
+def _locate_tensors(module: Any, entries: Iterable[DeltaEntry]) -> dict[str, _Place]:
+    layout = {entry.name: (entry.dtype, entry.shape) for entry in entries}
+    return {
+        piece.tensor: _Place(parameter=name, piece=piece)
+        for name, pieces in locate_parameters(module, layout).items()
+        for piece in pieces
+    }
+
+
+def _runs_packed(module: Any, entry: DeltaEntry, place: _Place | None) -> bool:
+    """Whether a matrix can stay packed: it is all of the weight of a linear layer."""
+    if place is None or place.piece.block != () or not isinstance(entry, MatrixEntry):
+        return False
+    return entry.is_plain and _is_linear(module, place.parameter)
 
 
 def _assign(module: Any, name: str, parameter: nn.Parameter) -> None:
