@@ -420,6 +420,9 @@ def test_a_missing_or_shortened_file_is_noticed_without_hashing(delta_dir, name)
         (EMBED, {"bits": 8}),
         (NORM, {"shape": (47,)}),
         (NORM, {"dtype": "F16"}),
+        (DOWN, {"transposed": True}),
+        (DOWN, {"shape": (2, 48, 96)}),
+        (DOWN, {"shape": (2**31 - 1, 48, 96)}),
     ],
 )
 def test_an_entry_that_contradicts_the_data_is_refused(delta_dir, name, fields):

@@ -80,6 +80,16 @@ def test_the_size_is_told_from_the_shapes(sign_in, acme, bob):
     assert "1 matrices" in page.text
 
 
+def test_each_expert_of_a_stack_is_a_matrix_of_the_estimate():
+    recipe = get_recipe("come", matrix_bits=1.0)
+    name = "model.layers.0.mlp.experts.down_proj"
+    stack = estimate_delta({name: ("BF16", (3, 512, 256))}, recipe)
+    one = estimate_delta({name: ("BF16", (512, 256))}, recipe)
+    assert (stack.n_matrices, stack.matrix_bytes) == (3, 3 * one.matrix_bytes)
+    biases = estimate_delta({f"{name}_bias": ("BF16", (64, 256))}, recipe)
+    assert (biases.n_matrices, biases.exact_bytes) == (0, 64 * 256 * 2)
+
+
 @pytest.mark.parametrize(
     ("query", "words"),
     [
