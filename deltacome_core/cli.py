@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from deltacome_core.errors import UserError
+from deltacome_core.recipe import PRESETS
 
 if TYPE_CHECKING:
     from deltacome_core.compress import LayerDone
@@ -44,6 +45,7 @@ app = typer.Typer(
 Base = Annotated[Path, typer.Option(help="Checkpoint folder of the backbone.")]
 Tuned = Annotated[Path, typer.Option(help="Checkpoint folder of the fine-tune.")]
 DeltaDir = Annotated[Path, typer.Option("--delta", help="Folder of the delta.")]
+RecipeName = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Url = Annotated[
@@ -60,7 +62,7 @@ def compress(
     base: Base,
     tuned: Tuned,
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    recipe: Annotated[str, typer.Option(help="come, datafree or lossless.")] = "come",
+    recipe: RecipeName = "come",
     bits_per_param: Annotated[
         float, typer.Option(help="Budget of the low-rank matrices, all overhead counted.")
     ] = 1.0,
@@ -240,7 +242,7 @@ def push(  # noqa: PLR0913 - one parameter for each option
     backbone: Annotated[
         str | None, typer.Option(help="namespace/name of the backbone; found by default.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="come, datafree or lossless.")] = "come",
+    recipe: RecipeName = "come",
     bits_per_param: Annotated[float, typer.Option(help="Budget of the matrices.")] = 1.0,
     visibility: Annotated[str, typer.Option(help="public or private.")] = "private",
     wait: Annotated[bool, typer.Option(help="Wait for the end of the job.")] = True,

@@ -30,7 +30,7 @@ from deltacome_core.delta import (
 )
 from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
 from deltacome_core.errors import UserError
-from deltacome_core.factorise import NamedDelta, factorise_matrices, factorise_rows
+from deltacome_core.factorise import NamedDelta, factorise_rows
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.lossless import ZSTD_VERSION
 from deltacome_core.lossless_spool import CodedSpool, code_tensor, open_spool
@@ -41,11 +41,12 @@ from deltacome_core.manifest import (
     FineTuneRecord,
     RecipeRecord,
 )
+from deltacome_core.matrices import is_quantised, quantise_matrices
 from deltacome_core.models import find_max_positions, load_tokenizer, resolve_device
 from deltacome_core.moments import SharedHessian
-from deltacome_core.packed import ExactTensor, PackedMatrix, PackedTensor
+from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
 from deltacome_core.parts import read_part, write_delta, write_part
-from deltacome_core.recipe import Recipe, plan_bands
+from deltacome_core.recipe import Recipe
 from deltacome_core.slices import SlicedTensor, slice_tensor
 from deltacome_core.texts import DEFAULT_CALIBRATION
 
@@ -361,18 +362,18 @@ def _compress_unit(work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]) 
         kind = pair.kind
         if kind is TensorKind.LOWRANK:
             tensor = slice_tensor(name, shape, flipped)
-            if plan_bands(*tensor.matrix_shape, work.recipe):
+            if is_quantised(tensor.matrix_shape, work.recipe):
                 sliced.append(tensor)
                 deltas |= {each.name: each for each in tensor.split(pair.difference())}
                 continue
         packed.append(unchanged if kind is TensorKind.UNCHANGED else _pack_whole(pair, work))
-    matrices: dict[str, PackedMatrix] = {}
+    matrices: dict[str, PackedLinear] = {}
     errors: list[float] = []
     with_feedback = 0
     for names, hessian in _share_inputs(tuple(deltas), hessians):
         members = [deltas.pop(name).to(work.device) for name in names]
         with_feedback += 0 if hessian is None else len(members)
-        for made in factorise_matrices(members, work.recipe, hessian=hessian):
+        for made in quantise_matrices(members, work.recipe, hessian=hessian):
             matrices[made.packed.name] = made.packed
             errors.append(made.relative_error)
     packed += [tensor.join(matrices) for tensor in sliced]

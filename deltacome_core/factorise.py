@@ -9,7 +9,13 @@ from deltacome_core.bitpack import pack_codes
 from deltacome_core.errors import InternalError
 from deltacome_core.gptq import Feedback, prepare_feedback, quantise_with_feedback
 from deltacome_core.layout import RankBand
-from deltacome_core.packed import PackedBand, PackedFactor, PackedMatrix, PackedRows
+from deltacome_core.packed import (
+    PackedBand,
+    PackedFactor,
+    PackedLinear,
+    PackedMatrix,
+    PackedRows,
+)
 from deltacome_core.quantize import (
     QuantisedFactor,
     largest_codes,
@@ -38,7 +44,7 @@ class NamedDelta:
 class FactorisedMatrix:
     """A packed matrix on the host, and ||reconstruction - delta|| / ||delta||."""
 
-    packed: PackedMatrix
+    packed: PackedLinear
     relative_error: float
 
 

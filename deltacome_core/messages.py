@@ -35,6 +35,11 @@ MESSAGES: dict[str, Message] = {
         what="Tensors that differ: {tensors}.",
         do="Choose the backbone this model was fine-tuned from, or upload that backbone first.",
     ),
+    "budget_fixed": Message(
+        title="The size of this recipe is fixed",
+        what="{name} keeps one bit per weight; {asked} bits per parameter were asked for.",
+        do="Leave the size out, or choose another recipe, which meets any size.",
+    ),
     "calibration_too_short": Message(
         title="The calibration text is too short",
         what="It holds {n_tokens} tokens; {needed} are needed.",

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from deltacome_core.errors import UserError
-from deltacome_core.layout import PLANES, Group, RankBand, matrix_payload
+from deltacome_core.layout import Group, RankBand, matrix_payload
 
 __all__ = ["PRESETS", "RankBand", "Recipe", "get_recipe", "matrix_size_bytes", "plan_bands"]
 
@@ -18,17 +18,23 @@ MIN_MATRIX_BITS = 0.05
 MAX_MATRIX_BITS = 8.0
 
 Method = Literal["lowrank", "direct", "lossless"]
+# What shares a scale where a matrix is kept as its signs.
+ScalePer = Literal["matrix", "row"]
+# One bit cannot say that a weight of a changed row stayed as it was.
+_EMBEDDING_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A named way to compress.
 
-    `matrix_bits` is bits per parameter of the low-rank matrices alone, all their bytes counted.
+    `matrix_bits` is bits per parameter of the matrices alone: of low-rank ones all their bytes are
+    counted; where signs are kept it is 1, beside the scales, and no other size can be asked for.
     """
 
     name: str
     method: Method = "lowrank"
+    scale_per: ScalePer = "matrix"
     matrix_bits: float = 1.0
     embedding_bits: int = 4
     group_size: int = 128
@@ -39,7 +45,9 @@ class Recipe:
         if not MIN_MATRIX_BITS <= self.matrix_bits <= MAX_MATRIX_BITS:
             reason = f"bits per parameter of matrices is {self.matrix_bits:g}, outside 0.05 to 8"
             raise UserError("recipe_invalid", reason=reason)
-        if self.embedding_bits not in PLANES:
+        if self.method == "direct" and self.matrix_bits != 1:
+            raise UserError("budget_fixed", name=self.name, asked=f"{self.matrix_bits:g}")
+        if self.embedding_bits not in _EMBEDDING_BITS:
             reason = f"embedding bits is {self.embedding_bits}, not 2, 3, 4 or 8"
             raise UserError("recipe_invalid", reason=reason)
         if self.group_size < 1:
@@ -60,10 +68,16 @@ class Recipe:
     def group_v(self) -> Group:
         return (1, self.group_size)
 
+    @property
+    def group_codes(self) -> Group:
+        return (1, 0) if self.scale_per == "row" else (0, 0)
+
 
 PRESETS: dict[str, Recipe] = {
     "come": Recipe(name="come"),
     "datafree": Recipe(name="datafree", calibrated=False),
+    "bitdelta": Recipe(name="bitdelta", method="direct", calibrated=False),
+    "bitdelta-row": Recipe(name="bitdelta-row", method="direct", scale_per="row", calibrated=False),
     "lossless": Recipe(name="lossless", method="lossless", calibrated=False),
 }
 
@@ -79,7 +93,7 @@ def get_recipe(name: str, *, matrix_bits: float | None = None) -> Recipe:
         The recipe.
 
     Raises:
-        UserError: recipe_unknown, recipe_invalid.
+        UserError: recipe_unknown, recipe_invalid, budget_fixed.
     """
     if name not in PRESETS:
         raise UserError("recipe_unknown", name=name, known=sorted(PRESETS))

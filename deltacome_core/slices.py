@@ -7,7 +7,7 @@ import torch
 
 from deltacome_core.entries import slice_name
 from deltacome_core.factorise import NamedDelta
-from deltacome_core.packed import PackedMatrix, PackedStack
+from deltacome_core.packed import PackedLinear, PackedStack
 
 _MATRIX_DIMENSIONS = 2
 
@@ -46,7 +46,7 @@ class SlicedTensor:
             for name, matrix in zip(self.matrix_names, matrices, strict=True)
         ]
 
-    def join(self, matrices: Mapping[str, PackedMatrix]) -> PackedMatrix | PackedStack:
+    def join(self, matrices: Mapping[str, PackedLinear]) -> PackedLinear | PackedStack:
         """Put packed matrices together again.
 
         Args:

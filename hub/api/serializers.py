@@ -7,6 +7,7 @@ from rest_framework import serializers
 
 from hub import jobs, messages
 from hub.models import ApiToken, Job, Repo, Revision, Upload
+from hub.recipes import list_recipes
 from hub.uploads import FileSpec, UploadSpec, upload_status
 
 MAX_TOKEN_DAYS = 365
@@ -34,7 +35,11 @@ class UploadSpecSerializer(serializers.Serializer[Any]):
     repo = serializers.CharField(max_length=200)
     kind = serializers.ChoiceField(choices=Repo.Kind.choices)
     backbone = serializers.CharField(max_length=300, allow_null=True, default=None)
-    recipe = serializers.CharField(max_length=40, default="come")
+    recipe = serializers.CharField(
+        max_length=40,
+        default="come",
+        help_text="; ".join(f"`{name}`: {label}" for name, label in list_recipes().items()),
+    )
     bits_per_param = serializers.FloatField(min_value=0.01, max_value=16.0, default=1.0)
     visibility = serializers.ChoiceField(
         choices=Repo.Visibility.choices, default=Repo.Visibility.PRIVATE

@@ -6,7 +6,7 @@ from math import prod
 
 from deltacome_core.checkpoint import Layout, is_vocabulary_tensor
 from deltacome_core.entries import is_lowrank_shape
-from deltacome_core.layout import rows_payload
+from deltacome_core.layout import direct_payload, rows_payload
 from deltacome_core.recipe import Recipe, matrix_size_bytes, plan_bands
 from deltacome_core.safetensors_file import ITEM_BYTES
 
@@ -28,6 +28,10 @@ class Estimate:
 
 @lru_cache(maxsize=512)
 def _matrix_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
+    if recipe.method == "direct":
+        return direct_payload(
+            out_features, in_features, bits=1, group=recipe.group_codes, symmetric=True
+        ).size_bytes
     return matrix_size_bytes(
         out_features,
         in_features,

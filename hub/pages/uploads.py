@@ -7,20 +7,15 @@ from django.http.response import HttpResponseBase
 from django.views.decorators.http import require_safe
 
 from deltacome_core.errors import UserError
-from deltacome_core.recipe import PRESETS, get_recipe
+from deltacome_core.recipe import get_recipe
 from hub import access, backbones, catalog, uploads
 from hub.access import page_access, signed_in
 from hub.models import Job, Repo, Upload
+from hub.recipes import list_recipes
 
 from . import reads
 from .estimate import Estimate, estimate_delta
 from .page import crumbs, current_user, explain, page
-
-RECIPE_LABELS = {
-    "come": "Delta-CoMe: 8 + 3 + 2 bit bands, calibrated",
-    "datafree": "The same bands, without calibration data",
-    "lossless": "Bit for bit: nothing is lost, and several times larger",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +45,7 @@ def new(request: HttpRequest) -> HttpResponseBase:
         "namespaces": reads.list_writable_namespaces(user),
         "backbones": reads.list_names(request.user, Repo.Kind.BACKBONE),
         "chosen_backbone": request.GET.get("backbone", ""),
-        "recipes": [
-            RecipeChoice(name=name, label=RECIPE_LABELS.get(name, name)) for name in PRESETS
-        ],
+        "recipes": [RecipeChoice(name=name, label=label) for name, label in list_recipes().items()],
         "open_uploads": open_uploads.select_related("repo__namespace").order_by("-id"),
     }
     return page(request, "uploads/new.html", context)

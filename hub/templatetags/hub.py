@@ -12,6 +12,7 @@ from django.utils.timesince import timesince
 
 from hub.models import Verification
 from hub.pages.cards import render_card
+from hub.recipes import label_recipe
 
 register = template.Library()
 
@@ -125,6 +126,12 @@ def count(value: float | None) -> str:
 @register.filter
 def bits(bits_per_param: float | None) -> str:
     return f"{bits_per_param:.2f} bits per parameter" if _is_number(bits_per_param) else ""
+
+
+@register.filter
+def recipe(name: object) -> str:
+    """Say what a recipe does, as the upload form does; "come" becomes "Delta-CoMe, 8 + ..."."""
+    return label_recipe(name) if name else ""
 
 
 @register.filter

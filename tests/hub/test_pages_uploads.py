@@ -3,9 +3,9 @@ import pytest
 
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.compress import compress_checkpoint
-from deltacome_core.entries import ExactEntry, LowRankEntry, RowsEntry
+from deltacome_core.entries import ExactEntry, MatrixEntry, RowsEntry
 from deltacome_core.inspection import inspect_delta
-from deltacome_core.recipe import get_recipe
+from deltacome_core.recipe import PRESETS, get_recipe
 from hub.demo.stack import ROOT
 from hub.models import Part, UploadFile
 from hub.pages.estimate import estimate_delta
@@ -34,7 +34,8 @@ def test_the_form_offers_what_the_uploader_may_use(sign_in, acme, ci_bot, bob):
     form = sign_in(ci_bot).get("/new").context
     assert form["namespaces"] == ["ci_bot", "acme"]
     assert form["backbones"] == ["acme/base"]
-    assert [recipe.name for recipe in form["recipes"]] == ["come", "datafree", "lossless"]
+    assert [recipe.name for recipe in form["recipes"]] == list(PRESETS)
+    assert all(recipe.label != recipe.name for recipe in form["recipes"])
     assert sign_in(bob).get("/new").context["namespaces"] == ["bob"]
 
 
@@ -97,6 +98,7 @@ def test_each_expert_of_a_stack_is_a_matrix_of_the_estimate():
         ("backbone=acme/base&bits_per_param=99", "outside 0.05 to 8"),
         ("backbone=acme/base&bits_per_param=x", "is not a number"),
         ("backbone=acme/base&recipe=magic", "not a recipe"),
+        ("backbone=acme/base&recipe=bitdelta&bits_per_param=2", "bitdelta keeps one bit"),
         ("backbone=acme/absent", "nothing here"),
         ("backbone=acme/fine", "holds a delta"),
     ],
@@ -109,16 +111,17 @@ def test_an_impossible_choice_is_explained_at_once(sign_in, acme, bob, query, wo
     assert words in page.text
 
 
-def test_the_estimate_is_what_compression_makes(tmp_path):
-    recipe = get_recipe("datafree", matrix_bits=1.0)
+@pytest.mark.parametrize("name", ["datafree", "bitdelta", "bitdelta-row"])
+def test_the_estimate_is_what_compression_makes(tmp_path, name):
+    recipe = get_recipe(name)
     tuned = open_checkpoint(EXAMPLES / "dates")
     compress_checkpoint(EXAMPLES / "backbone", EXAMPLES / "dates", tmp_path / "delta", recipe)
     made = inspect_delta(tmp_path / "delta")
     entries = made.manifest.entries
     estimate = estimate_delta(tuned.layout, recipe)
-    lowrank = [entry.payload.size_bytes for entry in entries if isinstance(entry, LowRankEntry)]
+    matrices = [entry.size_bytes for entry in entries if isinstance(entry, MatrixEntry)]
     rows = [entry.payload.size_bytes for entry in entries if isinstance(entry, RowsEntry)]
-    assert (estimate.n_matrices, estimate.matrix_bytes) == (len(lowrank), sum(lowrank))
+    assert (estimate.n_matrices, estimate.matrix_bytes) == (len(matrices), sum(matrices))
     assert estimate.rows_bytes >= sum(rows) > 0.9 * estimate.rows_bytes
     assert any(isinstance(entry, ExactEntry) for entry in entries)
     assert estimate.exact_bytes == made.sizes.exact

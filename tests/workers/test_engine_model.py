@@ -17,11 +17,13 @@ SHAPES = {
 }
 
 
-def make_delta(folder, *, new_rows=0, dtype=torch.float32, **shape):
+LOW_RANK = get_recipe("datafree", matrix_bits=3.0)
+
+
+def make_delta(folder, *, new_rows=0, dtype=torch.float32, recipe=LOW_RANK, **shape):
     tiny.save(tiny.make_model(**shape), folder / "base", dtype=dtype)
     tuned = tiny.tune(tiny.make_model(**shape), new_rows=new_rows)
     tiny.save(tuned, folder / "tuned", dtype=dtype)
-    recipe = get_recipe("datafree", matrix_bits=3.0)
     compress_checkpoint(folder / "base", folder / "tuned", folder / "delta", recipe)
     reconstruct_checkpoint(folder / "base", folder / "delta", folder / "rebuilt")
     return folder
@@ -49,6 +51,22 @@ def test_a_served_delta_gives_the_logits_of_the_rebuilt_checkpoint(
     # The same sums in another order: 1.3e-5 was seen on logits of size 6.
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert decode_greedily(served) == decode_greedily(rebuilt)
+
+
+@pytest.mark.parametrize("name", ["bitdelta", "bitdelta-row"])
+@pytest.mark.parametrize("factor_bytes", [0, 1 << 30], ids=["packed", "factors"])
+def test_direct_matrices_are_served_as_the_rebuilt_checkpoint_answers(tmp_path, name, factor_bytes):
+    folder = make_delta(tmp_path, new_rows=5, recipe=get_recipe(name))
+    backbone = load_backbone(folder / "base", device="cpu")
+    served = load_delta(backbone, folder / "base", folder / "delta", factor_bytes=factor_bytes)
+    linears = [part for part in served.module.modules() if isinstance(part, DeltaLinear)]
+    assert len(linears) == 14
+    rebuilt = load_model(folder / "rebuilt")
+    with torch.inference_mode():
+        ours, theirs = served.module(PROMPT).logits, rebuilt(PROMPT).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert decode_greedily(served.module) == decode_greedily(rebuilt)
+    assert decode_greedily(served.module) != decode_greedily(backbone.module)
 
 
 def test_a_bfloat16_delta_is_served_as_near_as_its_rounding_allows(tmp_path):

@@ -7,7 +7,7 @@ from workers import publish
 
 pytestmark = pytest.mark.django_db
 
-SIZE = {"recipe": {"name": "come", "bits_per_param": 1.0}, "total_bytes": 1000, "ratio": 16.0}
+SIZE = {"recipe": {"name": "come"}, "total_bytes": 1000, "ratio": 16.0, "bits_per_param": 1.234}
 VERIFIED = {"verification": {"grade": "A", "recovery": 0.999}}
 
 
@@ -17,4 +17,5 @@ def test_a_card_names_only_a_public_backbone(acme, visibility, is_named):
     job = SimpleNamespace(repo=factories.make_repo(acme, "math"))
     card = publish._delta_card(job, backbone, SIZE, VERIFIED)
     assert ("hush-hush" in card) is is_named
+    assert "`come`, 1.23 bits per parameter in all" in card
     assert is_named or backbone.digest in card
