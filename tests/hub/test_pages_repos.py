@@ -130,7 +130,7 @@ def test_files_have_their_size_digest_and_a_link_that_downloads(client, delta):
 
 def test_the_bytes_of_a_delta_add_up(client, acme, backbone):
     job = factories.make_job(factories.make_repo(acme, "made"), backbone=backbone)
-    sizes = {"codes": 700, "scales": 200, "embeddings": 50, "exact": 30, "header": 20}
+    sizes = {"codes": 700, "scales": 200, "embeddings": 40, "exact": 30, "coded": 10, "header": 20}
     JobStep.objects.create(
         job=job, name="compress", attempt=1, outputs={"size": {"bytes": sizes}}, seconds=1.0
     )
