@@ -32,6 +32,7 @@ from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
 from deltacome_core.errors import UserError
 from deltacome_core.factorise import NamedDelta, factorise_rows
 from deltacome_core.inspection import inspect_delta
+from deltacome_core.layout import RankBand
 from deltacome_core.lossless import ZSTD_VERSION
 from deltacome_core.lossless_spool import CodedSpool, code_tensor, open_spool
 from deltacome_core.manifest import (
@@ -41,7 +42,7 @@ from deltacome_core.manifest import (
     FineTuneRecord,
     RecipeRecord,
 )
-from deltacome_core.matrices import is_quantised, quantise_matrices
+from deltacome_core.matrices import is_quantised, plan_stack, quantise_matrices
 from deltacome_core.models import find_max_positions, load_tokenizer, resolve_device
 from deltacome_core.moments import SharedHessian
 from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
@@ -351,6 +352,7 @@ def _compress_unit(work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]) 
     packed: list[PackedTensor | UnchangedEntry] = []
     sliced: list[SlicedTensor] = []
     deltas: dict[str, NamedDelta] = {}
+    bands: dict[str, tuple[RankBand, ...]] = {}
     flipped = {name for shared in hessians if shared.transposed for name in shared.weights}
     for name in unit.names:
         dtype, shape = work.tuned.checkpoint.layout[name]
@@ -364,7 +366,10 @@ def _compress_unit(work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]) 
             tensor = slice_tensor(name, shape, flipped)
             if is_quantised(tensor.matrix_shape, work.recipe):
                 sliced.append(tensor)
-                deltas |= {each.name: each for each in tensor.split(pair.difference())}
+                slices = tensor.split(pair.difference())
+                deltas |= {each.name: each for each in slices}
+                if len(slices) > 1:
+                    bands |= _plan_slices(slices, work)
                 continue
         packed.append(unchanged if kind is TensorKind.UNCHANGED else _pack_whole(pair, work))
     matrices: dict[str, PackedLinear] = {}
@@ -373,11 +378,16 @@ def _compress_unit(work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]) 
     for names, hessian in _share_inputs(tuple(deltas), hessians):
         members = [deltas.pop(name).to(work.device) for name in names]
         with_feedback += 0 if hessian is None else len(members)
-        for made in quantise_matrices(members, work.recipe, hessian=hessian):
+        for made in quantise_matrices(members, work.recipe, hessian=hessian, bands=bands):
             matrices[made.packed.name] = made.packed
             errors.append(made.relative_error)
     packed += [tensor.join(matrices) for tensor in sliced]
     return _Compressed(tensors=packed, errors=errors, with_feedback=with_feedback)
+
+
+def _plan_slices(slices: Sequence[NamedDelta], work: _Work) -> dict[str, tuple[RankBand, ...]]:
+    plan = plan_stack([each.delta.to(work.device) for each in slices], work.recipe)
+    return {} if plan is None else {each.name: plan for each in slices}
 
 
 def _code_unit(work: _Work, unit: _Unit, spool: CodedSpool) -> _Compressed:

@@ -1,14 +1,15 @@
 """From the delta of a tensor to its packed form."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from deltacome_core.bands import largest_rank, plan_bands
 from deltacome_core.bitpack import pack_codes
 from deltacome_core.errors import InternalError
 from deltacome_core.gptq import Feedback, prepare_feedback, quantise_with_feedback
-from deltacome_core.layout import RankBand
+from deltacome_core.layout import Group, RankBand
 from deltacome_core.packed import (
     PackedBand,
     PackedFactor,
@@ -22,8 +23,9 @@ from deltacome_core.quantize import (
     round_to_nearest,
     unbias_sigma,
 )
-from deltacome_core.recipe import Recipe, plan_bands
+from deltacome_core.recipe import Recipe
 from deltacome_core.svd import truncated_svd
+from deltacome_core.vectors import prepare_columns, quantise_columns, quantise_rows
 
 # Rows of a vocabulary widened to float32 at once: 8192 rows of 4096 take 128 MiB a copy.
 _ROWS_AT_ONCE = 8192
@@ -58,25 +60,32 @@ class _Decomposed:
 
 
 def factorise_matrices(
-    deltas: Sequence[NamedDelta], recipe: Recipe, *, hessian: torch.Tensor | None
+    deltas: Sequence[NamedDelta],
+    recipe: Recipe,
+    *,
+    hessian: torch.Tensor | None,
+    bands: Mapping[str, tuple[RankBand, ...]] | None = None,
 ) -> tuple[FactorisedMatrix, ...]:
     """Decompose and quantise the deltas of matrices that read the same input.
 
-    V goes first, with the Hessian of the input; then U, band by band, with the Hessian that the
-    quantised V leaves it. Rows of V are independent, so all bands of all matrices share one pass.
+    V goes first, with the Hessian of the input; then U with the Hessian that the quantised V leaves
+    it. Rows of V are independent, so all bands of all matrices share one pass.
 
     Args:
         deltas: float32 [out, in] each, one `in` for all, on the device that does the work, none
             too small for the recipe.
         recipe: gives the rank bands and the quantiser.
         hessian: float32 [in, in], mean of x x^T; None rounds without feedback.
+        bands: of matrices whose bands were chosen before, by name.
 
     Returns:
         One packed matrix per delta, in order.
 
     Source: Delta-CoMe (arXiv 2406.08903), section 3; H_U = S V H V^T S replaces its second sweep.
     """
-    decomposed = [_decompose(source, recipe) for source in deltas]
+    decomposed = [_decompose(source, recipe, (bands or {}).get(source.name)) for source in deltas]
+    if recipe.grid == "vector":
+        return _factorise_vectors(decomposed, recipe, hessian)
     tops = [_codes_by_row(item.bands, item.right.device) for item in decomposed]
     rights = torch.cat([item.right for item in decomposed])
     quantised = _quantise(rights, torch.cat(tops), _feedback(hessian, recipe), recipe)
@@ -88,13 +97,21 @@ def factorise_matrices(
     )
 
 
-def _decompose(source: NamedDelta, recipe: Recipe) -> _Decomposed:
+def _decompose(
+    source: NamedDelta, recipe: Recipe, bands: tuple[RankBand, ...] | None
+) -> _Decomposed:
     out_features, in_features = source.delta.shape
-    bands = plan_bands(out_features, in_features, recipe)
-    if not bands:
+    widest = largest_rank(out_features, in_features, recipe)
+    if not widest:
         raise InternalError(f"{source.name} is too small for {recipe.matrix_bits:g} bits")
-    left, sigma, right = truncated_svd(source.delta, sum(band.rank for band in bands))
-    return _Decomposed(source=source, bands=bands, left=left, sigma=sigma, right=right)
+    left, sigma, right = truncated_svd(source.delta, widest)
+    if bands is None:
+        energies = sigma.double().square().tolist()
+        bands = plan_bands(out_features, in_features, recipe, energies=energies)
+    rank = sum(band.rank for band in bands)
+    return _Decomposed(
+        source=source, bands=bands, left=left[:, :rank], sigma=sigma[:rank], right=right[:rank]
+    )
 
 
 def _codes_by_row(bands: Sequence[RankBand], device: torch.device) -> torch.Tensor:
@@ -113,8 +130,7 @@ def _quantise(
     if feedback is not None:
         return quantise_with_feedback(values, max_code, feedback)
     # A calibrated recipe without a Hessian is GPTQ with the identity: plain min-max rounding.
-    clip_search = not recipe.calibrated
-    return round_to_nearest(values, max_code, group_size=recipe.group_size, clip_search=clip_search)
+    return round_to_nearest(values, max_code, group_size=recipe.group_size, clip_search=False)
 
 
 def _split_rows(factor: QuantisedFactor, counts: Sequence[int]) -> list[QuantisedFactor]:
@@ -151,32 +167,123 @@ def _finish(
         top = largest_codes(band.bits, left.shape[0], left.device)
         lefts.append(_quantise(left, top, _feedback(left_hessian, recipe), recipe))
         start += band.rank
-    left_values = torch.cat([factor.dequantise() for factor in lefts], dim=1)
-    right_values = right.dequantise()
-    sigma = item.sigma
-    if not recipe.calibrated:
-        sigma = unbias_sigma(
-            sigma,
-            left=item.left,
-            right=item.right,
-            rounded_left=left_values,
-            rounded_right=right_values,
+    packed = tuple(
+        PackedBand(
+            u=pack_factor(left, band.bits, recipe.group_size),
+            v=pack_factor(right_band, band.bits, recipe.group_size),
         )
-    error = torch.linalg.vector_norm((left_values * sigma) @ right_values - item.source.delta)
-    size = torch.linalg.vector_norm(item.source.delta).clamp_min(1e-30)
-    out_features, in_features = item.source.delta.shape
+        for band, left, right_band in zip(item.bands, lefts, rights, strict=True)
+    )
+    left_values = torch.cat([factor.dequantise() for factor in lefts], dim=1)
+    return _pack_matrix(item, packed, item.sigma, left_values, right.dequantise())
+
+
+def _factorise_vectors(
+    decomposed: Sequence[_Decomposed], recipe: Recipe, hessian: torch.Tensor | None
+) -> tuple[FactorisedMatrix, ...]:
+    bits = [_bits_by_vector(item.bands, item.right.device) for item in decomposed]
+    feedback = None
+    if hessian is not None:
+        feedback = prepare_columns(hessian[None], damping=recipe.damping)
+    rights = quantise_rows(
+        torch.cat([item.right for item in decomposed])[None],
+        torch.cat(bits)[None],
+        feedback,
+        headroom=recipe.headroom,
+    )
+    made = []
+    start = 0
+    for item, widths in zip(decomposed, bits, strict=True):
+        rows = slice(start, start + len(widths))
+        start += len(widths)
+        right = rights.values[0, rows]
+        made.append(
+            _finish_vectors(
+                item,
+                widths,
+                right,
+                packed_right=(rights.codes[0, rows], rights.scale[0, rows]),
+                hessian=hessian,
+                damping=recipe.damping,
+            )
+        )
+    return tuple(made)
+
+
+def _bits_by_vector(bands: Sequence[RankBand], device: torch.device) -> torch.Tensor:
+    widths = [width for band in bands for width in [band.bits] * band.rank]
+    return torch.tensor(widths, dtype=torch.int64, device=device)
+
+
+def _finish_vectors(
+    item: _Decomposed,
+    widths: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    packed_right: tuple[torch.Tensor, torch.Tensor],
+    hessian: torch.Tensor | None,
+    damping: float,
+) -> FactorisedMatrix:
+    feedback = None
+    if hessian is not None:
+        reading = right * item.sigma[:, None]  # [rank, in]
+        feedback = prepare_columns((reading @ hessian @ reading.T)[None], damping=damping)
+    lefts = quantise_columns(item.left[None], widths[None], feedback)
+    left = lefts.values[0]
+    sigma = unbias_sigma(
+        item.sigma,
+        left=item.left,
+        right=item.right,
+        rounded_left=left,
+        rounded_right=right,
+        hessian=hessian,
+    )
+    right_codes, right_scale = packed_right
+    bands = []
+    start = 0
+    for band in item.bands:
+        at = slice(start, start + band.rank)
+        start += band.rank
+        bands.append(
+            PackedBand(
+                u=_pack_vectors(lefts.codes[0][:, at], lefts.scale[:1, at], band.bits, (0, 1)),
+                v=_pack_vectors(right_codes[at], right_scale[at, None], band.bits, (1, 0)),
+            )
+        )
+    return _pack_matrix(item, tuple(bands), sigma, left, right)
+
+
+def _pack_vectors(
+    codes: torch.Tensor, scale: torch.Tensor, bits: int, group: Group
+) -> PackedFactor:
+    rows, cols = codes.shape
+    return PackedFactor(
+        codes=pack_codes(codes.contiguous(), bits).cpu(),
+        scale=scale.half().cpu().contiguous(),
+        zero=None,
+        bits=bits,
+        rows=rows,
+        cols=cols,
+        group=group,
+    )
+
+
+def _pack_matrix(
+    item: _Decomposed,
+    bands: tuple[PackedBand, ...],
+    sigma: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+) -> FactorisedMatrix:
+    delta = item.source.delta
+    error = torch.linalg.vector_norm((left * sigma) @ right - delta)
+    size = torch.linalg.vector_norm(delta).clamp_min(1e-30)
     packed = PackedMatrix(
         name=item.source.name,
-        out_features=out_features,
-        in_features=in_features,
+        out_features=delta.shape[0],
+        in_features=delta.shape[1],
         sigma=sigma.cpu(),
-        bands=tuple(
-            PackedBand(
-                u=pack_factor(left, band.bits, recipe.group_size),
-                v=pack_factor(right_band, band.bits, recipe.group_size),
-            )
-            for band, left, right_band in zip(item.bands, lefts, rights, strict=True)
-        ),
+        bands=bands,
     )
     return FactorisedMatrix(packed=packed, relative_error=float(error / size))
 

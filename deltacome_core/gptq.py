@@ -58,11 +58,11 @@ def prepare_feedback(hessian: torch.Tensor, *, group_size: int, damping: float) 
     permutation = torch.cat(groups)
     permuted = hessian[permutation][:, permutation].double()
     return Feedback(
-        groups=groups, inverse=_upper_inverse_factor(permuted, damping), group_size=group_size
+        groups=groups, inverse=upper_inverse_factor(permuted, damping), group_size=group_size
     )
 
 
-def _upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal = hessian.diagonal()
     # A column that was never active keeps a unit diagonal: it is rounded alone and spreads nothing.
     diagonal[diagonal <= 0] = 1.0

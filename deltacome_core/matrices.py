@@ -1,12 +1,15 @@
 """How the changed matrices of a fine-tune are packed, by the method of the recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from deltacome_core.bands import largest_rank, plan_bands
 from deltacome_core.factorise import FactorisedMatrix, NamedDelta, factorise_matrices
-from deltacome_core.recipe import Recipe, plan_bands
+from deltacome_core.layout import RankBand
+from deltacome_core.recipe import Recipe
 from deltacome_core.signs import quantise_signs
+from deltacome_core.svd import singular_energies
 
 
 def is_quantised(shape: tuple[int, int], recipe: Recipe) -> bool:
@@ -19,11 +22,32 @@ def is_quantised(shape: tuple[int, int], recipe: Recipe) -> bool:
     Returns:
         True unless no rank band fits.
     """
-    return recipe.method == "direct" or bool(plan_bands(*shape, recipe))
+    return recipe.method == "direct" or largest_rank(*shape, recipe) > 0
+
+
+def plan_stack(slices: Sequence[torch.Tensor], recipe: Recipe) -> tuple[RankBand, ...] | None:
+    """Choose one set of bands for all slices of a stack, from the mean of their spectra.
+
+    Args:
+        slices: float32 [out, in] each, on the device that does the work.
+        recipe: how they will be packed.
+
+    Returns:
+        The bands; None where each matrix gets its own or none.
+    """
+    if recipe.method != "lowrank" or recipe.bands != "spectrum":
+        return None
+    shape = slices[0].shape[0], slices[0].shape[1]
+    energies = torch.stack([singular_energies(each) for each in slices]).mean(dim=0)
+    return plan_bands(*shape, recipe, energies=energies.tolist())
 
 
 def quantise_matrices(
-    deltas: Sequence[NamedDelta], recipe: Recipe, *, hessian: torch.Tensor | None
+    deltas: Sequence[NamedDelta],
+    recipe: Recipe,
+    *,
+    hessian: torch.Tensor | None,
+    bands: Mapping[str, tuple[RankBand, ...]] | None = None,
 ) -> tuple[FactorisedMatrix, ...]:
     """Pack the deltas of matrices that read the same input.
 
@@ -31,10 +55,11 @@ def quantise_matrices(
         deltas: float32 [out, in] each, one `in` for all, on the device that does the work.
         recipe: how to pack them.
         hessian: float32 [in, in], mean of x x^T; signs need none.
+        bands: of matrices whose bands were chosen before, by name.
 
     Returns:
         One packed matrix per delta, in order.
     """
     if recipe.method == "direct":
         return quantise_signs(deltas, recipe)
-    return factorise_matrices(deltas, recipe, hessian=hessian)
+    return factorise_matrices(deltas, recipe, hessian=hessian, bands=bands)

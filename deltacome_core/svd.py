@@ -43,3 +43,17 @@ def truncated_svd(
     vectors = torch.where(kept[:, None], projected / sigma.clamp_min(1e-300)[:, None], 0.0)
     directions = torch.where(kept[None, :], directions, 0.0)
     return directions.float().contiguous(), sigma.float(), vectors.float().contiguous()
+
+
+def singular_energies(delta: torch.Tensor) -> torch.Tensor:
+    """Return the squared singular values of a delta, without its vectors.
+
+    Args:
+        delta: float [out, in], finite.
+
+    Returns:
+        float64 [min(out, in)], falling, not negative.
+    """
+    exact = delta.double() if delta.shape[0] <= delta.shape[1] else delta.mT.double()
+    energies: torch.Tensor = torch.linalg.eigvalsh(exact @ exact.mT)
+    return energies.flip(0).clamp_min(0.0)

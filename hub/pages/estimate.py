@@ -4,16 +4,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from deltacome_core.bands import limit_bytes, matrix_size_bytes, plan_bands
 from deltacome_core.checkpoint import Layout, is_vocabulary_tensor
 from deltacome_core.entries import is_lowrank_shape
 from deltacome_core.layout import direct_payload, rows_payload
-from deltacome_core.recipe import Recipe, matrix_size_bytes, plan_bands
+from deltacome_core.recipe import Recipe
 from deltacome_core.safetensors_file import ITEM_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """`matrix_bytes` is exact; `rows_bytes` and `exact_bytes` hold if all of it changed."""
+    """`matrix_bytes` is exact, or the budget where bands follow the spectrum.
+
+    `rows_bytes` and `exact_bytes` hold if all of it changed.
+    """
 
     n_matrices: int
     matrix_bytes: int
@@ -32,13 +36,15 @@ def _matrix_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
         return direct_payload(
             out_features, in_features, bits=1, group=recipe.group_codes, symmetric=True
         ).size_bytes
+    if recipe.bands == "spectrum":
+        return limit_bytes(out_features, in_features, recipe)
     return matrix_size_bytes(
         out_features,
         in_features,
         plan_bands(out_features, in_features, recipe),
         group_u=recipe.group_u,
         group_v=recipe.group_v,
-        has_zero=True,
+        has_zero=not recipe.is_symmetric,
     )
 
 

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from deltacome_core.bands import plan_bands
 from deltacome_core.errors import InternalError
 from deltacome_core.factorise import NamedDelta, factorise_matrices, factorise_rows
-from deltacome_core.recipe import get_recipe, plan_bands
+from deltacome_core.recipe import get_recipe
 
 CPU = torch.device("cpu")
 COME = get_recipe("come", matrix_bits=2.0)

@@ -2,9 +2,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltacome_core.bands import matrix_size_bytes, plan_bands
 from deltacome_core.errors import UserError
 from deltacome_core.layout import RankBand, matrix_payload
-from deltacome_core.recipe import PRESETS, Recipe, get_recipe, matrix_size_bytes, plan_bands
+from deltacome_core.recipe import PRESETS, Recipe, get_recipe
 
 
 def size_of(shape, bands, recipe):
