@@ -78,7 +78,7 @@ class VectorGrids:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantisedVectors:
-    """codes uint8 and decoded values float32 [batch, rows, cols]; scale float32 [batch, vectors]."""
+    """codes uint8 and values float32 [batch, rows, cols]; scale float32 [batch, vectors]."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -89,7 +89,8 @@ class QuantisedVectors:
 class ColumnFeedback:
     """How errors spread over columns.
 
-    order int64 [batch, cols]; inverse float32 [batch, cols, cols] is the upper Cholesky factor of the inverse of the permuted Hessian.
+    order int64 [batch, cols]; inverse float32 [batch, cols, cols] is the upper Cholesky factor of
+    the inverse of the permuted Hessian.
     """
 
     order: torch.Tensor

@@ -87,6 +87,7 @@ class BenchOptions:
     text_tokens: int = TEXT_TOKENS
     greedy_tokens: int = GREEDY_TOKENS
     use_graph: bool = True
+    dtype: torch.dtype | None = None
 
 
 @torch.no_grad()
@@ -143,7 +144,8 @@ class Bench:
     def __init__(self, tuned: Path, base: Path, options: BenchOptions) -> None:
         device = options.device
         self.tokenizer = load_tokenizer(tuned)
-        self.model = load_causal_model(tuned, dtype=serving_dtype(device), device=device).eval()
+        dtype = options.dtype or serving_dtype(device)
+        self.model = load_causal_model(tuned, dtype=dtype, device=device).eval()
         self.model.requires_grad_(requires_grad=False)
         self._sheet = AnswerSheet(
             self.model,

@@ -1,0 +1,247 @@
+"""Compress every fine-tune of the benchmark by every recipe and measure what is left.
+
+    python -m benchmarks.quality.run --base SMOLLM2_DIR --work DIR --out DIR --device cuda
+
+Trains the fine-tunes that are not in the work folder yet, all at once, then measures them side by
+side. Candidates are rebuilt and compared in fp32: rounding to bf16 would hide the small ones.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.quality.lora import train_lora
+from benchmarks.quality.measure import Bench, BenchOptions, Measurement
+from benchmarks.quality.models import read_state
+from benchmarks.quality.sample import sample_texts
+from benchmarks.quality.tasks import SEED, TASKS, write_items
+from benchmarks.quality.train import TrainOptions
+from deltacome_core.compress import compress_checkpoint
+from deltacome_core.inspection import inspect_delta
+from deltacome_core.recipe import get_recipe
+from deltacome_core.reconstruct import reconstruct_checkpoint
+from deltacome_core.texts import DEFAULT_CALIBRATION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A recipe at bits per parameter of the matrices (None: it has one size), and its text."""
+
+    method: str
+    budget: float | None = None
+    calibration: str = "none"
+
+
+_CALIBRATED = ("hub", "come")
+CANDIDATES = (
+    *(Candidate(method=name, budget=1.0, calibration="own") for name in _CALIBRATED),
+    *(Candidate(method=name, budget=1.0, calibration="general") for name in _CALIBRATED),
+    Candidate(method="bitdelta"),
+    Candidate(method="bitdelta-row"),
+    Candidate(method="lowrank", budget=1.0),
+    Candidate(method="datafree", budget=1.0),
+    *(Candidate(method=name, budget=0.5, calibration="own") for name in _CALIBRATED),
+    *(Candidate(method=name, budget=1.0, calibration="self") for name in _CALIBRATED),
+    Candidate(method="datafree", budget=0.5),
+    Candidate(method="lowrank", budget=0.5),
+    *(Candidate(method=name, budget=2.0, calibration="own") for name in _CALIBRATED),
+    *(Candidate(method=name, budget=0.5, calibration="general") for name in _CALIBRATED),
+)
+
+
+class FineTune:
+    """One fine-tune, its bench and the rows measured so far."""
+
+    def __init__(self, base: Path, work: Path, task: str, *, device: str, out: Path) -> None:
+        self._base, self._task, self._device, self._out = base, task, device, out
+        self._tuned = work / task
+        self._scratch = work / f"scratch-{task}"
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True)
+        options = BenchOptions(device=device, dtype=torch.float32)
+        self._bench = Bench(self._tuned, base, options)
+        self._rows: list[dict[str, Any]] = []
+        self._add(Candidate(method="backbone"), self._bench.backbone, size={})
+        self._add(Candidate(method="fine-tune"), self._bench.reference, size={})
+
+    def _add(self, candidate: Candidate, found: Measurement, *, size: dict[str, Any]) -> None:
+        self._rows.append(
+            {
+                "finetune": self._task,
+                "method": candidate.method,
+                "calibration": candidate.calibration,
+                "budget": candidate.budget,
+                "total_bytes": size.get("total_bytes"),
+                "bits_per_param": size.get("bits_per_param"),
+                "ratio": size.get("ratio"),
+                "score": found.score,
+                "score_se": found.score_se,
+                "kl_task": found.kl_task,
+                "kl_text": found.kl_text,
+                "top1": found.top1,
+                "recovery": found.recovery,
+                "greedy_match": found.greedy_match,
+                "greedy_text": found.greedy_text,
+                "compress_seconds": size.get("seconds"),
+            }
+        )
+        print(json.dumps(self._rows[-1]), flush=True)
+        self._out.write_text(json.dumps(self._rows, indent=1) + "\n")
+
+    def _calibration(self, kind: str) -> Path | None:
+        if kind == "general":
+            return DEFAULT_CALIBRATION
+        if kind == "own":
+            return self._tuned / "calibration.jsonl"
+        if kind == "none":
+            return None
+        path = self._scratch / "self.jsonl"
+        if not path.exists():
+            self._bench.measure(read_state(self._tuned))
+            write_items(path, sample_texts(self._bench.model, self._bench.tokenizer))
+        return path
+
+    def run(self, candidate: Candidate) -> None:
+        """Compress, rebuild and measure one candidate."""
+        delta, rebuilt = self._scratch / "delta", self._scratch / "rebuilt"
+        report = compress_checkpoint(
+            self._base,
+            self._tuned,
+            delta,
+            get_recipe(candidate.method, matrix_bits=candidate.budget),
+            calibration=self._calibration(candidate.calibration),
+            device=self._device,
+        )
+        device = torch.device(self._device)
+        reconstruct_checkpoint(self._base, delta, rebuilt, dtype=torch.float32, device=device)
+        sizes = inspect_delta(delta)
+        size = {
+            "total_bytes": sizes.total_bytes,
+            "bits_per_param": sizes.bits_per_param,
+            "ratio": sizes.ratio,
+            "seconds": round(report.seconds, 2),
+        }
+        self._add(candidate, self._bench.measure(read_state(rebuilt)), size=size)
+        for folder in (delta, rebuilt):
+            shutil.rmtree(folder)
+
+    def run_lora(self) -> None:
+        """Train LoRA to at most the bytes of the first delta, the same number of steps."""
+        size = next(row for row in self._rows if row["method"] == "hub")["total_bytes"]
+        options = TrainOptions(
+            task=self._task,
+            steps=TASKS[self._task].steps,
+            batch=64,
+            lr=1e-3,
+            seed=SEED,
+            device=self._device,
+        )
+        result = train_lora(self._base, options, budget_bytes=size)
+        n_params = sum(tensor.numel() for tensor in result.state.values())
+        weight_bytes = sum(path.stat().st_size for path in self._tuned.glob("*.safetensors"))
+        found = {
+            "total_bytes": result.n_bytes,
+            "bits_per_param": result.n_bytes * 8 / n_params,
+            "ratio": weight_bytes / result.n_bytes,
+        }
+        candidate = Candidate(method="lora", calibration="trained")
+        self._add(candidate, self._bench.measure(result.state), size=found)
+
+
+def measure_one(args: argparse.Namespace) -> None:
+    deadline = time.monotonic() + args.seconds
+    own = FineTune(
+        args.base, args.work, args.only, device=args.device, out=args.out / f"{args.only}.json"
+    )
+    for candidate in CANDIDATES[:12]:
+        if time.monotonic() < deadline:
+            own.run(candidate)
+    if args.lora and time.monotonic() < deadline:
+        own.run_lora()
+    for candidate in CANDIDATES[12:]:
+        if time.monotonic() < deadline:
+            own.run(candidate)
+
+
+def run_all(commands: Iterable[list[str]], logs: Path) -> None:
+    running = []
+    for number, command in enumerate(commands):
+        log = (logs / f"{number}.log").open("w")
+        running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+    failed = [process.args for process in running if process.wait() != 0]
+    if failed:
+        print(f"failed: {failed}", file=sys.stderr)
+
+
+def write_table(out: Path) -> None:
+    rows = [row for task in TASKS for row in _read_rows(out / f"{task}.json")]
+    with (out / "quality.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def describe(device: str) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    packages = ("torch", "transformers", "safetensors")
+    return {"device": name, "versions": {package: version(package) for package in packages}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS))
+    parser.add_argument("--seconds", type=float, default=36000.0)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--only")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.only:
+        measure_one(args)
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    common = ["--base", str(args.base), "--device", args.device]
+    here = [sys.executable, "-m"]
+    run_all(
+        (
+            [*here, "benchmarks.quality.train", *common, "--task", t, "--out", f"{args.work / t}"]
+            for t in args.tasks
+            if not (args.work / t / "train_log.json").exists()
+        ),
+        args.work,
+    )
+    rest = ["--work", str(args.work), "--out", str(args.out), "--seconds", str(args.seconds)]
+    rest += ["--lora"] if args.lora else []
+    run_all(
+        ([*here, "benchmarks.quality.run", *common, *rest, "--only", t] for t in args.tasks),
+        args.out,
+    )
+    write_table(args.out)
+    record = describe(args.device) | {
+        "training": {
+            t: json.loads((args.work / t / "train_log.json").read_text()) for t in args.tasks
+        }
+    }
+    (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
