@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,7 @@ import pytest
 from source_tree import ROOT
 
 from deltacome_core.errors import InternalError
-from hub.demo.stack import load_secrets, lock_folder, pick_port
+from hub.demo.stack import MAX_REVIVALS, Stack, load_secrets, lock_folder, pick_port
 
 STEPS = ["ingest", "compress", "verify", "evaluate", "publish"]
 END_TIMEOUT_S = 20
@@ -68,6 +70,47 @@ def test_the_demo_leaves_no_process_behind(demo_folder, number):
         assert [process.cmdline() for process in alive] == []
     assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     assert card["password"] == load_secrets(demo_folder)["password"]
+
+
+def find_worker(demo, queue):
+    """Return the worker of a queue that the demo itself has started."""
+    for child in psutil.Process(demo.pid).children():
+        # One that was just killed has no command line any more.
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if child.cmdline()[-3:-2] == [queue]:
+                return child
+    return None
+
+
+def test_the_demo_starts_a_killed_worker_again(demo_folder):
+    with start_demo("--data-dir", str(demo_folder), "--port", "0") as demo:
+        said = []
+        threading.Thread(target=lambda: said.extend(demo.stderr), daemon=True).start()
+        read_card(demo)
+        killed = find_worker(demo, "gpu")
+        killed.kill()
+        deadline = time.monotonic() + END_TIMEOUT_S
+        while find_worker(demo, "gpu") in {None, killed} and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert find_worker(demo, "gpu") not in {None, killed}
+        assert demo.poll() is None
+        demo.send_signal(signal.SIGINT)
+        demo.wait(timeout=END_TIMEOUT_S)
+    assert "worker-gpu ended; it is started again\n" in said
+
+
+def test_what_dies_again_and_again_ends_the_demo(tmp_path, monkeypatch):
+    stack = Stack(data_dir=tmp_path / "data")
+    monkeypatch.setattr(stack, "commands", lambda: {"web": ["false"]})
+    said = []
+    stack.start("web")
+    for _ in range(MAX_REVIVALS):
+        stack.processes["web"].wait()
+        stack.revive(say=said.append)
+    stack.processes["web"].wait()
+    with pytest.raises(InternalError, match="web ended again and again"):
+        stack.revive(say=said.append)
+    assert len(said) == MAX_REVIVALS
 
 
 def read_card(demo):
