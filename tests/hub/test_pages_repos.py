@@ -7,6 +7,8 @@ pytestmark = pytest.mark.django_db
 
 TABS = ("", "/files", "/verification", "/evaluations")
 REPORT = {
+    "greedy_match": 0.9876,
+    "n_prompts": 100,
     "checks": [
         {"name": "recovery", "ok": True, "value": 0.9931, "threshold": 0.9},
         {"name": "ppl_drift", "ok": False, "value": 0.0412, "threshold": 0.02},
@@ -146,6 +148,7 @@ def test_failing_checks_come_first(client, delta):
     response = client.get("/acme/math/verification")
     assert [check.ok for check in response.context["checks"]] == [False, True]
     assert "0.0412" in response.text
+    assert "98.76\xa0%" in response.text
     assert "0.02" in response.text
 
 
