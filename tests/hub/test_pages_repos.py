@@ -2,6 +2,7 @@ import factories
 import pytest
 
 from hub.models import JobStep
+from hub.pages import plots
 
 pytestmark = pytest.mark.django_db
 
@@ -142,6 +143,11 @@ def test_the_bytes_of_a_delta_add_up(client, acme, backbone):
     assert bar.total_bytes == 1000
     assert {part.name: part.size_bytes for part in bar.slices} == sizes
     assert sum(part.width for part in bar.slices) == pytest.approx(bar.width)
+
+
+def test_a_class_without_bytes_is_left_out():
+    bar = plots.plot_bytes({"codes": 60, "coded": 0, "header": 40})
+    assert [part.name for part in bar.slices] == ["codes", "header"]
 
 
 def test_failing_checks_come_first(client, delta):
