@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltacome_core.client import HubClient, JobInfo
-from deltacome_core.errors import InternalError
+from deltacome_core.errors import InternalError, UserError
 from hub.demo.stack import ROOT, Stack
 
 EXAMPLES = ROOT / "examples" / "tiny-llama"
@@ -86,7 +86,18 @@ def wait_for(client: HubClient, job_id: str, *, say: Say, watch: Watch = do_noth
             say(f"  {job.step}")
         told = job.step
         watch()
-        job = client.get_job(job_id, wait_s=POLL_S)
+        job = _look_again(client, job)
     if job.state != "DONE":
         raise InternalError(f"the job of {job.repo} is {job.state} at {job.step}: {job.error}")
     return job
+
+
+def _look_again(client: HubClient, job: JobInfo) -> JobInfo:
+    """Return what the job is by now; while the web process is away, what it was."""
+    try:
+        return client.get_job(job.id, wait_s=POLL_S)
+    except UserError as error:
+        if error.code != "hub_unreachable":
+            raise
+        time.sleep(POLL_S)
+        return job

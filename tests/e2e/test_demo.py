@@ -72,31 +72,39 @@ def test_the_demo_leaves_no_process_behind(demo_folder, number):
     assert card["password"] == load_secrets(demo_folder)["password"]
 
 
-def find_worker(demo, queue):
-    """Return the worker of a queue that the demo itself has started."""
+def find_child(demo, *words):
+    """Return the process with these words in its command that the demo itself has started."""
     for child in psutil.Process(demo.pid).children():
         # One that was just killed has no command line any more.
         with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-            if child.cmdline()[-3:-2] == [queue]:
+            if set(words) <= set(child.cmdline()):
                 return child
     return None
 
 
-def test_the_demo_starts_a_killed_worker_again(demo_folder):
+def wait_for_another(demo, killed, *words):
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while find_child(demo, *words) in {None, killed} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert find_child(demo, *words) not in {None, killed}
+
+
+def test_the_demo_starts_again_what_was_killed(demo_folder):
+    """Also while it fills the hub itself, which it does over HTTP."""
     with start_demo("--data-dir", str(demo_folder), "--port", "0") as demo:
         said = []
         threading.Thread(target=lambda: said.extend(demo.stderr), daemon=True).start()
         read_card(demo)
-        killed = find_worker(demo, "gpu")
-        killed.kill()
-        deadline = time.monotonic() + END_TIMEOUT_S
-        while find_worker(demo, "gpu") in {None, killed} and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert find_worker(demo, "gpu") not in {None, killed}
+        for words in (("worker", "gpu"), ("hub.asgi:application",)):
+            killed = find_child(demo, *words)
+            killed.kill()
+            wait_for_another(demo, killed, *words)
         assert demo.poll() is None
         demo.send_signal(signal.SIGINT)
         demo.wait(timeout=END_TIMEOUT_S)
-    assert "worker-gpu ended; it is started again\n" in said
+    assert demo.returncode == 0
+    told = [line for line in said if "started again" in line]
+    assert told == [f"{name} ended; it is started again\n" for name in ("worker-gpu", "web")]
 
 
 def test_what_dies_again_and_again_ends_the_demo(tmp_path, monkeypatch):
