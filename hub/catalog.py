@@ -50,7 +50,7 @@ def list_repos(
     Raises:
         UserError: not_found when the backbone is invisible.
     """
-    repos = Repo.objects.visible_to(user).select_related("namespace")
+    repos = Repo.objects.visible_to(user).kept().select_related("namespace")
     if kind:
         repos = repos.filter(kind=kind)
     for word in q[:MAX_QUERY_CHARS].split():

@@ -38,7 +38,7 @@ HUB_MESSAGES: dict[str, Message] = {
     ),
     "disk_full": Message(
         title="The hub's disk is full",
-        what="{needed_bytes} bytes are needed, and the disk has none to spare.",
+        what="{needed_bytes} bytes are needed; {spare_bytes} can be spared.",
         do="Ask the operator for room, then continue: what was sent is kept.",
     ),
     "file_name_unsafe": Message(
@@ -123,7 +123,7 @@ HUB_MESSAGES: dict[str, Message] = {
     ),
     "part_digest_mismatch": Message(
         title="A part arrived damaged",
-        what="Part {part} of {file} does not have the digest that was announced.",
+        what="Part {part} of {file}: sha256 {expected} was announced, {found} came.",
         do="Send the part again.",
     ),
     "part_number": Message(
@@ -133,8 +133,8 @@ HUB_MESSAGES: dict[str, Message] = {
     ),
     "part_too_large": Message(
         title="A part is too large",
-        what="Part {part} of {file} must have {expected_bytes} bytes.",
-        do="Cut the file into parts of the size that the upload names.",
+        what="Part {part} of {file} must have {expected_bytes} bytes; more came.",
+        do="Send exactly these bytes, or start a new upload if the file has grown.",
     ),
     "part_too_small": Message(
         title="A part is too small",

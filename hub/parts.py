@@ -75,6 +75,7 @@ def write_part(
                 facts |= {"expected_bytes": expected_bytes, "found_bytes": found_bytes}
                 raise UserError("part_too_small", **facts)
             if digest.hexdigest() != sha256:
+                facts |= {"expected": sha256, "found": digest.hexdigest()}
                 raise UserError("part_digest_mismatch", **facts)
             _check_content(file, number, temporary)
             os.fsync(handle.fileno())

@@ -203,9 +203,9 @@ def require_space(needed_bytes: int) -> None:
         UserError: disk_full.
     """
     settings.DATA_DIR.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(settings.DATA_DIR).free
-    if free_bytes - needed_bytes < settings.FREE_SPACE_FLOOR_BYTES:
-        raise UserError("disk_full", needed_bytes=needed_bytes)
+    spare_bytes = shutil.disk_usage(settings.DATA_DIR).free - settings.FREE_SPACE_FLOOR_BYTES
+    if spare_bytes < needed_bytes:
+        raise UserError("disk_full", needed_bytes=needed_bytes, spare_bytes=max(0, spare_bytes))
 
 
 @contextmanager
@@ -214,7 +214,7 @@ def disk_errors() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise UserError("disk_full", needed_bytes=0) from error
+            raise UserError("disk_full", needed_bytes="more", spare_bytes="none") from error
         raise
 
 

@@ -1,7 +1,8 @@
 """Which files an upload may consist of: weights as safetensors, and the text beside them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from django.conf import settings
 
@@ -10,6 +11,9 @@ from deltacome_core.errors import UserError
 PLAIN_NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 SUFFIXES = (".safetensors", ".json", ".txt", ".jsonl", ".jinja", ".md", ".model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".npz")
+PLAIN_REASON = "a plain name has letters, digits, dots, dashes and underscores, no folder and no .."
+# As transformers names the files of a checkpoint in several: which one it is, and of how many.
+SHARD_NAME = re.compile(r"\A(.+)-([0-9]{5})-of-([0-9]{5})\.safetensors\Z")
 # The largest tokenizers in use have 35 MB.
 MAX_TEXT_BYTES = 64 * 2**20
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
@@ -48,7 +52,7 @@ def check_name(path: str) -> None:
     """
     shown = ascii(path[:80])
     if not PLAIN_NAME.match(path) or ".." in path:
-        raise UserError("file_name_unsafe", path=shown, reason="it is not a plain file name")
+        raise UserError("file_name_unsafe", path=shown, reason=PLAIN_REASON)
     if path.lower().endswith(PICKLES):
         raise UserError("not_safetensors", file=path, found="a format that can run code or hide it")
     if not path.endswith(SUFFIXES) and not path.upper().startswith("LICENSE"):
@@ -63,5 +67,20 @@ def _check_set(sizes: Mapping[str, int]) -> None:
         raise UserError("file_set_invalid", reason="There is no safetensors file")
     if CONFIG not in sizes:
         raise UserError("file_set_invalid", reason=f"{CONFIG} is missing")
+    _check_shards(weights)
     if len(weights) > 1 and INDEX not in sizes:
         raise UserError("file_set_invalid", reason=f"{INDEX} is missing")
+
+
+def _check_shards(weights: Sequence[str]) -> None:
+    """Miss a shard by the names of the others, before gigabytes move; ingest reads the index."""
+    for path in weights:
+        found = SHARD_NAME.match(path)
+        if found is None:
+            continue
+        stem, total = found[1], int(found[3])
+        wanted = (f"{stem}-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1))
+        # The total comes from a name that anybody can write; so many files no upload may have.
+        missing = sorted(set(islice(wanted, settings.UPLOAD_MAX_FILES)) - set(weights))
+        if missing:
+            raise UserError("shard_missing", files=missing)

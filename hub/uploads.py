@@ -128,6 +128,10 @@ def _find_or_create_repo(owner: User, spec: UploadSpec) -> Repo:
             description=spec.description,
             created_by=owner,
         )
+    if not Repo.objects.kept().filter(pk=repo.pk).exists():
+        # An upload that came to nothing does not decide what the name is used for.
+        repo.kind, repo.visibility, repo.description = spec.kind, spec.visibility, spec.description
+        repo.save(update_fields=["kind", "visibility", "description"])
     if repo.kind != spec.kind:
         raise UserError("repo_kind", repo=str(repo), kind=repo.kind)
     return repo

@@ -54,7 +54,10 @@ def _run(step: ModuleType, spec: StepSpec, channel: Channel) -> int:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
-        channel.send("error", {"code": "disk_full", "params": {"needed_bytes": 0}})
+        channel.send(
+            "error",
+            {"code": "disk_full", "params": {"needed_bytes": "more", "spare_bytes": "none"}},
+        )
     return 0
 
 

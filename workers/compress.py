@@ -18,13 +18,11 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
     finished = count(1)
 
     def on_layer(layer: LayerDone) -> None:
-        report.progress(
-            done=next(finished),
-            total=layer.n_layers,
-            layer=layer.group,
-            relative_error=layer.relative_error,
-            seconds=layer.seconds,
-        )
+        # Of a layer that was on disk already neither error nor time is known.
+        detail: dict[str, str | float] = {"from": "an earlier attempt"}
+        if not layer.resumed:
+            detail = {"relative_error": layer.relative_error, "seconds": layer.seconds}
+        report.progress(done=next(finished), total=layer.n_layers, layer=layer.group, **detail)
 
     if not _is_whole(spec):
         shutil.rmtree(spec.delta, ignore_errors=True)

@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from workers.env import envfloat, envint
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
@@ -18,7 +20,7 @@ class WorkerConfig:
 def read_config(env: Mapping[str, str] = os.environ) -> WorkerConfig:
     return WorkerConfig(
         device=env.get("WORKER_DEVICE", "auto"),
-        child_address_bytes=int(env.get("CHILD_ADDRESS_BYTES", "0")),
-        child_file_bytes=int(env.get("CHILD_FILE_BYTES", "0")),
-        step_timeout_s=float(env.get("STEP_TIMEOUT_S", str(24 * 3600))),
+        child_address_bytes=envint("CHILD_ADDRESS_BYTES", 0, env=env),
+        child_file_bytes=envint("CHILD_FILE_BYTES", 0, env=env),
+        step_timeout_s=envfloat("STEP_TIMEOUT_S", 24 * 3600.0, env=env),
     )

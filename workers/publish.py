@@ -98,7 +98,7 @@ A full fine-tune, kept as a packed delta.
 | backbone | `{backbone if is_public else f"sha256:{backbone.digest}"}` |
 | recipe | `{size["recipe"]["name"]}`, {size["bits_per_param"]:.2f} bits per parameter in all |
 | size | {size["total_bytes"]:,} bytes, {size["ratio"]:.1f} times smaller, all overhead counted |
-| verification | grade {report["grade"]}, recovery {report["recovery"]:.4f} |
+| verification | grade {report["grade"]}, recovery {report["recovery"]:.5f} |
 
 To get the whole checkpoint back:
 

@@ -71,6 +71,12 @@ def _check_method(request: HttpRequest, allowed: tuple[str, ...]) -> None:
         raise Refusal(405, "method_not_allowed", f"Use {' or '.join(allowed)}.")
 
 
+@openai_route("GET", "POST")
+async def nothing(request: HttpRequest, _user: User, **_path: str) -> HttpResponseBase:
+    """What no route matches still answers in OpenAI's shape."""
+    raise Refusal(404, "unknown_url", f"Unknown request URL: {request.method} {request.path}.")
+
+
 @openai_route("GET")
 async def models(_request: HttpRequest, user: User) -> HttpResponseBase:
     data = await sync_to_async(playground.list_models)(user)
@@ -171,4 +177,5 @@ urlpatterns = [
     path("models/<path:name>", model, name="inference-model"),
     path("chat/completions", chat_completions, name="inference-chat"),
     path("completions", completions, name="inference-completions"),
+    path("<path:rest>", nothing, name="inference-nothing"),
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltacome_core.client import HubClient, JobInfo
-from deltacome_core.errors import InternalError
+from deltacome_core.errors import InternalError, UserError
 from hub.demo.stack import ROOT, Stack
 
 EXAMPLES = ROOT / "examples" / "tiny-llama"
@@ -25,6 +25,7 @@ DESCRIPTIONS = {
 }
 
 Say = Callable[[str], None]
+Watch = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,19 @@ def open_account(stack: Stack) -> Account:
     return Account(username=made["username"], password=password, token=made["token"])
 
 
-def publish(client: HubClient, folder: Path, repo: str, *, kind: str, say: Say) -> None:
+def do_nothing() -> None:
+    """Watch over nothing."""
+
+
+def publish(
+    client: HubClient,
+    folder: Path,
+    repo: str,
+    *,
+    kind: str,
+    say: Say,
+    watch: Watch = do_nothing,
+) -> None:
     """Push a checkpoint and wait until it is published; one that is there already is kept."""
     name = repo.partition("/")[2]
     if any(
@@ -56,11 +69,11 @@ def publish(client: HubClient, folder: Path, repo: str, *, kind: str, say: Say) 
         visibility="public",
         description=DESCRIPTIONS[repo],
     )
-    wait_for(client, job.id, say=say)
+    wait_for(client, job.id, say=say, watch=watch)
 
 
-def wait_for(client: HubClient, job_id: str, *, say: Say) -> JobInfo:
-    """Wait for a job and say which step it is at.
+def wait_for(client: HubClient, job_id: str, *, say: Say, watch: Watch = do_nothing) -> JobInfo:
+    """Wait for a job and say which step it is at; `watch` is called again and again.
 
     Raises:
         InternalError: it did not end well, or not in time.
@@ -72,7 +85,19 @@ def wait_for(client: HubClient, job_id: str, *, say: Say) -> JobInfo:
         if job.step != told:
             say(f"  {job.step}")
         told = job.step
-        job = client.get_job(job_id, wait_s=POLL_S)
+        watch()
+        job = _look_again(client, job)
     if job.state != "DONE":
         raise InternalError(f"the job of {job.repo} is {job.state} at {job.step}: {job.error}")
     return job
+
+
+def _look_again(client: HubClient, job: JobInfo) -> JobInfo:
+    """Return what the job is by now; while the web process is away, what it was."""
+    try:
+        return client.get_job(job.id, wait_s=POLL_S)
+    except UserError as error:
+        if error.code != "hub_unreachable":
+            raise
+        time.sleep(POLL_S)
+        return job

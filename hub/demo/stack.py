@@ -30,6 +30,8 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 POLL_S = 0.05
 LOG_TAIL_LINES = 30
+# What dies more often is broken, and starting it again would only hide why.
+MAX_REVIVALS = 5
 
 
 def find_redis() -> str:
@@ -99,6 +101,7 @@ class Stack:
     extra_env: dict[str, str] = field(default_factory=dict)
     with_engine: bool = True
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
+    revivals: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.data_dir = self.data_dir.resolve()
@@ -213,6 +216,21 @@ class Stack:
 
     def find_dead(self) -> list[str]:
         return [name for name, process in self.processes.items() if process.poll() is not None]
+
+    def revive(self, *, say: Callable[[str], None]) -> None:
+        """Start again what died, as a supervisor does in production: the jobs go on.
+
+        Raises:
+            InternalError: it died too often.
+        """
+        for name in self.find_dead():
+            self.revivals += 1
+            if self.revivals > MAX_REVIVALS:
+                raise InternalError(f"{name} ended again and again\n{self.read_logs([name])}")
+            say(f"{name} ended; it is started again")
+            # Its group outlives it: what it had started must not work beside its successor.
+            self.stop(name, force=True)
+            self.start(name)
 
     def manage(self, *arguments: str, stdin: str = "") -> str:
         """Run a management command in the stack's environment and return what it printed.

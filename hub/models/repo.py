@@ -27,6 +27,14 @@ class RepoQuerySet(models.QuerySet["Repo"]):
         mine = Membership.objects.filter(user=user, role__in=roles).values("namespace")
         return self.filter(namespace__in=mine)
 
+    def kept(self) -> "RepoQuerySet":
+        """Leave out names of which nothing is left: each upload was aborted or has expired."""
+        same = Repo.objects.filter(pk=models.OuterRef("pk"))
+        is_filled = models.Exists(same.filter(revisions__isnull=False))
+        is_arriving = models.Exists(same.filter(uploads__state="OPEN"))
+        is_new = ~models.Exists(same.filter(uploads__isnull=False))
+        return self.filter(is_filled | is_arriving | is_new)
+
     def named(self, namespace: str, name: str) -> "RepoQuerySet":
         return self.filter(namespace__name__iexact=namespace, name__iexact=name)
 

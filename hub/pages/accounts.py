@@ -21,7 +21,7 @@ NAME_HINT = "Letters, digits, dots, dashes and underscores. It is also your name
 class SignUpForm(forms.Form):
     username = forms.CharField(
         max_length=63,
-        label="Name",
+        label="Username",
         help_text=NAME_HINT,
         widget=forms.TextInput({"autocomplete": "username", "autocapitalize": "none"}),
     )

@@ -61,12 +61,13 @@ def read_progress(progress: Mapping[str, Any]) -> Progress | None:
     if not isinstance(done, int) or not isinstance(total, int) or total < 1:
         return None
     known = {"done", "total", "step"}
-    detail = [
-        f"{name.replace('_', ' ')} {f'{value:.3g}' if isinstance(value, float) else value}"
-        for name, value in progress.items()
-        if name not in known
-    ]
+    detail = [_describe(name, value) for name, value in progress.items() if name not in known]
     return Progress(done=done, total=total, text=" · ".join([f"{done} of {total}", *detail]))
+
+
+def _describe(name: str, value: object) -> str:
+    shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{shown} s" if name == "seconds" else f"{name.replace('_', ' ')} {shown}"
 
 
 def _context(request: HttpRequest, job: Job) -> dict[str, Any]:

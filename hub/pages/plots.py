@@ -202,15 +202,15 @@ def plot_bytes(sizes: Mapping[str, int]) -> ByteBar | None:
     if not total:
         return None
     slices, x = [], 0.0
-    for name in BYTE_CLASSES:
-        share = sizes.get(name, 0) / total
+    for name in filter(sizes.get, BYTE_CLASSES):
+        share = sizes[name] / total
         width = share * BYTES_WIDTH_PX
         slices.append(
             Slice(
                 name=name,
                 x=round(x, 1),
                 width=round(width, 1),
-                size_bytes=sizes.get(name, 0),
+                size_bytes=sizes[name],
                 share=share,
             )
         )

@@ -24,6 +24,9 @@ _NBSP = "\N{NO-BREAK SPACE}"
 _THOUSAND = 1000
 # Numbers below this are short enough to be written out.
 _MAX_WRITTEN_OUT = 10_000
+_WHOLE_PERCENT = 100
+# Beyond this a measured share of a few thousand tokens says nothing.
+_MAX_DIGITS = 5
 # Never colour alone: every state has an icon and a word.
 _STATES = {
     "done": ("good", "circle-check"),
@@ -136,15 +139,28 @@ def recipe(name: object) -> str:
 
 @register.filter
 def percent(share: float | None, digits: int = 1) -> str:
-    return f"{share * 100:.{digits}f}{_NBSP}%" if _is_number(share) else ""
+    """Print a share; one that is not whole takes more digits before it is called 100 %."""
+    if not _is_number(share):
+        return ""
+    shown = f"{share * 100:.{digits}f}"
+    while share != 1 and float(shown) == _WHOLE_PERCENT and digits < _MAX_DIGITS:
+        digits += 1
+        shown = f"{share * 100:.{digits}f}"
+    return f"{shown}{_NBSP}%"
 
 
 @register.filter
 def figure(value: float | str | None) -> str:
-    """Print a measured number with four significant figures; pass anything else through."""
+    """Print a measured number with four significant figures; pass anything else through.
+
+    A number close to 1 takes more of them, because there the distance to 1 is what counts.
+    """
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    shown = f"{value:.4g}"
+    return f"{value:.{_MAX_DIGITS}f}".rstrip("0").rstrip(".") if shown == "1" else shown
 
 
 @register.filter

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,7 @@ import pytest
 from source_tree import ROOT
 
 from deltacome_core.errors import InternalError
-from hub.demo.stack import load_secrets, lock_folder, pick_port
+from hub.demo.stack import MAX_REVIVALS, Stack, load_secrets, lock_folder, pick_port
 
 STEPS = ["ingest", "compress", "verify", "evaluate", "publish"]
 END_TIMEOUT_S = 20
@@ -68,6 +70,55 @@ def test_the_demo_leaves_no_process_behind(demo_folder, number):
         assert [process.cmdline() for process in alive] == []
     assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     assert card["password"] == load_secrets(demo_folder)["password"]
+
+
+def find_child(demo, *words):
+    """Return the process with these words in its command that the demo itself has started."""
+    for child in psutil.Process(demo.pid).children():
+        # One that was just killed has no command line any more.
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if set(words) <= set(child.cmdline()):
+                return child
+    return None
+
+
+def wait_for_another(demo, killed, *words):
+    deadline = time.monotonic() + END_TIMEOUT_S
+    while find_child(demo, *words) in {None, killed} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert find_child(demo, *words) not in {None, killed}
+
+
+def test_the_demo_starts_again_what_was_killed(demo_folder):
+    """Also while it fills the hub itself, which it does over HTTP."""
+    with start_demo("--data-dir", str(demo_folder), "--port", "0") as demo:
+        said = []
+        threading.Thread(target=lambda: said.extend(demo.stderr), daemon=True).start()
+        read_card(demo)
+        for words in (("worker", "gpu"), ("hub.asgi:application",)):
+            killed = find_child(demo, *words)
+            killed.kill()
+            wait_for_another(demo, killed, *words)
+        assert demo.poll() is None
+        demo.send_signal(signal.SIGINT)
+        demo.wait(timeout=END_TIMEOUT_S)
+    assert demo.returncode == 0
+    told = [line for line in said if "started again" in line]
+    assert told == [f"{name} ended; it is started again\n" for name in ("worker-gpu", "web")]
+
+
+def test_what_dies_again_and_again_ends_the_demo(tmp_path, monkeypatch):
+    stack = Stack(data_dir=tmp_path / "data")
+    monkeypatch.setattr(stack, "commands", lambda: {"web": ["false"]})
+    said = []
+    stack.start("web")
+    for _ in range(MAX_REVIVALS):
+        stack.processes["web"].wait()
+        stack.revive(say=said.append)
+    stack.processes["web"].wait()
+    with pytest.raises(InternalError, match="web ended again and again"):
+        stack.revive(say=said.append)
+    assert len(said) == MAX_REVIVALS
 
 
 def read_card(demo):

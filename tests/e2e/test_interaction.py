@@ -43,8 +43,20 @@ def test_the_log_of_a_finished_job_is_replayed(sign_in, delta, complaints):
     page = complaints(sign_in("/jobs"))
     page.get_by_role("row", name=delta).get_by_role("link").click()
     expect(page.locator("#lines")).to_contain_text("publish done")
-    expect(page.locator("#lines")).to_contain_text("model.layers.0")
+    line = page.locator("#lines li").filter(has_text="model.layers.0")
+    expect(line).to_have_text(re.compile(r"relative error [\d.]+ · [\d.]+ s$"))
+    for subject in ("backbone", "finetune", "delta"):
+        expect(page.locator("#lines")).to_contain_text(f"subject {subject}")
     expect(page.locator("#log-status")).to_have_text("Read from the stored events.")
+
+
+def test_a_file_is_downloaded_on_a_narrow_screen_without_scrolling(sign_in, delta):
+    page = sign_in("/jobs", viewport={"width": 375, "height": 800})
+    page.goto(f"/{delta}/files")
+    for link in page.get_by_role("link", name=re.compile("^Download ")).all():
+        box = link.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 375
 
 
 def test_an_error_stays_in_its_column(sign_in, backbone, delta):

@@ -48,6 +48,56 @@ def test_a_wrong_backbone_is_shown_before_any_part_is_sent(sign_up, backbone, fo
     assert parts == []
 
 
+def test_a_refused_folder_leaves_nothing_and_may_be_corrected(sign_up, backbone, folder):
+    """The second press of the button asks with what the form holds now."""
+    weights = factories.safetensors_bytes({"model.norm.weight": ("BF16", [32])})
+    page = sign_up("corrector")
+    choose(page, folder(model__safetensors=weights, config__json=CONFIG))
+    page.get_by_label("Backbone", exact=True).select_option(backbone)
+    start(page, "second-try")
+    expect(page.get_by_role("alert")).to_contain_text("does not fit")
+    expect(page).to_have_url(re.compile(r"/new$"))
+    expect(page.get_by_role("button", name="Cancel the upload")).to_be_hidden()
+    page.get_by_label("Backbone, kept whole").check()
+    page.get_by_role("button", name="Check and upload").click()
+    page.wait_for_url("**/jobs/*")
+    page.goto("/new")
+    expect(page.get_by_text("Continue an upload")).to_have_count(0)
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(sign_up, folder):
+    page = sign_up("pickler")
+    choose(page, folder(pytorch_model__bin=b"\x80\x04", config__json=CONFIG))
+    picked = page.locator("#picked")
+    expect(picked).to_contain_text("No safetensors file was found among 2 files")
+    expect(picked).to_contain_text("pytorch_model.bin can run code when opened")
+    expect(picked).to_contain_text("save_pretrained(safe_serialization=True)")
+    expect(page.get_by_role("button", name="Check and upload")).to_be_disabled()
+    expect(page.get_by_text("1 file stays here")).to_be_visible()
+
+
+def test_a_broken_upload_can_be_thrown_away_without_its_folder(sign_up, folder):
+    page = sign_up("thrower")
+    body = {
+        "repo": "thrower/lost",
+        "kind": "backbone",
+        "files": [
+            {"path": "config.json", "size_bytes": 9},
+            {"path": "model.safetensors", "size_bytes": 99},
+        ],
+    }
+    page.context.request.post(
+        "/api/v1/uploads",
+        data=body,
+        headers={"X-CSRFToken": page.locator("[name=csrfmiddlewaretoken]").first.input_value()},
+    )
+    page.goto("/new")
+    page.get_by_role("link", name="thrower/lost").click()
+    page.get_by_role("button", name="Cancel the upload").click()
+    page.wait_for_url("**/new")
+    expect(page.get_by_role("link", name="thrower/lost")).to_have_count(0)
+
+
 def test_files_that_stay_behind_are_listed_with_their_reason(sign_up, folder):
     page = sign_up("left-behind")
     chosen = folder(

@@ -199,3 +199,18 @@ def test_the_deployment_check_finds_nothing_in_the_default_settings():
     command = [sys.executable, "manage.py", "check", "--deploy", "--fail-level", "WARNING"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("url", ["/v1/nothing", "/v1/embeddings", "/v1/chat/completions/x"])
+@pytest.mark.parametrize("method", ["get", "post", "put"])
+def test_an_unknown_openai_route_answers_in_its_shape(bearer, ci_bot, url, method):
+    answer = getattr(bearer(ci_bot), method)(url)
+    assert answer.status_code == (405 if method == "put" else 404)
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_every_openai_route_wants_a_name(client, db):
+    for url in ("/v1/models", "/v1/models/x", "/v1/nothing"):
+        assert client.get(url).status_code == 401, url
+    for url in ("/v1/completions", "/v1/chat/completions", "/v1/nothing"):
+        assert client.post(url).status_code == 401, url

@@ -67,7 +67,7 @@ def test_each_text_says_what_happened_and_what_to_do(code):
 
 
 def test_values_are_filled_in():
-    error = UserError("disk_full", needed_bytes=7)
+    error = UserError("disk_full", needed_bytes=7, spare_bytes=0)
     assert "7 bytes" in messages.render(error.code, error.params)
     assert not re.search(r"[{}]", messages.render(error.code, error.params))
 

@@ -42,7 +42,7 @@ def test_each_step_has_its_state_and_duration(sign_in, make_job, bob):
         state="RUNNING",
         step="compress",
         attempt=2,
-        progress={"done": 3, "total": 8, "layer": "model.layers.2"},
+        progress={"done": 3, "total": 8, "layer": "model.layers.2", "seconds": 0.5164},
     )
     JobStep.objects.create(job=job, name="ingest", attempt=1, outputs={}, seconds=75.0)
     page = sign_in(bob).get(f"/jobs/{job.pk}")
@@ -55,7 +55,7 @@ def test_each_step_has_its_state_and_duration(sign_in, make_job, bob):
     ]
     assert "1 min 15 s" in page.text
     assert "attempt 2 of 3" in page.text
-    assert "3 of 8 · layer model.layers.2" in page.text
+    assert "3 of 8 · layer model.layers.2 · 0.516 s" in page.text
     assert re.search(r'<progress[^>]+max="8"\s+value="3"', page.text)
 
 

@@ -2,11 +2,14 @@ import factories
 import pytest
 
 from hub.models import JobStep
+from hub.pages import plots
 
 pytestmark = pytest.mark.django_db
 
 TABS = ("", "/files", "/verification", "/evaluations")
 REPORT = {
+    "greedy_match": 0.9876,
+    "n_prompts": 100,
     "checks": [
         {"name": "recovery", "ok": True, "value": 0.9931, "threshold": 0.9},
         {"name": "ppl_drift", "ok": False, "value": 0.0412, "threshold": 0.02},
@@ -142,10 +145,16 @@ def test_the_bytes_of_a_delta_add_up(client, acme, backbone):
     assert sum(part.width for part in bar.slices) == pytest.approx(bar.width)
 
 
+def test_a_class_without_bytes_is_left_out():
+    bar = plots.plot_bytes({"codes": 60, "coded": 0, "header": 40})
+    assert [part.name for part in bar.slices] == ["codes", "header"]
+
+
 def test_failing_checks_come_first(client, delta):
     response = client.get("/acme/math/verification")
     assert [check.ok for check in response.context["checks"]] == [False, True]
     assert "0.0412" in response.text
+    assert "98.76\xa0%" in response.text
     assert "0.02" in response.text
 
 

@@ -61,6 +61,27 @@ def test_measured_numbers_keep_four_figures(value, text):
     assert tags.figure(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.999956, "0.99996"), (1.0004091, "1.00041"), (1.0, "1"), (1.5, "1.5")]
+)
+def test_a_number_close_to_one_shows_its_distance(value, text):
+    assert tags.figure(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "digits", "text"),
+    [
+        (0.99996, 1, "99.996 %"),
+        (0.9997, 2, "99.97 %"),
+        (0.9999999, 1, "99.99999 %"),
+        (1.0, 1, "100.0 %"),
+        (0.0, 1, "0.0 %"),
+    ],
+)
+def test_only_what_is_whole_is_called_whole(share, digits, text):
+    assert tags.percent(share, digits) == text.replace(" ", NBSP)
+
+
 def test_shares_and_bits_have_their_unit():
     assert tags.percent(0.9931) == f"99.3{NBSP}%"
     assert tags.percent("") == ""

@@ -253,8 +253,11 @@ def test_the_last_part_is_as_short_as_the_file(robot, ready):
 
 def test_a_damaged_part_leaves_nothing(robot, ready, data_dir):
     damaged = WEIGHTS[: PART - 1] + b"\xff"
-    answer = put_part(robot, ready, 1, 0, damaged, content_digest(WEIGHTS[:PART]))
+    announced = WEIGHTS[:PART]
+    answer = put_part(robot, ready, 1, 0, damaged, content_digest(announced))
     assert (answer.status_code, answer.json()["code"]) == (422, "part_digest_mismatch")
+    for part in (announced, damaged):
+        assert hashlib.sha256(part).hexdigest() in answer.json()["message"]
     left = [path.name for path in (data_dir / "uploads" / ready / "1").iterdir()]
     assert left == ["header"]
 
@@ -312,6 +315,24 @@ def test_an_aborted_upload_leaves_no_bytes(robot, ready, data_dir):
     assert robot.post(f"/api/v1/uploads/{ready}/seal").json()["code"] == "upload_closed"
 
 
+def test_a_name_of_which_nothing_is_left_is_free_for_another_kind(robot, client, backbone):
+    upload_id = open_upload(robot, visibility="public").json()["id"]
+    assert client.get("/api/v1/repos?q=math").json()["items"] != []
+    assert open_upload(robot, kind="backbone").json()["code"] == "repo_kind"
+    robot.delete(f"/api/v1/uploads/{upload_id}")
+    assert client.get("/api/v1/repos?q=math").json()["items"] == []
+    assert open_upload(robot, kind="backbone", visibility="public").status_code == 201
+    (again,) = client.get("/api/v1/repos?q=math").json()["items"]
+    assert again["kind"] == "backbone"
+
+
+def test_a_name_keeps_what_was_published_under_it(robot, acme, backbone):
+    factories.make_revision(factories.make_repo(acme, "math"), backbone=backbone)
+    robot.delete(f"/api/v1/uploads/{open_upload(robot).json()['id']}")
+    assert open_upload(robot, kind="backbone").json()["code"] == "repo_kind"
+    assert len(robot.get("/api/v1/repos?q=math").json()["items"]) == 1
+
+
 def test_one_key_gives_one_upload(robot, backbone):
     answers = [open_upload(robot, headers={"idempotency-key": "run-7"}).json() for _ in range(2)]
     assert answers[0]["id"] == answers[1]["id"]
@@ -358,6 +379,24 @@ def test_an_incomplete_set_of_files_is_refused(robot, files):
     assert open_upload(robot, files).json()["code"] == "file_set_invalid"
 
 
+def test_a_missing_shard_is_named_before_any_byte_moves(robot):
+    names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+    files = {"config.json": CONFIG, "model.safetensors.index.json": b"{}"}
+    held = {names[0]: WEIGHTS, names[2]: WEIGHTS}
+    answer = open_upload(robot, files | held)
+    assert (answer.status_code, answer.json()["code"]) == (422, "shard_missing")
+    assert answer.json()["fields"]["files"] == [names[1]]
+    assert names[1] in answer.json()["message"]
+    assert Upload.objects.count() == 0
+    assert open_upload(robot, files | held | {names[1]: WEIGHTS}).status_code == 201
+
+
+def test_a_shard_of_very_many_is_refused_in_bounded_memory(robot):
+    files = {"config.json": CONFIG, "model-00001-of-99999.safetensors": WEIGHTS}
+    missing = open_upload(robot, files).json()["fields"]["files"]
+    assert len(missing) < 1000
+
+
 def test_the_limits_of_size_quota_and_number_hold(robot, settings, backbone):
     settings.UPLOAD_MAX_BYTES = 100
     assert open_upload(robot).json()["code"] == "upload_too_large"
@@ -373,6 +412,7 @@ def test_a_full_disk_is_told_before_and_during_the_upload(robot, ready, settings
     settings.FREE_SPACE_FLOOR_BYTES = 2**62
     for answer in (open_upload(robot), put_part(robot, ready, 0, 0, CONFIG)):
         assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+    assert f"{len(CONFIG)} bytes are needed; 0 can be spared" in answer.json()["message"]
     settings.FREE_SPACE_FLOOR_BYTES = 0
 
     def fail(_descriptor):

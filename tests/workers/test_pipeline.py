@@ -113,6 +113,11 @@ def test_a_job_survives_a_lost_queue_a_killed_child_and_a_killed_worker(env, tmp
     assert {path: files[path] for path in made} == made
     assert job.revision.repo.revisions.filter(state="PUBLISHED").count() == 1
     assert job.steps.get(name="compress").attempt == 3
+    told = redis.Redis.from_url(env["REDIS_URL"]).xrange(f"job:{job.pk}:events")
+    progress = [json.loads(fields[b"data"]) for _, fields in told if fields[b"type"] == b"progress"]
+    resumed = [data for data in progress if data.get("from") == "an earlier attempt"]
+    assert resumed
+    assert all("seconds" not in data for data in resumed)
 
 
 def test_each_queue_gets_its_own_messages_only(env):

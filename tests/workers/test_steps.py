@@ -1,6 +1,7 @@
 """Steps run by the supervisor in this process, their children for real."""
 
 import json
+import re
 import time
 
 import plant
@@ -57,6 +58,10 @@ def test_a_missing_shard_fails_the_upload(tmp_path, alice, acme):
     folder = tiny.save(tiny.make_model(), tmp_path / "base", max_shard_size="100KB")
     shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 2
+    # Named like this, only the index tells that one is missing.
+    index = folder / "model.safetensors.index.json"
+    index.write_text(re.sub(r"model-(\d{5})-of-\d{5}", r"piece-\1", index.read_text()))
+    shards = [shard.rename(folder / f"piece-{shard.name[6:11]}.safetensors") for shard in shards]
     shards[1].unlink()
     job = run_all(plant.upload(alice, folder, "acme/base", kind="backbone"))
     assert (job.state, job.error_code) == ("FAILED", "shard_missing")

@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from workers.env import envint
+
+# The hub keeps its data here too when nobody says where.
+SOURCE_DIR = Path(__file__).resolve().parents[2]
 _MIN_SECRET_CHARS = 16
 
 
@@ -29,19 +33,20 @@ class EngineConfig:
 
 
 def read_config(env: Mapping[str, str] = os.environ) -> EngineConfig:
-    data_dir = Path(env.get("DELTACOME_DATA_DIR", "data"))
+    data_dir = Path(env.get("DELTACOME_DATA_DIR") or SOURCE_DIR / "var")
     device = env.get("ENGINE_DEVICE") or _default_device()
-    memory = env.get("ENGINE_MEMORY_BYTES")
     return EngineConfig(
         cache_dir=Path(env.get("ENGINE_CACHE_DIR") or data_dir / "engine").resolve(),
         secret=env.get("ENGINE_SECRET", ""),
         host=env.get("ENGINE_HOST", "127.0.0.1"),
-        port=int(env.get("ENGINE_PORT", "8100")),
+        port=envint("ENGINE_PORT", 8100, env=env),
         device=device,
-        memory_bytes=int(memory) if memory else _default_memory_bytes(device),
-        max_sequences=int(env.get("ENGINE_MAX_SEQUENCES", "32")),
-        max_output_tokens=int(env.get("ENGINE_MAX_OUTPUT_TOKENS", "4096")),
-        prefill_chunk_tokens=int(env.get("ENGINE_PREFILL_CHUNK_TOKENS", "256")),
+        memory_bytes=envint("ENGINE_MEMORY_BYTES", 0, env=env)
+        if env.get("ENGINE_MEMORY_BYTES")
+        else _default_memory_bytes(device),
+        max_sequences=envint("ENGINE_MAX_SEQUENCES", 32, env=env),
+        max_output_tokens=envint("ENGINE_MAX_OUTPUT_TOKENS", 4096, env=env),
+        prefill_chunk_tokens=envint("ENGINE_PREFILL_CHUNK_TOKENS", 256, env=env),
     )
 
 

@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 from django.core.management.base import BaseCommand
 
 from deltacome_core.client import HubClient
-from deltacome_core.errors import DeltaError, InternalError
+from deltacome_core.errors import DeltaError
 from hub.demo import seed
 from hub.demo.main_job import PART_BYTES, run_main_job
 from hub.demo.smollm import prepare_checkpoint
@@ -20,6 +21,8 @@ from hub.demo.stack import ROOT, Stack
 
 DEFAULT_PORT = 8000
 WATCH_S = 0.5
+# The examples have 8 MB: with parts of 16 MiB an upload that breaks off would have kept nothing.
+UPLOAD_PART_BYTES = 2**20
 CARD = """
   DeltaCoMe Hub    {url}
   user             {username}
@@ -73,12 +76,12 @@ def _say(text: str) -> None:
 
 def _serve(data_dir: Path, port: int, *, with_smollm: bool) -> None:
     _say("starting Redis, web, workers, sweeper and engine")
-    with Stack(data_dir=data_dir, port=port) as stack:
+    extra_env = {"UPLOAD_PART_BYTES": str(UPLOAD_PART_BYTES)}
+    with Stack(data_dir=data_dir, port=port, extra_env=extra_env) as stack:
         account = seed.open_account(stack)
         with HubClient(stack.url, account.token) as client:
-            seed.publish(
-                client, seed.EXAMPLES / "backbone", seed.BACKBONE, kind="backbone", say=_say
-            )
+            publish = partial(seed.publish, client, say=_say, watch=partial(stack.revive, say=_say))
+            publish(seed.EXAMPLES / "backbone", seed.BACKBONE, kind="backbone")
             print(
                 CARD.format(
                     url=stack.url,
@@ -90,11 +93,11 @@ def _serve(data_dir: Path, port: int, *, with_smollm: bool) -> None:
                 ),
                 flush=True,
             )
-            seed.publish(client, seed.EXAMPLES / "dates", seed.DATES, kind="delta", say=_say)
+            publish(seed.EXAMPLES / "dates", seed.DATES, kind="delta")
             if with_smollm:
                 _say("installing and converting SmolLM2-135M-Instruct (once)")
                 folder = prepare_checkpoint(stack.data_dir)
-                seed.publish(client, folder, seed.SMOLLM, kind="backbone", say=_say)
+                publish(folder, seed.SMOLLM, kind="backbone")
         _say("everything is published; Ctrl-C ends the hub")
         _watch(stack)
 
@@ -102,9 +105,7 @@ def _serve(data_dir: Path, port: int, *, with_smollm: bool) -> None:
 def _watch(stack: Stack) -> NoReturn:
     while True:
         time.sleep(WATCH_S)
-        dead = stack.find_dead()
-        if dead:
-            raise InternalError(f"{', '.join(dead)} ended\n{stack.read_logs(dead)}")
+        stack.revive(say=_say)
 
 
 def _check_main_job() -> None:

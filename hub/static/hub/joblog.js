@@ -35,7 +35,7 @@ function append(eventId, text, kind) {
 function describe({ done, total, step, ...detail }) {
   const rest = Object.entries(detail).map(([name, value]) => {
     const shown = typeof value === "number" ? Number(value.toPrecision(3)) : value;
-    return `${name.replaceAll("_", " ")} ${shown}`;
+    return name === "seconds" ? `${shown} s` : `${name.replaceAll("_", " ")} ${shown}`;
   });
   return [`${done} of ${total}`, ...rest].join(" · ");
 }
@@ -97,7 +97,7 @@ function showMove(id, data) {
 
 listen("log", (id, data) => append(id, data.text, "log"));
 listen("progress", (id, data) => {
-  if (data.layer || data.done === data.total) append(id, `${data.step} ${describe(data)}`, "log");
+  if (data.layer || data.subject || data.done === data.total) append(id, `${data.step} ${describe(data)}`, "log");
   if (isLive) showProgress(data);
 });
 for (const type of ["stage", "done"]) {

@@ -74,17 +74,29 @@ function item(cells, className = "") {
   return row;
 }
 
+function describeChoice(weights, ignored) {
+  if (weights) {
+    const bytes = chosen.reduce((sum, entry) => sum + entry.file.size, 0);
+    return `${countFiles(chosen.length)}, ${formatSize(bytes)}, ${weights} of them safetensors.`;
+  }
+  const pickled = ignored.find(({ path }) => PICKLED.test(path));
+  const remedy = pickled ? `${pickled.path} ${pickled.reason}` : "choose the folder that save_pretrained wrote";
+  return `No safetensors file was found among ${countFiles(chosen.length + ignored.length)}: ${remedy}.`;
+}
+
+function countFiles(count) {
+  return count === 1 ? "1 file" : `${count} files`;
+}
+
 function take(files) {
   const judged = files.map((entry) => ({ ...entry, reason: whyIgnored(entry) }));
   const ignored = judged.filter((entry) => entry.reason);
   chosen = judged.filter((entry) => !entry.reason).sort((a, b) => a.path.localeCompare(b.path));
-  const bytes = chosen.reduce((sum, entry) => sum + entry.file.size, 0);
   const weights = chosen.filter((entry) => entry.path.endsWith(".safetensors")).length;
-  byId("picked").textContent = chosen.length
-    ? `${chosen.length} files, ${formatSize(bytes)}, ${weights} of them safetensors.`
-    : "No file of this folder belongs to a checkpoint.";
+  byId("picked").textContent = describeChoice(weights, ignored);
+  byId("picked").classList.toggle("bad-text", !weights);
   byId("ignored").hidden = !ignored.length;
-  byId("ignored-title").textContent = `${ignored.length} files stay here`;
+  byId("ignored-title").textContent = `${countFiles(ignored.length)} ${ignored.length === 1 ? "stays" : "stay"} here`;
   byId("ignored-rows").replaceChildren(
     ...ignored.map(({ path, reason }) => item([["path", path], ["note", reason]])),
   );
@@ -288,6 +300,19 @@ async function begin() {
   location.assign(`/jobs/${job.id}`);
 }
 
+// What the hub refused before any part was sent is of no use: it goes, so that the next press of
+// the button asks again with what the person has corrected. One that was resumed stays.
+async function discardRefused(error) {
+  if (form.dataset.upload || !uploadUrl || !(error.status >= 400 && error.status < 500)) return;
+  const url = uploadUrl;
+  uploadUrl = null;
+  byId("cancel").hidden = true;
+  byId("file-rows").replaceChildren();
+  history.replaceState(null, "", "/new");
+  memory.forget(url.split("/").pop());
+  await sendJson("DELETE", url).catch(() => {});
+}
+
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
   hideProblem();
@@ -298,6 +323,7 @@ form.addEventListener("submit", async (event) => {
     await begin();
   } catch (error) {
     isSending = false;
+    if (!transfer) await discardRefused(error);
     byId("start").disabled = false;
     say("Stopped.");
     showProblem(error);
