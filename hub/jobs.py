@@ -87,6 +87,10 @@ def ring(job_id: UUID, step: str) -> bool:
     return True
 
 
+# What an earlier attempt met is over once the step has succeeded.
+NO_ERROR: dict[str, Any] = {"error_code": "", "error_params": {}, "error_text": ""}
+
+
 def claim(job_id: UUID | str, *, step: str, owner: str) -> Lease | None:
     """Take the job's current step, or return None when there is nothing to take."""
     job = Job.objects.filter(pk=job_id, step=step).unfinished().first()
@@ -153,9 +157,9 @@ def complete_step(lease: Lease, *, outputs: Mapping[str, Any], seconds: float) -
         )
         following = next_step(job)
         if following is None:
-            job.move(State.DONE, lease_expires_at=None)
+            job.move(State.DONE, lease_expires_at=None, **NO_ERROR)
         else:
-            _requeue(job, step=following, attempt=0)
+            _requeue(job, step=following, attempt=0, **NO_ERROR)
             enqueue(job)
     announce(job)
     return job
@@ -225,7 +229,7 @@ def retry(job: Job) -> None:
     if job.state not in {State.FAILED, State.CANCELLED}:
         raise UserError("job_not_retryable", state=job.state)
     with transaction.atomic():
-        _requeue(job, attempt=0, finished_at=None, error_code="", error_params={}, error_text="")
+        _requeue(job, attempt=0, finished_at=None, **NO_ERROR)
         enqueue(job)
     announce(job)
 

@@ -38,7 +38,7 @@ HUB_MESSAGES: dict[str, Message] = {
     ),
     "disk_full": Message(
         title="The hub's disk is full",
-        what="{needed_bytes} bytes are needed; {spare_bytes} can be spared.",
+        what="Needed: {needed_bytes} bytes; to spare: {spare_bytes}.",
         do="Ask the operator for room, then continue: what was sent is kept.",
     ),
     "file_name_unsafe": Message(

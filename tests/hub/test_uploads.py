@@ -412,7 +412,7 @@ def test_a_full_disk_is_told_before_and_during_the_upload(robot, ready, settings
     settings.FREE_SPACE_FLOOR_BYTES = 2**62
     for answer in (open_upload(robot), put_part(robot, ready, 0, 0, CONFIG)):
         assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
-    assert f"{len(CONFIG)} bytes are needed; 0 can be spared" in answer.json()["message"]
+    assert f"Needed: {len(CONFIG)} bytes; to spare: 0." in answer.json()["message"]
     settings.FREE_SPACE_FLOOR_BYTES = 0
 
     def fail(_descriptor):
