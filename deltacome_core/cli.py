@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from deltacome_core.errors import UserError
-from deltacome_core.recipe import PRESETS
+from deltacome_core.recipe import DEFAULT_RECIPE, PRESETS
 
 if TYPE_CHECKING:
     from deltacome_core.compress import LayerDone
@@ -62,7 +62,7 @@ def compress(
     base: Base,
     tuned: Tuned,
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    recipe: RecipeName = "come",
+    recipe: RecipeName = DEFAULT_RECIPE,
     bits_per_param: Annotated[
         float, typer.Option(help="Budget of the low-rank matrices, all overhead counted.")
     ] = 1.0,
@@ -242,7 +242,7 @@ def push(  # noqa: PLR0913 - one parameter for each option
     backbone: Annotated[
         str | None, typer.Option(help="namespace/name of the backbone; found by default.")
     ] = None,
-    recipe: RecipeName = "come",
+    recipe: RecipeName = DEFAULT_RECIPE,
     bits_per_param: Annotated[float, typer.Option(help="Budget of the matrices.")] = 1.0,
     visibility: Annotated[str, typer.Option(help="public or private.")] = "private",
     wait: Annotated[bool, typer.Option(help="Wait for the end of the job.")] = True,

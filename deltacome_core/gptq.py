@@ -63,6 +63,19 @@ def prepare_feedback(hessian: torch.Tensor, *, group_size: int, damping: float) 
 
 
 def upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Factor the inverse of a damped Hessian.
+
+    Args:
+        hessian: float [cols, cols], symmetric; not changed.
+        damping: added to the diagonal, as a share of its mean; raised tenfold until it suffices.
+
+    Returns:
+        float32 [cols, cols], the upper Cholesky factor of the inverse.
+
+    Raises:
+        InternalError: no damping made the Hessian positive definite.
+    """
+    hessian = hessian.double().clone()
     diagonal = hessian.diagonal()
     # A column that was never active keeps a unit diagonal: it is rounded alone and spreads nothing.
     diagonal[diagonal <= 0] = 1.0

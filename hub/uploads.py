@@ -13,7 +13,7 @@ from django.db.models.functions import Now
 
 from deltacome_core.checkpoint import Layout
 from deltacome_core.errors import UserError
-from deltacome_core.recipe import get_recipe
+from deltacome_core.recipe import DEFAULT_RECIPE, get_recipe
 from deltacome_core.safetensors_file import parse_header
 from hub import access, backbones, catalog, jobs, parts, storage, upload_files
 from hub.jobs import from_now
@@ -35,7 +35,7 @@ class UploadSpec:
     kind: str
     files: tuple[FileSpec, ...]
     backbone: str | None = None
-    recipe: str = "come"
+    recipe: str = DEFAULT_RECIPE
     bits_per_param: float = 1.0
     visibility: str = Repo.Visibility.PRIVATE
     description: str = ""

@@ -5,6 +5,7 @@ from typing import Any
 from drf_spectacular.utils import extend_schema_field
 from rest_framework import serializers
 
+from deltacome_core.recipe import DEFAULT_RECIPE
 from hub import jobs, messages
 from hub.models import ApiToken, Job, Repo, Revision, Upload
 from hub.recipes import list_recipes
@@ -37,7 +38,7 @@ class UploadSpecSerializer(serializers.Serializer[Any]):
     backbone = serializers.CharField(max_length=300, allow_null=True, default=None)
     recipe = serializers.CharField(
         max_length=40,
-        default="come",
+        default=DEFAULT_RECIPE,
         help_text="; ".join(f"`{name}`: {label}" for name, label in list_recipes().items()),
     )
     bits_per_param = serializers.FloatField(min_value=0.01, max_value=16.0, default=1.0)

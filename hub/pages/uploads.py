@@ -7,7 +7,7 @@ from django.http.response import HttpResponseBase
 from django.views.decorators.http import require_safe
 
 from deltacome_core.errors import UserError
-from deltacome_core.recipe import get_recipe
+from deltacome_core.recipe import DEFAULT_RECIPE, get_recipe
 from hub import access, backbones, catalog, uploads
 from hub.access import page_access, signed_in
 from hub.models import Job, Repo, Upload
@@ -72,7 +72,7 @@ def _estimate(request: HttpRequest, form: QueryDict) -> Estimate | None:
         bits_per_param = float(form.get("bits_per_param", "1"))
     except ValueError:
         raise UserError("recipe_invalid", reason="bits per parameter is not a number") from None
-    recipe = get_recipe(form.get("recipe", "come"), matrix_bits=bits_per_param)
+    recipe = get_recipe(form.get("recipe", DEFAULT_RECIPE), matrix_bits=bits_per_param)
     revision = catalog.find_revision(request.user, name)
     if revision.repo.kind != Repo.Kind.BACKBONE:
         raise UserError("backbone_kind", repo=str(revision.repo))

@@ -111,7 +111,7 @@ def test_an_impossible_choice_is_explained_at_once(sign_in, acme, bob, query, wo
     assert words in page.text
 
 
-@pytest.mark.parametrize("name", ["datafree", "bitdelta", "bitdelta-row"])
+@pytest.mark.parametrize("name", ["come", "datafree", "lowrank", "bitdelta", "bitdelta-row"])
 def test_the_estimate_is_what_compression_makes(tmp_path, name):
     recipe = get_recipe(name)
     tuned = open_checkpoint(EXAMPLES / "dates")
@@ -121,7 +121,10 @@ def test_the_estimate_is_what_compression_makes(tmp_path, name):
     estimate = estimate_delta(tuned.layout, recipe)
     matrices = [entry.size_bytes for entry in entries if isinstance(entry, MatrixEntry)]
     rows = [entry.payload.size_bytes for entry in entries if isinstance(entry, RowsEntry)]
-    assert (estimate.n_matrices, estimate.matrix_bytes) == (len(matrices), sum(matrices))
+    assert estimate.n_matrices == len(matrices)
+    # Where bands follow the spectrum the budget is all that is known before.
+    spent = 0.97 if recipe.bands == "spectrum" else 1.0
+    assert spent * estimate.matrix_bytes <= sum(matrices) <= estimate.matrix_bytes
     assert estimate.rows_bytes >= sum(rows) > 0.9 * estimate.rows_bytes
     assert any(isinstance(entry, ExactEntry) for entry in entries)
     assert estimate.exact_bytes == made.sizes.exact
