@@ -1,0 +1,229 @@
+"""Resident deltas: slabs of one size on the device, their table, and what each site may ask."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from deltacome_core.errors import UserError
+from kernels.directory import ENTRY_INTS
+from kernels.fragments import UNIT_BYTES
+from kernels.image import JOB_FIELDS, Image, Site, SiteNeeds
+
+# Rows a program may take: 16 for each of 1, 2 or 4 blocks of a warp and 1 to 8 warps.
+PROGRAM_ROWS: Final = (16, 32, 64, 128, 256, 512)
+# Programs that share one job of the repacking; enough for the largest to fill a device.
+_REPACK_PROGRAMS: Final = 64
+_REPACK_BLOCK: Final = 256
+_N_STAGED: Final = 2
+# Copies between a page-locked buffer and the device start at multiples of this.
+SLAB_ALIGNMENT_BYTES: Final = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaSpec:
+    """What an arena is built for: kernels are compiled, and graphs captured, for just this."""
+
+    sites: tuple[Site, ...]
+    slab_bytes: int
+    widths: frozenset[int]
+    has_groups: bool
+    has_direct: bool
+    needs: tuple[tuple[SiteNeeds, ...], ...]
+
+    @classmethod
+    def covering(cls, sites: Sequence[Site], images: Iterable[Image]) -> "ArenaSpec":
+        """The least spec that takes each of the images.
+
+        Args:
+            sites: of the backbone, the same the images were built for.
+            images: examples of what is to be resident, one a recipe.
+
+        Returns:
+            The spec.
+        """
+        images = list(images)
+        slab_bytes = max(image.slab_bytes for image in images)
+        return cls(
+            sites=tuple(sites),
+            slab_bytes=-(-slab_bytes // SLAB_ALIGNMENT_BYTES) * SLAB_ALIGNMENT_BYTES,
+            widths=frozenset().union(*(image.widths for image in images)),
+            has_groups=any(image.has_groups for image in images),
+            has_direct=any(image.has_direct for image in images),
+            needs=tuple(zip(*(image.needs for image in images), strict=True)),
+        )
+
+    def shrink_blocks(self, site: int, rows: int) -> int:
+        """Programs a shrink at the site needs for any delta, at `rows` rows a program."""
+        return max(needs.blocks(rows) for needs in self.needs[site])
+
+    def hidden_steps(self, site: int) -> int:
+        """Steps of hidden values any delta has at the site."""
+        return max(needs.hidden_steps for needs in self.needs[site])
+
+    def check(self, image: Image) -> None:
+        """Refuse an image the kernels were not compiled for.
+
+        Args:
+            image: the image.
+
+        Raises:
+            UserError: arena_recipe_unknown, arena_slab_unaligned.
+        """
+        reasons = [f"codes of {bits} bits" for bits in sorted(image.widths - self.widths)]
+        reasons += ["scales for tiles"] * (image.has_groups and not self.has_groups)
+        reasons += ["direct matrices"] * (image.has_direct and not self.has_direct)
+        if image.slab_bytes > self.slab_bytes:
+            reasons.append(f"{image.slab_bytes} bytes for slabs of {self.slab_bytes}")
+        for number, needs in enumerate(image.needs):
+            fits = needs.hidden_steps <= self.hidden_steps(number) and all(
+                needs.blocks(rows) <= self.shrink_blocks(number, rows) for rows in PROGRAM_ROWS
+            )
+            if not fits:
+                reasons.append(f"more rank bands or ranks at {self.sites[number].name}")
+                break
+        if reasons:
+            raise UserError("arena_recipe_unknown", name="the delta", reason=", ".join(reasons))
+
+
+class DeltaArena:
+    """Slabs of one size; slot numbers name them, -1 is the backbone.
+
+    The table and the directory stay where they are, and so does every slab: a graph that was
+    captured once serves whatever is loaded later.
+    """
+
+    def __init__(
+        self,
+        spec: ArenaSpec,
+        *,
+        n_slots: int,
+        device: torch.device | str,
+        slabs: torch.Tensor | None = None,
+    ) -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        if slabs is None:
+            # Slabs of their own: one allocation of 64 GB need not be there in one piece.
+            rows = [self._empty(spec.slab_bytes) for _ in range(n_slots)]
+        else:
+            rows = list(slabs)
+        self._slabs = rows
+        for number, slab in enumerate(rows):
+            if slab.data_ptr() % UNIT_BYTES or len(slab) < spec.slab_bytes:
+                raise UserError("arena_slab_unaligned", slot=number, boundary=UNIT_BYTES)
+        addresses = torch.tensor([slab.data_ptr() for slab in rows], dtype=torch.int64)
+        self.table = addresses.to(self.device)
+        self.directory = torch.zeros(
+            (n_slots, len(spec.sites), ENTRY_INTS), dtype=torch.int32, device=self.device
+        )
+        self.images: list[Image | None] = [None] * n_slots
+        self._staged: list[torch.Tensor] = []
+        self._jobs: dict[int, list[torch.Tensor]] = {}
+        self._copies: Any = None
+
+    def _empty(self, size: int) -> torch.Tensor:
+        # The allocator of a CPU aligns to 64 bytes only.
+        room = torch.empty(size + UNIT_BYTES, dtype=torch.uint8, device=self.device)
+        first = -room.data_ptr() % UNIT_BYTES
+        return room[first : first + size]
+
+    @property
+    def n_slots(self) -> int:
+        return len(self.images)
+
+    @property
+    def resident_slots(self) -> list[int]:
+        return [slot for slot, image in enumerate(self.images) if image is not None]
+
+    def check_slots(self, slots: Iterable[int]) -> None:
+        """Refuse a slot that holds no delta.
+
+        Args:
+            slots: of the tokens, -1 for the backbone.
+
+        Raises:
+            UserError: arena_slot_unknown.
+        """
+        for slot in set(slots):
+            if slot != -1 and not (0 <= slot < self.n_slots and self.images[slot] is not None):
+                raise UserError("arena_slot_unknown", slot=slot, n_slots=self.n_slots)
+
+    def load(self, image: Image) -> int:
+        """Make a delta resident: copy its bytes once, put them in operand order on the device.
+
+        Work is queued on the current stream of a CUDA device and not waited for.
+
+        Args:
+            image: of `build_image`, from page-locked memory to be fast.
+
+        Returns:
+            Its slot.
+
+        Raises:
+            UserError: arena_full, arena_recipe_unknown.
+        """
+        self.spec.check(image)
+        if None not in self.images:
+            raise UserError("arena_full", n_slots=self.n_slots)
+        slot = self.images.index(None)
+        from kernels.triton_ops.launch_batch import launch_repack
+
+        on_cuda = self.device.type == "cuda"
+        self._stage(image)
+        main = torch.cuda.current_stream(self.device) if on_cuda else None
+        if main is not None and self._copies is None:
+            self._copies = torch.cuda.Stream(self.device)
+        read: list[Any] = [None] * _N_STAGED
+        all_jobs = self._jobs_of(image)
+        first_job = 0
+        if main is not None:
+            self._copies.wait_stream(main)
+        for number, chunk in enumerate(image.chunks):
+            staged = self._staged[number % _N_STAGED]
+            source = image.source[chunk.start : chunk.start + chunk.size]
+            if main is None:
+                staged[: chunk.size].copy_(source)
+            else:
+                if read[number % _N_STAGED] is not None:
+                    self._copies.wait_event(read[number % _N_STAGED])
+                with torch.cuda.stream(self._copies):
+                    staged[: chunk.size].copy_(source, non_blocking=True)
+                main.wait_stream(self._copies)
+            jobs = all_jobs[first_job : first_job + len(chunk.jobs)]
+            first_job += len(chunk.jobs)
+            launch_repack(jobs, staged, self._slabs[slot], _REPACK_PROGRAMS, _REPACK_BLOCK)
+            if main is not None:
+                read[number % _N_STAGED] = main.record_event()
+        entry = torch.from_numpy(image.directory)
+        self.directory[slot].copy_(entry.pin_memory() if on_cuda else entry, non_blocking=True)
+        self.images[slot] = image
+        return slot
+
+    def _stage(self, image: Image) -> None:
+        size = max((chunk.size for chunk in image.chunks), default=0)
+        if not self._staged or len(self._staged[0]) < size:
+            self._staged = [self._empty(size) for _ in range(_N_STAGED)]
+
+    def _jobs_of(self, image: Image) -> torch.Tensor:
+        rows = [chunk.jobs for chunk in image.chunks]
+        jobs = np.concatenate(rows) if rows else np.zeros((0, JOB_FIELDS), dtype=np.int64)
+        return torch.from_numpy(jobs).to(self.device, non_blocking=True)
+
+    def evict(self, slot: int) -> None:
+        """Free a slot; its slab keeps its place and waits for the next delta.
+
+        Args:
+            slot: of `load`.
+
+        Raises:
+            UserError: arena_slot_unknown.
+        """
+        self.check_slots([slot])
+        if slot == -1:
+            raise UserError("arena_slot_unknown", slot=slot, n_slots=self.n_slots)
+        self.images[slot] = None
+        # A step that still names the slot finds no bands there and leaves the backbone's result.
+        self.directory[slot].zero_()
