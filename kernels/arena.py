@@ -28,9 +28,6 @@ class ArenaSpec:
 
     sites: tuple[Site, ...]
     slab_bytes: int
-    widths: frozenset[int]
-    has_groups: bool
-    has_direct: bool
     needs: tuple[tuple[SiteNeeds, ...], ...]
 
     @classmethod
@@ -49,9 +46,6 @@ class ArenaSpec:
         return cls(
             sites=tuple(sites),
             slab_bytes=-(-slab_bytes // SLAB_ALIGNMENT_BYTES) * SLAB_ALIGNMENT_BYTES,
-            widths=frozenset().union(*(image.widths for image in images)),
-            has_groups=any(image.has_groups for image in images),
-            has_direct=any(image.has_direct for image in images),
             needs=tuple(zip(*(image.needs for image in images), strict=True)),
         )
 
@@ -63,6 +57,36 @@ class ArenaSpec:
         """Steps of hidden values any delta has at the site."""
         return max(needs.hidden_steps for needs in self.needs[site])
 
+    def widths(self, site: int) -> frozenset[int]:
+        """Bits of the codes any delta has at the site."""
+        return frozenset().union(*(needs.widths for needs in self.needs[site]))
+
+    def has_groups(self, site: int) -> bool:
+        """Whether any delta has scales for tiles at the site."""
+        return any(needs.has_groups for needs in self.needs[site])
+
+    def has_direct(self, site: int) -> bool:
+        """Whether any delta has a direct matrix at the site."""
+        return any(needs.has_direct for needs in self.needs[site])
+
+    @property
+    def all_widths(self) -> frozenset[int]:
+        """Bits of the codes any delta has anywhere."""
+        return frozenset().union(*(self.widths(site) for site in range(len(self.sites))))
+
+    def _reason_against(self, site: int, needs: SiteNeeds) -> str | None:
+        unknown = sorted(needs.widths - self.widths(site))
+        if unknown:
+            return f"codes of {unknown[0]} bits"
+        if needs.has_groups and not self.has_groups(site):
+            return "scales for tiles"
+        if needs.has_direct and not self.has_direct(site):
+            return "direct matrices"
+        fits = needs.hidden_steps <= self.hidden_steps(site) and all(
+            needs.blocks(rows) <= self.shrink_blocks(site, rows) for rows in PROGRAM_ROWS
+        )
+        return None if fits else "more rank bands or ranks"
+
     def check(self, image: Image) -> None:
         """Refuse an image the kernels were not compiled for.
 
@@ -72,17 +96,13 @@ class ArenaSpec:
         Raises:
             UserError: arena_recipe_unknown, arena_slab_unaligned.
         """
-        reasons = [f"codes of {bits} bits" for bits in sorted(image.widths - self.widths)]
-        reasons += ["scales for tiles"] * (image.has_groups and not self.has_groups)
-        reasons += ["direct matrices"] * (image.has_direct and not self.has_direct)
+        reasons = []
         if image.slab_bytes > self.slab_bytes:
             reasons.append(f"{image.slab_bytes} bytes for slabs of {self.slab_bytes}")
         for number, needs in enumerate(image.needs):
-            fits = needs.hidden_steps <= self.hidden_steps(number) and all(
-                needs.blocks(rows) <= self.shrink_blocks(number, rows) for rows in PROGRAM_ROWS
-            )
-            if not fits:
-                reasons.append(f"more rank bands or ranks at {self.sites[number].name}")
+            reason = self._reason_against(number, needs)
+            if reason is not None:
+                reasons.append(f"{reason} at {self.sites[number].name}")
                 break
         if reasons:
             raise UserError("arena_recipe_unknown", name="the delta", reason=", ".join(reasons))
@@ -101,7 +121,8 @@ class DeltaArena:
         *,
         n_slots: int,
         device: torch.device | str,
-        slabs: torch.Tensor | None = None,
+        slabs: Sequence[torch.Tensor] | None = None,
+        operand_order: bool | None = None,
     ) -> None:
         self.spec = spec
         self.device = torch.device(device)
@@ -121,8 +142,10 @@ class DeltaArena:
         )
         self.images: list[Image | None] = [None] * n_slots
         self._staged: list[torch.Tensor] = []
-        self._jobs: dict[int, list[torch.Tensor]] = {}
         self._copies: Any = None
+        # Without kernels nothing reads a slab: `kernels.reference` reads the images.
+        is_cuda = self.device.type == "cuda"
+        self.operand_order = is_cuda if operand_order is None else operand_order
 
     def _empty(self, size: int) -> torch.Tensor:
         # The allocator of a CPU aligns to 64 bytes only.
@@ -169,6 +192,12 @@ class DeltaArena:
         if None not in self.images:
             raise UserError("arena_full", n_slots=self.n_slots)
         slot = self.images.index(None)
+        self.images[slot] = image
+        if self.operand_order:
+            self._fill(slot, image)
+        return slot
+
+    def _fill(self, slot: int, image: Image) -> None:
         from kernels.triton_ops.launch_batch import launch_repack
 
         on_cuda = self.device.type == "cuda"
@@ -194,13 +223,18 @@ class DeltaArena:
                 main.wait_stream(self._copies)
             jobs = all_jobs[first_job : first_job + len(chunk.jobs)]
             first_job += len(chunk.jobs)
-            launch_repack(jobs, staged, self._slabs[slot], _REPACK_PROGRAMS, _REPACK_BLOCK)
+            launch_repack(
+                jobs,
+                staged,
+                self._slabs[slot],
+                widths=self.spec.all_widths,
+                programs=_REPACK_PROGRAMS,
+                block=_REPACK_BLOCK,
+            )
             if main is not None:
                 read[number % _N_STAGED] = main.record_event()
         entry = torch.from_numpy(image.directory)
         self.directory[slot].copy_(entry.pin_memory() if on_cuda else entry, non_blocking=True)
-        self.images[slot] = image
-        return slot
 
     def _stage(self, image: Image) -> None:
         size = max((chunk.size for chunk in image.chunks), default=0)

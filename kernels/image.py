@@ -68,6 +68,9 @@ class SiteNeeds:
 
     shrink_rows: tuple[int, ...]
     hidden_steps: int
+    widths: frozenset[int]
+    has_groups: bool
+    has_direct: bool
 
     def blocks(self, rows: int) -> int:
         """Programs of a shrink whose programs take `rows` rows each."""
@@ -82,10 +85,8 @@ class Image:
     chunks: tuple[Chunk, ...]
     directory: npt.NDArray[np.int32]
     slab_bytes: int
-    widths: frozenset[int]
-    has_groups: bool
-    has_direct: bool
     needs: tuple[SiteNeeds, ...]
+    matrices: Mapping[str, PackedLinear]
 
 
 def _refuse(name: str, reason: str) -> UserError:
@@ -286,6 +287,7 @@ def _add_site(
     shrink: list[Record] = []
     parts: list[Part | None] = []
     step = first_row = 0
+    builder.widths, builder.has_groups, builder.has_direct = set(), False, False
     for number, (name, out) in enumerate(zip(site.parts, site.out_features, strict=True)):
         matrix = matrices.get(name)
         if matrix is None:
@@ -319,7 +321,14 @@ def _add_site(
     if len(shrink) > MAX_RECORDS:
         raise _refuse(site.name, f"{len(shrink)} rank bands at one site")
     rows = tuple(-(-record.rows // STEP_COLUMNS) * STEP_COLUMNS for record in shrink)
-    return encode_site(shrink, parts), SiteNeeds(shrink_rows=rows, hidden_steps=step)
+    needs = SiteNeeds(
+        shrink_rows=rows,
+        hidden_steps=step,
+        widths=frozenset(builder.widths),
+        has_groups=builder.has_groups,
+        has_direct=builder.has_direct,
+    )
+    return encode_site(shrink, parts), needs
 
 
 def _cut(builder: _Builder, ends: list[tuple[int, int]]) -> Iterator[Chunk]:
@@ -371,17 +380,15 @@ def build_image(
         ends.append((builder.source_bytes, len(builder.jobs)))
     source = torch.zeros(max(builder.source_bytes, 1), dtype=torch.uint8, pin_memory=pin)
     for start, array in builder.pieces:
-        data = array.contiguous().view(torch.uint8).flatten()
+        data = array.contiguous().flatten().view(torch.uint8)
         source[start : start + len(data)] = data
     return Image(
         source=source,
         chunks=tuple(_cut(builder, ends)),
         directory=np.stack(entries),
         slab_bytes=builder.slab_bytes,
-        widths=frozenset(builder.widths),
-        has_groups=builder.has_groups,
-        has_direct=builder.has_direct,
         needs=tuple(needs),
+        matrices=matrices,
     )
 
 

@@ -47,7 +47,7 @@ def round_to_int(value) -> tl.tensor:
     return (value + tl.where(value < 0, -0.5, 0.5)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_cols", "n_steps", "x_stride"])
 def prepare_kernel(
     x_ptr,
     x_stride,
@@ -80,36 +80,26 @@ def prepare_kernel(
 
 
 @triton.jit
-def locate_lanes(count, WK: tl.constexpr, WR: tl.constexpr, NT: tl.constexpr, P: tl.constexpr):
-    """What each thread of a program is for.
-
-    Args:
-        count: Tokens of the group.
-        WK: Warps that share the steps.
-        WR: Warps with row blocks of their own.
-        NT: Units of two tokens.
-        P: Planes of a token.
-
-    Returns:
-        lane, share of the steps, row warp, int32 [threads]; NT masks of `multiply_band`; two fp32
-        [threads], what a unit of this lane's planes is worth.
-    """
-    thread = tl.arange(0, 32 * WK * WR)
-    lane = thread % 32
-    warp = thread // 32
-    plane = lane // 4 % 4
+def mask_columns(lane, count, NT: tl.constexpr, P: tl.constexpr):
+    """NT masks [threads] of `multiply_band`: planes of tokens that exist."""
     columns = ()
     for unit in tl.static_range(NT):
-        columns += ((plane < P) & (2 * unit + lane // 16 < count),)
+        columns += ((lane // 4 % 4 < P) & (2 * unit + lane // 16 < count),)
+    return columns
+
+
+@triton.jit
+def weigh_planes(lane, P: tl.constexpr):
+    """Two fp32 [threads], what a unit of this lane's planes is worth."""
     low = lane % 2 == 1
     if P == 4:  # noqa: PLR2004 planes
         weights = (tl.where(low, 256.0, 16777216.0), tl.where(low, 1.0, 65536.0))
     else:
         weights = (tl.where(low, 0.0, 256.0), tl.where(low, 0.0, 1.0))
-    return lane, warp % WK, warp // WK, columns, weights
+    return weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset"])
 def batch_shrink_kernel(
     planes_ptr,
     step_ptr,
@@ -142,7 +132,12 @@ def batch_shrink_kernel(
         if number < MAX_RECORDS:
             count = tl.load(group_count_ptr + group)
             slab = tl.load(table_ptr + slot)
-            lane, wk, wr, columns, weights = locate_lanes(count, WK, WR, NT, P)
+            thread = tl.arange(0, 32 * WK * WR)
+            lane = thread % 32
+            wk = thread // 32 % WK
+            wr = thread // 32 // WK
+            columns = mask_columns(lane, count, NT, P)
+            weights = weigh_planes(lane, P)
             record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
             totals = multiply_record(
                 record_ptr, slab, (block * WR + wr) * R,
@@ -170,7 +165,7 @@ def batch_shrink_kernel(
                 store_planes(at, round_to_int(h), inside & exists, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset", "y_stride"])
 def batch_expand_kernel(
     planes_ptr,
     step_ptr,
@@ -211,28 +206,30 @@ def batch_expand_kernel(
             n_records = tl.load(part_ptr)
             record_ptr = entry_ptr + EXPAND_RECORDS + tl.load(part_ptr + 1) * RECORD_INTS
             bound = tl.load(part_ptr + 3).to(tl.float32, bitcast=True)
-            is_direct = HAS_DIRECT and tl.load(part_ptr + 4) == INPUT
             n_rows = tl.load(entry_ptr + MAX_RECORDS + number)
-            lane, wk, wr, h_columns, h_weights = locate_lanes(count, WK, WR, NT, 4)
+            thread = tl.arange(0, 32 * WK * WR)
+            lane = thread % 32
+            wk = thread // 32 % WK
+            wr = thread // 32 // WK
+            columns = mask_columns(lane, count, NT, 4)
+            weights = weigh_planes(lane, 4)
+            source_ptr = hidden_ptr + group.to(tl.int64) * NT * h_steps * 32
+            stride = h_steps * 32
+            is_direct = tl.load(part_ptr + 4) == INPUT
+            if HAS_DIRECT:
+                if is_direct:
+                    source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
+                    stride = x_steps * 32
+                    columns = mask_columns(lane, count, NT, P)
+                    weights = weigh_planes(lane, P)
             totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
             for _ in range(n_records):
                 first_block = (block * WR + wr) * R
-                first_step = tl.load(record_ptr + 8).to(tl.int64) * 32
-                if is_direct:
-                    _, _, _, x_columns, x_weights = locate_lanes(count, WK, WR, NT, P)
-                    products = multiply_record(
-                        record_ptr, slab, first_block,
-                        planes_ptr + group.to(tl.int64) * NT * x_steps * 32 + first_step,
-                        x_steps * 32, x_columns, x_weights, wk, lane,
-                        WIDTHS, HAS_GROUPS, R, NT, WK, U, USE_PTX,
-                    )  # fmt: skip
-                else:
-                    products = multiply_record(
-                        record_ptr, slab, first_block,
-                        hidden_ptr + group.to(tl.int64) * NT * h_steps * 32 + first_step,
-                        h_steps * 32, h_columns, h_weights, wk, lane,
-                        WIDTHS, HAS_GROUPS, R, NT, WK, U, USE_PTX,
-                    )  # fmt: skip
+                products = multiply_record(
+                    record_ptr, slab, first_block,
+                    source_ptr + tl.load(record_ptr + 8).to(tl.int64) * 32, stride,
+                    columns, weights, wk, lane, WIDTHS, HAS_GROUPS, R, NT, WK, U, USE_PTX,
+                )  # fmt: skip
                 factors = tl.load(record_ptr + 6)
                 factors_ptr = load_pointer(slab, factors, tl.float32)
                 scaled = ()

@@ -1,31 +1,14 @@
 """Launches of the kernels that work on an arena."""
 
-from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 
 from kernels.plan import StepPlan
+from kernels.tuning import Shape
 from kernels.triton_ops.batch import batch_expand_kernel, batch_shrink_kernel, prepare_kernel
 from kernels.triton_ops.repack import repack_kernel
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead."""
-
-    blocks: int
-    along_steps: int
-    along_rows: int
-    ahead: int
-
-    @property
-    def rows(self) -> int:
-        return 16 * self.blocks * self.along_rows
-
-    @property
-    def warps(self) -> int:
-        return self.along_steps * self.along_rows
 
 
 def is_compiled() -> bool:
@@ -33,8 +16,18 @@ def is_compiled() -> bool:
     return not triton.knobs.runtime.interpret
 
 
+def _sum_widths(widths: frozenset[int]) -> int:
+    return sum(1 << bits for bits in widths)
+
+
 def launch_repack(
-    jobs: torch.Tensor, staged: torch.Tensor, slab: torch.Tensor, programs: int, block: int
+    jobs: torch.Tensor,
+    staged: torch.Tensor,
+    slab: torch.Tensor,
+    *,
+    widths: frozenset[int],
+    programs: int,
+    block: int,
 ) -> None:
     """Run the jobs of a chunk.
 
@@ -42,12 +35,20 @@ def launch_repack(
         jobs: int64 [n, 16] on the device.
         staged: uint8, the chunk's bytes.
         slab: uint8, where the jobs write.
+        widths: bits that may occur.
         programs: programs of each job.
         block: elements of a program at a time.
     """
     if len(jobs):
         grid = (programs, len(jobs))
-        repack_kernel[grid](jobs, staged.data_ptr(), slab.data_ptr(), BLOCK=block, num_warps=4)
+        repack_kernel[grid](
+            jobs,
+            staged.data_ptr(),
+            slab.data_ptr(),
+            WIDTHS=_sum_widths(widths),
+            BLOCK=block,
+            num_warps=4,
+        )
 
 
 def launch_prepare(x: torch.Tensor, plan: StepPlan, site: int) -> None:
@@ -75,8 +76,6 @@ def launch_prepare(x: torch.Tensor, plan: StepPlan, site: int) -> None:
     )
 
 
-def _widths(plan: StepPlan) -> int:
-    return sum(1 << bits for bits in plan.arena.spec.widths)
 
 
 def launch_shrink(plan: StepPlan, site: int, shape: Shape) -> None:
@@ -105,8 +104,8 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape) -> None:
         plan.group_slots,
         plan.group_counts,
         P=plan.planes,
-        WIDTHS=_widths(plan),
-        HAS_GROUPS=arena.spec.has_groups,
+        WIDTHS=_sum_widths(arena.spec.widths(site)),
+        HAS_GROUPS=arena.spec.has_groups(site),
         R=shape.blocks,
         NT=plan.units_per_group,
         WK=shape.along_steps,
@@ -146,9 +145,9 @@ def launch_expand(y: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> N
         y,
         y.stride(0),
         P=plan.planes,
-        WIDTHS=_widths(plan),
-        HAS_GROUPS=arena.spec.has_groups,
-        HAS_DIRECT=arena.spec.has_direct,
+        WIDTHS=_sum_widths(arena.spec.widths(site)),
+        HAS_GROUPS=arena.spec.has_groups(site),
+        HAS_DIRECT=arena.spec.has_direct(site),
         R=shape.blocks,
         NT=plan.units_per_group,
         WK=shape.along_steps,
@@ -158,3 +157,12 @@ def launch_expand(y: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> N
         num_warps=shape.warps,
         num_stages=1,
     )
+
+
+@cache
+def current_arch() -> int:
+    """Compute capability of the current CUDA device, 90 for Hopper; 0 in the interpreter."""
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor

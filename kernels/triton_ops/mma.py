@@ -28,6 +28,29 @@ def four_items(items, NUMBER: tl.constexpr):
 
 
 @triton.jit
+def multiply_plainly(a, b0, b1, c):
+    """The sums of `multiply_step` without its instruction; arguments are the same."""
+    warps: tl.constexpr = b0.shape[0] // 32
+    top = tl.zeros((warps, 8, 8), tl.int32)
+    low = tl.zeros((warps, 8, 8), tl.int32)
+    for byte in tl.static_range(4):
+        x0 = (tl.reshape(b0, (warps, 1, 8, 4)) << (24 - 8 * byte)) >> 24
+        x1 = (tl.reshape(b1, (warps, 1, 8, 4)) << (24 - 8 * byte)) >> 24
+        top += tl.sum(((tl.reshape(a[0], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x0, axis=3)
+        low += tl.sum(((tl.reshape(a[1], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x0, axis=3)
+        top += tl.sum(((tl.reshape(a[2], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x1, axis=3)
+        low += tl.sum(((tl.reshape(a[3], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x1, axis=3)
+    top_even, top_odd = tl.split(tl.reshape(top, (warps, 8, 4, 2)))
+    low_even, low_odd = tl.split(tl.reshape(low, (warps, 8, 4, 2)))
+    return (
+        c[0] + tl.reshape(top_even, (warps * 32,)),
+        c[1] + tl.reshape(top_odd, (warps * 32,)),
+        c[2] + tl.reshape(low_even, (warps * 32,)),
+        c[3] + tl.reshape(low_odd, (warps * 32,)),
+    )
+
+
+@triton.jit
 def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
     """Add one step, codes u8 [16, 32] by activations s8 [32, 8], to sums s32 [16, 8] of each warp.
 
@@ -51,27 +74,9 @@ def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return (d[0], d[1], d[2], d[3])
-    warps: tl.constexpr = b0.shape[0] // 32
-    top = tl.zeros((warps, 8, 8), tl.int32)
-    low = tl.zeros((warps, 8, 8), tl.int32)
-    for byte in tl.static_range(4):
-        x0 = (tl.reshape(b0, (warps, 1, 8, 4)) << (24 - 8 * byte)) >> 24
-        x1 = (tl.reshape(b1, (warps, 1, 8, 4)) << (24 - 8 * byte)) >> 24
-        shape: tl.constexpr = (warps, 8, 1, 4)
-        top += tl.sum(((tl.reshape(a[0], shape) >> (8 * byte)) & 0xFF) * x0, axis=3)
-        low += tl.sum(((tl.reshape(a[1], shape) >> (8 * byte)) & 0xFF) * x0, axis=3)
-        top += tl.sum(((tl.reshape(a[2], shape) >> (8 * byte)) & 0xFF) * x1, axis=3)
-        low += tl.sum(((tl.reshape(a[3], shape) >> (8 * byte)) & 0xFF) * x1, axis=3)
-    top_even, top_odd = tl.split(tl.reshape(top, (warps, 8, 4, 2)))
-    low_even, low_odd = tl.split(tl.reshape(low, (warps, 8, 4, 2)))
-    threads: tl.constexpr = warps * 32
-    return (
-        c[0] + tl.reshape(top_even, (threads,)),
-        c[1] + tl.reshape(top_odd, (threads,)),
-        c[2] + tl.reshape(low_even, (threads,)),
-        c[3] + tl.reshape(low_odd, (threads,)),
-    )
+    else:
+        d = multiply_plainly(a, b0, b1, c)
+    return (d[0], d[1], d[2], d[3])
 
 
 @triton.jit
@@ -93,11 +98,11 @@ def load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS: tl.co
     """
     n_pairs = (n_steps + 1) // 2
     second = mask & (2 * pair + 1 < n_steps)
-    if BITS == 1:
-        return (tl.load(codes_ptr + (block * n_pairs + pair) * 32 + lane, mask=mask, other=0),)
     step_ptr = codes_ptr + (block * n_steps + 2 * pair) * (16 * (BITS // 2 * 2))
     words = ()
-    if BITS <= 3:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
+    if BITS == 1:
+        words += (tl.load(codes_ptr + (block * n_pairs + pair) * 32 + lane, mask=mask, other=0),)
+    elif BITS <= 3:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
         words += (tl.load(step_ptr + lane, mask=mask, other=0),)
         words += (tl.load(step_ptr + 32 + lane, mask=second, other=0),)
         if BITS == 3:  # noqa: PLR2004 same

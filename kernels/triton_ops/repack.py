@@ -72,17 +72,18 @@ def repack_pair(
     n_steps = (n_cols + 31) // 32
     n_pairs = (n_steps + 1) // 2
     high = tl.zeros_like(element)
+    byte = tl.arange(0, 4)[None, :]
     for step in tl.static_range(2):
         words = ()
         low = tl.zeros_like(element)
         for i in tl.static_range(4):
             row = block * 16 + lane // 4 + 8 * (i % 2)
-            word = tl.zeros_like(element)
-            for byte in tl.static_range(4):
-                col = (2 * pair + step) * 32 + lane % 4 * 8 + 4 * (i // 2) + byte
-                exists = mask & (row < n_rows) & (col < n_cols)
-                code = read_codes(codes_ptr, row, col, n_cols, row_words, exists, BITS, WHOLE)
-                word |= code << (8 * byte)
+            col = ((2 * pair + step) * 32 + lane % 4 * 8 + 4 * (i // 2))[:, None] + byte
+            exists = (mask & (row < n_rows))[:, None] & (col < n_cols)
+            codes = read_codes(
+                codes_ptr, row[:, None], col, n_cols, row_words, exists, BITS, WHOLE
+            )
+            word = tl.sum(codes << (8 * byte), axis=1)
             if BITS == 1:
                 high |= word << (4 * step + i)
             elif BITS <= 3:  # noqa: PLR2004 same
@@ -108,7 +109,9 @@ def repack_pair(
 
 
 @triton.jit
-def repack_codes(job_ptr, source_ptr, slab_ptr, BLOCK: tl.constexpr) -> None:
+def repack_codes(
+    job_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """A job of codes: source, target and high place, rows, columns, words, bits, pairs, whole."""
     codes_ptr = (source_ptr + tl.load(job_ptr + 1)).to(tl.pointer_type(tl.int32))
     target_ptr = (slab_ptr + tl.load(job_ptr + 2)).to(tl.pointer_type(tl.int32))
@@ -124,7 +127,7 @@ def repack_codes(job_ptr, source_ptr, slab_ptr, BLOCK: tl.constexpr) -> None:
     for start in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
         element = start + tl.arange(0, BLOCK)
         for width in tl.static_range(1, 9):
-            if width <= 4 or width == 8:  # noqa: PLR2004 same
+            if (WIDTHS >> width) & 1:
                 if bits == width:
                     if whole != 0:
                         repack_pair(
@@ -184,13 +187,15 @@ def repack_groups(job_ptr, source_ptr, slab_ptr, BLOCK: tl.constexpr) -> None:
         tl.store(target_ptr + element, scale | (twice_zero << 16), mask=element < total)
 
 
-@triton.jit
-def repack_kernel(jobs_ptr, source_ptr, slab_ptr, BLOCK: tl.constexpr) -> None:
+@triton.jit(do_not_specialize=["source_ptr", "slab_ptr"])
+def repack_kernel(
+    jobs_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """One job for all programs of a column of the grid."""
     job_ptr = jobs_ptr + tl.program_id(1) * JOB_FIELDS
     kind = tl.load(job_ptr)
     if kind == CODES:
-        repack_codes(job_ptr, source_ptr, slab_ptr, BLOCK)
+        repack_codes(job_ptr, source_ptr, slab_ptr, WIDTHS, BLOCK)
     elif kind == FACTORS:
         repack_factors(job_ptr, source_ptr, slab_ptr, BLOCK)
     else:
