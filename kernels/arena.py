@@ -69,6 +69,10 @@ class ArenaSpec:
         """Whether any delta has a direct matrix at the site."""
         return any(needs.has_direct for needs in self.needs[site])
 
+    def has_factors(self, site: int) -> bool:
+        """Whether any delta has scales for single outputs at the site."""
+        return any(needs.has_factors for needs in self.needs[site])
+
     @property
     def all_widths(self) -> frozenset[int]:
         """Bits of the codes any delta has anywhere."""
@@ -82,6 +86,8 @@ class ArenaSpec:
             return "scales for tiles"
         if needs.has_direct and not self.has_direct(site):
             return "direct matrices"
+        if needs.has_factors and not self.has_factors(site):
+            return "scales for single outputs"
         fits = needs.hidden_steps <= self.hidden_steps(site) and all(
             needs.blocks(rows) <= self.shrink_blocks(site, rows) for rows in PROGRAM_ROWS
         )
@@ -245,6 +251,21 @@ class DeltaArena:
         rows = [chunk.jobs for chunk in image.chunks]
         jobs = np.concatenate(rows) if rows else np.zeros((0, JOB_FIELDS), dtype=np.int64)
         return torch.from_numpy(jobs).to(self.device, non_blocking=True)
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Make a second resident copy of a delta on the device.
+
+        Args:
+            source: slot of a resident delta.
+            target: a free slot.
+
+        Raises:
+            UserError: arena_slot_unknown.
+        """
+        self.check_slots([source])
+        self._slabs[target].copy_(self._slabs[source])
+        self.directory[target].copy_(self.directory[source])
+        self.images[target] = self.images[source]
 
     def evict(self, slot: int) -> None:
         """Free a slot; its slab keeps its place and waits for the next delta.

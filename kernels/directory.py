@@ -7,8 +7,8 @@ One entry is int32 [ENTRY_INTS] for each slot and site:
 | 32 | rows of each shrink record, rounded up to whole steps |
 | 32 | output rows of each part |
 | 32 x 16 | shrink records, one a band of each part |
-| 8 x 8 | parts: number of expand records, the first of them, first output row, bound (fp32 bits), source |
-| 32 x 16 | expand records |
+| 8 x 8 | parts: first output row, bound (fp32 bits), source |
+| 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where it has no such band |
 
 A record is: bits, codes, plane of the third bit, rows, row blocks, steps, row factors, group words,
 first step in its source (expand) or its target (shrink), part. Places in the slab count units of
@@ -30,7 +30,8 @@ EXPAND_SIZES: Final = MAX_RECORDS
 SHRINK_RECORDS: Final = 2 * MAX_RECORDS
 EXPAND_PARTS: Final = SHRINK_RECORDS + MAX_RECORDS * RECORD_INTS
 EXPAND_RECORDS: Final = EXPAND_PARTS + MAX_PARTS * PART_INTS
-ENTRY_INTS: Final = EXPAND_RECORDS + MAX_RECORDS * RECORD_INTS
+WIDTHS: Final = (8, 4, 3, 2, 1)
+ENTRY_INTS: Final = EXPAND_RECORDS + MAX_PARTS * len(WIDTHS) * RECORD_INTS
 
 SOURCE_HIDDEN: Final = 0
 SOURCE_INPUT: Final = 1
@@ -93,16 +94,15 @@ def encode_site(shrink: list[Record], parts: list[Part | None]) -> npt.NDArray[n
         entry[SHRINK_SIZES + number] = -(-record.rows // 32) * 32
         at = SHRINK_RECORDS + number * RECORD_INTS
         entry[at : at + len(record.fields())] = record.fields()
-    first = 0
     for number, part in enumerate(parts):
         if part is None:
             continue
         entry[EXPAND_SIZES + number] = part.rows
         at = EXPAND_PARTS + number * PART_INTS
         bound = int(np.float32(part.bound).view(np.int32))
-        entry[at : at + 5] = [len(part.expand), first, part.first_row, bound, part.source]
+        entry[at : at + 3] = [part.first_row, bound, part.source]
         for record in part.expand:
-            at = EXPAND_RECORDS + first * RECORD_INTS
+            place = number * len(WIDTHS) + WIDTHS.index(record.bits)
+            at = EXPAND_RECORDS + place * RECORD_INTS
             entry[at : at + len(record.fields())] = record.fields()
-            first += 1
     return entry

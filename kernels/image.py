@@ -71,6 +71,7 @@ class SiteNeeds:
     widths: frozenset[int]
     has_groups: bool
     has_direct: bool
+    has_factors: bool
 
     def blocks(self, rows: int) -> int:
         """Programs of a shrink whose programs take `rows` rows each."""
@@ -312,6 +313,8 @@ def _add_site(
                 bound = max(bound, limit * _BOUND_MARGIN)
                 step += u.steps
                 first += band.rank
+        if len({record.bits for record in expand}) < len(expand):
+            raise _refuse(name, "two rank bands of one width")
         source = SOURCE_INPUT if isinstance(matrix, PackedDirect) else SOURCE_HIDDEN
         part = Part(
             first_row=first_row, rows=out, bound=bound, source=source, expand=tuple(expand)
@@ -327,6 +330,7 @@ def _add_site(
         widths=frozenset(builder.widths),
         has_groups=builder.has_groups,
         has_direct=builder.has_direct,
+        has_factors=any(record.factors for part in parts if part for record in part.expand),
     )
     return encode_site(shrink, parts), needs
 

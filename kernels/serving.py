@@ -56,13 +56,13 @@ def _launch_first(x: torch.Tensor, plan: StepPlan, site: int) -> None:
     launch_shrink(plan, site, shape)
 
 
-def _launch_last(y: torch.Tensor, plan: StepPlan, site: int) -> None:
+def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
     from kernels.triton_ops.launch_batch import current_arch, launch_expand
     from kernels.tuning import choose_shape
 
     steps = plan.arena.spec.hidden_steps(site)
     shape = choose_shape("expand", groups=plan.n_tokens, steps=steps, arch=current_arch())
-    launch_expand(y, plan, site, shape)
+    launch_expand(y, plan, site, shape, overlap=overlap)
 
 
 def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> torch.Tensor:
@@ -86,7 +86,8 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     if not plan.arena.operand_order:
         return batch_reference.add_delta(y, x, plan, site)
     _launch_first(x, plan, site)
-    _launch_last(y, plan, site)
+    # Nothing ran on this stream since the shrink.
+    _launch_last(y, plan, site, overlap=plan.arena.spec.hidden_steps(site) > 0)
     return y
 
 
@@ -110,7 +111,7 @@ def _delta_linear(
         _launch_first(x, step, site)
     y = functional.linear(x, weight, bias)
     main.wait_stream(side)
-    _launch_last(y, step, site)
+    _launch_last(y, step, site, overlap=False)
     return y
 
 

@@ -53,9 +53,10 @@ def list_cases() -> Iterator[BatchCase]:
     """Cases for a device: published and odd shapes, mixed recipes, precisions, group sizes."""
     for layout, planes in product((HUB, COME, BITDELTA), (4, 2)):
         yield BatchCase(layouts=(layout, layout), slots=(0, 1, -1, 0), planes=planes)
-    for units in (1, 2, 4):
-        slots = tuple([0] * 9 + [1] * 3 + [-1] * 2 + [2] * 5)
-        yield BatchCase(layouts=(HUB, COME, BITDELTA), slots=slots, units=units)
+    many = tuple([0] * 9 + [1] * 3 + [-1] * 2 + [2] * 5)
+    yield BatchCase(layouts=(HUB, COME, BITDELTA), slots=many)
+    for units in (2, 4):
+        yield BatchCase(layouts=(HUB, HUB, HUB), slots=many, units=units)
     yield BatchCase(layouts=(HUB,), slots=(0,), outs=(4096,), width=11008, outliers=True)
     yield BatchCase(layouts=(HUB,), slots=(0, -1), planes=2, outliers=True)
     for planes in (4, 2):

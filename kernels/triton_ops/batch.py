@@ -2,20 +2,23 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.directory import SOURCE_INPUT
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
     MAX_RECORDS,
+    N_WIDTHS,
     PART_INTS,
     RECORD_INTS,
     SHRINK_RECORDS,
     add_shares,
     find_block,
+    finish_record,
     load_pointer,
-    multiply_record,
     row_of_share,
+    start_record,
 )
 
 INPUT = tl.constexpr(SOURCE_INPUT)
@@ -59,8 +62,11 @@ def prepare_kernel(
     n_steps,
     N_PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """One token: x [n_cols] as int8 planes, the worth of a unit, and its length."""
+    if OVERLAP:
+        gdc_launch_dependents()
     place = tl.program_id(0)
     token = tl.load(group_tokens_ptr + place)
     if token >= 0:
@@ -99,6 +105,38 @@ def weigh_planes(lane, P: tl.constexpr):
     return weights
 
 
+@triton.constexpr_function
+def width_of(number):
+    """Bits of the number-th record of a part."""
+    return (8, 4, 3, 2, 1)[number]
+
+
+@triton.constexpr_function
+def count_widths(widths, number):
+    """How many of the records before the number-th can occur."""
+    return sum(widths >> bits & 1 for bits in (8, 4, 3, 2, 1)[:number])
+
+
+@triton.jit
+def add_items(items, others):
+    """Sums of two tuples, item by item."""
+    sums = ()
+    for i in tl.static_range(len(items)):
+        sums += (items[i] + others[i],)
+    return sums
+
+
+@triton.jit
+def scale_rows(products, factors_ptr, exist, first_block, n_rows, lane, R: tl.constexpr):
+    """`products` of `multiply_band` times a factor a row, 1 where there are none."""
+    scaled = ()
+    for i in tl.static_range(len(products)):
+        row = (first_block + i // 2 % R) * 16 + lane // 4 + 8 * (i % 2)
+        factor = tl.load(factors_ptr + row, mask=exist & (row < n_rows), other=1.0)
+        scaled += (products[i] * factor,)
+    return scaled
+
+
 @triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset"])
 def batch_shrink_kernel(
     planes_ptr,
@@ -122,8 +160,11 @@ def batch_shrink_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     USE_PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """One block of rows of V for one group of tokens of a tenant: hidden = planes of V x."""
+    if OVERLAP:
+        gdc_launch_dependents()
     group = tl.program_id(1)
     slot = tl.load(group_slot_ptr + group)
     if slot >= 0:
@@ -139,25 +180,35 @@ def batch_shrink_kernel(
             columns = mask_columns(lane, count, NT, P)
             weights = weigh_planes(lane, P)
             record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
-            totals = multiply_record(
-                record_ptr, slab, (block * WR + wr) * R,
-                planes_ptr + group.to(tl.int64) * NT * x_steps * 32, x_steps * 32,
-                columns, weights, wk, lane, WIDTHS, HAS_GROUPS, R, NT, WK, U, USE_PTX,
-            )  # fmt: skip
+            # Loads that only the last lines need start here, beside the codes.
+            bits = tl.load(record_ptr)
             row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
             n_rows = tl.load(record_ptr + 3)
             factors_ptr = load_pointer(slab, tl.load(record_ptr + 6), tl.float32)
-            factor = 0.5 * tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
+            factor = tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
+            first_step = tl.load(record_ptr + 8)
             part_ptr = entry_ptr + EXPAND_PARTS + tl.load(record_ptr + 9) * PART_INTS
-            bound = tl.load(part_ptr + 3).to(tl.float32, bitcast=True)
+            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
+            first_block = (block * WR + wr) * R
+            source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
+            totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
+            for width in tl.static_range(1, 9):
+                if (WIDTHS >> width) & 1:
+                    if bits == width:
+                        started = start_record(record_ptr, slab, first_block, wk, lane, width, R, U)
+                        if OVERLAP:
+                            gdc_wait()
+                        totals = finish_record(
+                            started, slab, first_block, source_ptr, x_steps * 32, columns, weights,
+                            wk, lane, width, HAS_GROUPS, R, NT, WK, U, USE_PTX,
+                        )  # fmt: skip
             # A band is read in whole steps: the rows that fill its last one are written as 0.
             inside = row < (n_rows + 31) // 32 * 32
-            first_step = tl.load(record_ptr + 8)
             token = tl.arange(0, 2)[None, None, :, None]
             for unit in tl.static_range(NT):
                 place = (group * NT + unit) * 2 + token
                 exists = 2 * unit + token < count
-                worth = tl.load(step_ptr + place, mask=exists, other=0.0)
+                worth = 0.5 * tl.load(step_ptr + place, mask=exists, other=0.0)
                 worth /= tl.load(norm_ptr + place, mask=exists, other=1.0) * bound
                 h = add_shares(totals, unit, R, WK, WR) * factor * (worth * LARGEST)
                 step = (group * NT + unit).to(tl.int64) * h_steps + first_step + row // 32
@@ -186,12 +237,14 @@ def batch_expand_kernel(
     WIDTHS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     HAS_DIRECT: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     R: tl.constexpr,
     NT: tl.constexpr,
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
     USE_PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     """One block of outputs for one group of tokens of a tenant: y += U h, or D x."""
     group = tl.program_id(1)
@@ -203,9 +256,8 @@ def batch_expand_kernel(
             count = tl.load(group_count_ptr + group)
             slab = tl.load(table_ptr + slot)
             part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
-            n_records = tl.load(part_ptr)
-            record_ptr = entry_ptr + EXPAND_RECORDS + tl.load(part_ptr + 1) * RECORD_INTS
-            bound = tl.load(part_ptr + 3).to(tl.float32, bitcast=True)
+            record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
+            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
             n_rows = tl.load(entry_ptr + MAX_RECORDS + number)
             thread = tl.arange(0, 32 * WK * WR)
             lane = thread % 32
@@ -215,7 +267,7 @@ def batch_expand_kernel(
             weights = weigh_planes(lane, 4)
             source_ptr = hidden_ptr + group.to(tl.int64) * NT * h_steps * 32
             stride = h_steps * 32
-            is_direct = tl.load(part_ptr + 4) == INPUT
+            is_direct = tl.load(part_ptr + 2) == INPUT
             if HAS_DIRECT:
                 if is_direct:
                     source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
@@ -223,35 +275,50 @@ def batch_expand_kernel(
                     columns = mask_columns(lane, count, NT, P)
                     weights = weigh_planes(lane, P)
             totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
-            for _ in range(n_records):
-                first_block = (block * WR + wr) * R
-                products = multiply_record(
-                    record_ptr, slab, first_block,
-                    source_ptr + tl.load(record_ptr + 8).to(tl.int64) * 32, stride,
-                    columns, weights, wk, lane, WIDTHS, HAS_GROUPS, R, NT, WK, U, USE_PTX,
-                )  # fmt: skip
-                factors = tl.load(record_ptr + 6)
-                factors_ptr = load_pointer(slab, factors, tl.float32)
-                scaled = ()
-                for i in tl.static_range(NT * R * 2):
-                    row = (first_block + i // 2 % R) * 16 + lane // 4 + 8 * (i % 2)
-                    mask = (factors > 0) & (row < n_rows)
-                    factor = tl.load(factors_ptr + row, mask=mask, other=1.0)
-                    scaled += (totals[i] + products[i] * factor,)
-                totals = scaled
-                record_ptr += RECORD_INTS
+            first_block = (block * WR + wr) * R
+            # The widths in the order of their records; all start before the first is finished.
+            started = ()
+            for i in tl.static_range(N_WIDTHS):
+                if (WIDTHS >> width_of(i)) & 1:
+                    at = record_ptr + i * RECORD_INTS
+                    started += (
+                        start_record(at, slab, first_block, wk, lane, width_of(i), R, U),
+                    )
+            if OVERLAP:
+                gdc_wait()
             row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
-            row_at = y_ptr + tl.load(part_ptr + 2) + row
+            row_at = y_ptr + tl.load(part_ptr) + row
             token = tl.arange(0, 2)[None, None, :, None]
+            # What the last lines need is loaded beside the codes.
+            worths = ()
+            outputs = ()
             for unit in tl.static_range(NT):
                 place = (group * NT + unit) * 2 + token
                 exists = 2 * unit + token < count
                 hidden_worth = tl.load(norm_ptr + place, mask=exists, other=0.0) * bound / LARGEST
                 input_worth = tl.load(step_ptr + place, mask=exists, other=0.0)
-                worth = 0.5 * tl.where(is_direct, input_worth, hidden_worth)
-                delta = add_shares(totals, unit, R, WK, WR) * worth
+                worths += (0.5 * tl.where(is_direct, input_worth, hidden_worth),)
                 at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
                 at = row_at + at_token * y_stride
-                mask = exists & (row < n_rows)
-                y = tl.load(at, mask=mask, other=0.0).to(tl.float32) + delta
-                tl.store(at, y.to(y_ptr.dtype.element_ty), mask=mask)
+                outputs += (tl.load(at, mask=exists & (row < n_rows), other=0.0).to(tl.float32),)
+            for i in tl.static_range(N_WIDTHS):
+                if (WIDTHS >> width_of(i)) & 1:
+                    band = started[count_widths(WIDTHS, i)]
+                    products = finish_record(
+                        band, slab, first_block, source_ptr + band[6].to(tl.int64) * 32, stride,
+                        columns, weights, wk, lane, width_of(i), HAS_GROUPS, R, NT, WK, U, USE_PTX,
+                    )  # fmt: skip
+                    if HAS_FACTORS:
+                        factors = tl.load(record_ptr + i * RECORD_INTS + 6)
+                        factors_ptr = load_pointer(slab, factors, tl.float32)
+                        products = scale_rows(
+                            products, factors_ptr, factors > 0, first_block, n_rows, lane, R
+                        )
+                    totals = add_items(totals, products)
+            for unit in tl.static_range(NT):
+                place = (group * NT + unit) * 2 + token
+                exists = 2 * unit + token < count
+                at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
+                at = row_at + at_token * y_stride
+                y = outputs[unit] + add_shares(totals, unit, R, WK, WR) * worths[unit]
+                tl.store(at, y.to(y_ptr.dtype.element_ty), mask=exists & (row < n_rows))

@@ -5,6 +5,7 @@ from functools import cache
 import torch
 import triton
 
+from kernels.fragments import PLANES
 from kernels.plan import StepPlan
 from kernels.tuning import Shape
 from kernels.triton_ops.batch import batch_expand_kernel, batch_shrink_kernel, prepare_kernel
@@ -14,6 +15,11 @@ from kernels.triton_ops.repack import repack_kernel
 def is_compiled() -> bool:
     """Whether kernels become machine code, not calls of the interpreter."""
     return not triton.knobs.runtime.interpret
+
+
+def overlaps() -> bool:
+    """Whether a launch may start before the one before it ends: from Hopper on."""
+    return is_compiled() and current_arch() >= 90  # noqa: PLR2004 compute capability
 
 
 def _sum_widths(widths: frozenset[int]) -> int:
@@ -72,21 +78,26 @@ def launch_prepare(x: torch.Tensor, plan: StepPlan, site: int) -> None:
         steps,
         N_PLANES=plan.planes,
         BLOCK=block,
+        OVERLAP=overlaps(),
         num_warps=max(1, min(16, block // 512)),
     )
 
 
 
 
-def launch_shrink(plan: StepPlan, site: int, shape: Shape) -> None:
+def launch_shrink(
+    plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None
+) -> None:
     """Write the hidden planes of all groups at a site.
 
     Args:
         plan: of the step, prepared.
         site: number of the site.
         shape: how programs are cut.
+        overlap: start while `prepare` ends, where the device can; None is where it can.
     """
     arena = plan.arena
+    overlap = overlaps() if overlap is None else overlap
     blocks = arena.spec.shrink_blocks(site, shape.rows)
     if blocks == 0:
         return
@@ -112,12 +123,16 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape) -> None:
         WR=shape.along_rows,
         U=shape.ahead,
         USE_PTX=is_compiled(),
+        OVERLAP=overlap,
         num_warps=shape.warps,
         num_stages=1,
+        **({"launch_pdl": True} if overlap else {}),
     )
 
 
-def launch_expand(y: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> None:
+def launch_expand(
+    y: torch.Tensor, plan: StepPlan, site: int, shape: Shape, *, overlap: bool = False
+) -> None:
     """Add the deltas of all groups to the outputs of a site.
 
     Args:
@@ -125,8 +140,10 @@ def launch_expand(y: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> N
         plan: of the step, shrunk.
         site: number of the site.
         shape: how programs are cut.
+        overlap: start while the shrink ends, where that is the launch before on this stream.
     """
     arena = plan.arena
+    overlap = overlap and overlaps()
     blocks = sum(-(-out // shape.rows) for out in arena.spec.sites[site].out_features)
     batch_expand_kernel[(blocks, plan.n_tokens)](
         plan.x_planes.view(torch.int64),
@@ -144,18 +161,22 @@ def launch_expand(y: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> N
         plan.group_tokens,
         y,
         y.stride(0),
-        P=plan.planes,
+        # Planes of x matter where x itself is multiplied; one kernel serves both otherwise.
+        P=plan.planes if arena.spec.has_direct(site) else PLANES,
         WIDTHS=_sum_widths(arena.spec.widths(site)),
         HAS_GROUPS=arena.spec.has_groups(site),
         HAS_DIRECT=arena.spec.has_direct(site),
+        HAS_FACTORS=arena.spec.has_factors(site),
         R=shape.blocks,
         NT=plan.units_per_group,
         WK=shape.along_steps,
         WR=shape.along_rows,
         U=shape.ahead,
         USE_PTX=is_compiled(),
+        OVERLAP=overlap,
         num_warps=shape.warps,
         num_stages=1,
+        **({"launch_pdl": True} if overlap else {}),
     )
 
 

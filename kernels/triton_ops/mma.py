@@ -173,7 +173,47 @@ def fold_planes(c, sums, twice_zero, weights, HALF: tl.constexpr):
 
 
 @triton.jit
+def load_ahead(
+    codes_ptr,
+    high_ptr,
+    first_block,
+    n_blocks,
+    n_steps,
+    first_pair,
+    lane,
+    BITS: tl.constexpr,
+    R: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Words of U pairs of R row blocks, those of a pair together; arguments as in `multiply_band`.
+
+    Args:
+        codes_ptr: Same.
+        high_ptr: Same.
+        first_block: Same.
+        n_blocks: Same.
+        n_steps: Same.
+        first_pair: int32 [threads], the first of the pairs.
+        lane: Same.
+        BITS: Same.
+        R: Same.
+        U: Same.
+
+    Returns:
+        U x R tuples of `load_pair`.
+    """
+    words = ()
+    for i in tl.static_range(U * R):
+        pair = first_pair + i // R
+        block = first_block + i % R
+        mask = (2 * pair < n_steps) & (block < n_blocks)
+        words += (load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS),)
+    return words
+
+
+@triton.jit
 def multiply_band(
+    ahead,
     codes_ptr,
     high_ptr,
     group_ptr,
@@ -198,6 +238,7 @@ def multiply_band(
     """Twice the products of R blocks of 16 rows and NT units of activations, this warp's share.
 
     Args:
+        ahead: Of `load_ahead` at pair wk * U: loads that were started before others.
         codes_ptr: int32 words of the band in operand order.
         high_ptr: Those of the third bit.
         group_ptr: int32 [tiles of 128 columns, group_rows], fp16 scale and twice the zero point.
@@ -229,20 +270,12 @@ def multiply_band(
     acc = (zero,) * (NT * R * 4)
     sums = (zero,) * (NT * 2)
     ones = (zero + 0x01010101,) * 4
-    ahead = ()
-    for i in tl.static_range(U * R):
-        pair = wk * U + i // R
-        block = first_block + i % R
-        mask = (pair < n_pairs) & (block < n_blocks)
-        ahead += (load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS),)
     for start in range(0, n_pairs, WK * U):
         words = ahead
-        ahead = ()
-        for i in tl.static_range(U * R):
-            pair = start + (WK + wk) * U + i // R
-            block = first_block + i % R
-            mask = (pair < n_pairs) & (block < n_blocks)
-            ahead += (load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS),)
+        following = start + (WK + wk) * U
+        ahead = load_ahead(
+            codes_ptr, high_ptr, first_block, n_blocks, n_steps, following, lane, BITS, R, U
+        )
         for u in tl.static_range(U):
             pair = start + wk * U + u
             for step in tl.static_range(2):

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels import directory
-from kernels.triton_ops.mma import multiply_band
+from kernels.triton_ops.mma import load_ahead, multiply_band
 
 MAX_RECORDS = tl.constexpr(directory.MAX_RECORDS)
 RECORD_INTS = tl.constexpr(directory.RECORD_INTS)
@@ -12,6 +12,7 @@ PART_INTS = tl.constexpr(directory.PART_INTS)
 SHRINK_RECORDS = tl.constexpr(directory.SHRINK_RECORDS)
 EXPAND_PARTS = tl.constexpr(directory.EXPAND_PARTS)
 EXPAND_RECORDS = tl.constexpr(directory.EXPAND_RECORDS)
+N_WIDTHS = tl.constexpr(len(directory.WIDTHS))
 UNIT_BYTES = tl.constexpr(128)
 
 
@@ -41,8 +42,63 @@ def load_pointer(slab, units, TYPE: tl.constexpr):
 
 
 @triton.jit
-def multiply_record(
+def start_record(
     record_ptr,
+    slab,
+    first_block,
+    wk,
+    lane,
+    BITS: tl.constexpr,
+    R: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Read a record and start the first loads of its codes.
+
+    Args:
+        record_ptr: int32 [16].
+        slab: Address of the tenant's slab.
+        first_block: Of `multiply_band`, and so all that are not named here.
+        wk: Same.
+        lane: Same.
+        BITS: Same.
+        R: Same.
+        U: Same, for the two-bit codes; wider ones are loaded fewer at a time.
+
+    Returns:
+        What `finish_record` takes.
+    """
+    codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
+    high_ptr = codes_ptr
+    if BITS == 3:  # noqa: PLR2004 same as in mma.py
+        high_ptr = load_pointer(slab, tl.load(record_ptr + 2), tl.int32)
+    n_blocks = tl.load(record_ptr + 4)
+    n_steps = tl.load(record_ptr + 5)
+    group = tl.load(record_ptr + 7)
+    first_step = tl.load(record_ptr + 8)
+    ahead = load_ahead(
+        codes_ptr,
+        high_ptr,
+        first_block,
+        n_blocks,
+        n_steps,
+        wk * pairs_ahead(BITS, U),
+        lane,
+        BITS,
+        R,
+        pairs_ahead(BITS, U),
+    )
+    return ahead, codes_ptr, high_ptr, n_blocks, n_steps, group, first_step
+
+
+@triton.constexpr_function
+def pairs_ahead(bits, ahead):
+    """Pairs of steps to load at a time: about the same bytes at any width."""
+    return max(1, ahead * 2 // bits)
+
+
+@triton.jit
+def finish_record(
+    started,
     slab,
     first_block,
     planes_ptr,
@@ -51,7 +107,7 @@ def multiply_record(
     weights,
     wk,
     lane,
-    WIDTHS: tl.constexpr,
+    BITS: tl.constexpr,
     HAS_GROUPS: tl.constexpr,
     R: tl.constexpr,
     NT: tl.constexpr,
@@ -59,10 +115,10 @@ def multiply_record(
     U: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """`multiply_band` of a band whose width and kind stand in its record.
+    """`multiply_band` of a started record.
 
     Args:
-        record_ptr: int32 [16].
+        started: Of `start_record`.
         slab: Address of the tenant's slab.
         first_block: Of `multiply_band`, and so all that are not named here.
         planes_ptr: int64 planes at the first step of the band's source.
@@ -71,48 +127,38 @@ def multiply_record(
         weights: Same.
         wk: Same.
         lane: Same.
-        WIDTHS: Sum of 2^bits over the widths that may occur.
+        BITS: Same.
         HAS_GROUPS: Whether bands with a scale a tile may occur.
         R: Same.
         NT: Same.
         WK: Same.
-        U: Same.
+        U: Of `start_record`.
         USE_PTX: Same.
 
     Returns:
         NT x R x 2 fp32 [threads].
     """
-    bits = tl.load(record_ptr)
-    codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
-    high_ptr = load_pointer(slab, tl.load(record_ptr + 2), tl.int32)
-    n_blocks = tl.load(record_ptr + 4)
-    n_steps = tl.load(record_ptr + 5)
-    group = tl.load(record_ptr + 7)
+    ahead, codes_ptr, high_ptr, n_blocks, n_steps, group, _ = started
     group_ptr = load_pointer(slab, group, tl.int32)
-    group_rows = n_blocks * 16
-    totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
-    for width in tl.static_range(1, 9):
-        if (WIDTHS >> width) & 1:
-            if bits == width:
-                if HAS_GROUPS:
-                    if group > 0:
-                        totals = multiply_band(
-                            codes_ptr, high_ptr, group_ptr, group_rows, first_block, n_blocks,
-                            n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                            width, True, R, NT, WK, U, USE_PTX,
-                        )  # fmt: skip
-                    else:
-                        totals = multiply_band(
-                            codes_ptr, high_ptr, group_ptr, group_rows, first_block, n_blocks,
-                            n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                            width, False, R, NT, WK, U, USE_PTX,
-                        )  # fmt: skip
-                else:
-                    totals = multiply_band(
-                        codes_ptr, high_ptr, group_ptr, group_rows, first_block, n_blocks,
-                        n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                        width, False, R, NT, WK, U, USE_PTX,
-                    )  # fmt: skip
+    if HAS_GROUPS:
+        if group > 0:
+            totals = multiply_band(
+                ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+                n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
+                BITS, True, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+            )  # fmt: skip
+        else:
+            totals = multiply_band(
+                ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+                n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
+                BITS, False, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+            )  # fmt: skip
+    else:
+        totals = multiply_band(
+            ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+            n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
+            BITS, False, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+        )  # fmt: skip
     return totals
 
 

@@ -1,0 +1,168 @@
+"""`python -m kernels.bench --json OUT`: correctness first, then times, then the bars."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from kernels.bench import baselines, correctness, sections, timing
+from kernels.bench.bars import judge
+from kernels.bench.models import HUB, LAYOUTS, LLAMA_7B
+from kernels.gpu_check import describe_device
+
+_N_SLOTS: Final = 64
+# 32,000 x 4,096 embeddings and head at four bits with a scale and zero point a group of 128.
+_EMBEDDING_BYTES: Final = 2 * 32000 * 4096 * (4 + 24 / 128) / 8
+
+
+class Run:
+    """Sections of one run; what fails is recorded and does not stop the others."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.results: dict[str, Any] = {}
+        self.failures: dict[str, str] = {}
+        self._out = out
+        self._started = time.monotonic()
+
+    def section(self, name: str, measure: Callable[[], Any]) -> None:
+        """Run one section and write the report as it stands."""
+        try:
+            self.results[name] = measure()
+        except Exception:  # noqa: BLE001 one broken section must not hide the others
+            self.failures[name] = traceback.format_exc(limit=4)
+        seconds = round(time.monotonic() - self._started, 1)
+        shown = self.failures.get(name) or json.dumps(self.results.get(name))[:1500]
+        sys.stdout.write(f"[{seconds}] {name}: {shown}\n")
+        sys.stdout.flush()
+        self.write()
+
+    def report(self) -> dict[str, Any]:
+        """The object that is written."""
+        return {
+            **describe_device(),
+            "commit": os.environ.get("BENCH_COMMIT", ""),
+            "method": "CUDA graphs, medians, distinct slabs beyond the cache; see kernels/bench",
+            "ceilings": self.results.get("ceilings"),
+            "rows": self.results,
+            "failures": self.failures,
+            "bars": judge(self.results),
+        }
+
+    def write(self) -> None:
+        """Write the report."""
+        if self._out is not None:
+            self._out.write_text(json.dumps(self.report(), indent=1) + "\n")
+
+
+def check_correctness(limit_s: float) -> list[dict[str, Any]]:
+    """All cases, each in a process of its own since most of its time is compiling."""
+    cases = list(correctness.list_cases())
+    command = [sys.executable, "-m", "kernels.bench", "--case"]
+    running = [
+        subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(len(cases))
+    ]
+    deadline = time.monotonic() + limit_s
+    rows = []
+    for case, process in zip(cases, running, strict=True):
+        row: dict[str, Any] = {"case": str(case), "passed": False}
+        try:
+            said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            row = json.loads(said.splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            row["exception"] = "not compiled in time"
+        except (IndexError, ValueError):
+            row["exception"] = f"ended with {process.returncode}"
+        rows.append(row)
+    return rows
+
+
+def _decode(bench: sections.Bench) -> list[dict[str, Any]]:
+    return [
+        sections.time_decode(bench, list(range(n)), planes=planes)
+        for n in (1, 8, 32)
+        for planes in (4, 2)
+    ]
+
+
+def _baselines() -> dict[str, float]:
+    return {
+        **baselines.time_eager(HUB),
+        "bmm_us": baselines.time_bmm(HUB, n_tenants=32),
+        "binary_us": baselines.time_binary(n_tenants=32),
+    }
+
+
+def _zipf(bench: sections.Bench) -> dict[str, Any]:
+    slots = sections.draw_zipf(64, _N_SLOTS, seed=0)
+    tried = [sections.time_decode(bench, slots, planes=4, units=units) for units in (1, 2, 4)]
+    best = min(tried, key=lambda row: row["step_us"])
+    return {**best, "tried": tried}
+
+
+def run_all(run: Run, *, correctness_s: float) -> None:
+    """All sections in order.
+
+    Args:
+        run: where results go.
+        correctness_s: most seconds that the cases may take.
+    """
+    warm = subprocess.Popen([sys.executable, "-m", "kernels.bench", "--compile-baseline"])
+    run.section("correctness", lambda: check_correctness(correctness_s))
+    warm.wait()
+    run.section("ceilings", timing.measure_ceilings)
+    bench = sections.build_bench(LLAMA_7B, HUB, n_slots=_N_SLOTS)
+    run.section("decode", lambda: _decode(bench))
+    run.section("zipf", lambda: _zipf(bench))
+    run.section("loading", lambda: sections.time_loading(bench))
+    run.section(
+        "memory", lambda: sections.count_resident(bench, embedding_bytes=int(_EMBEDDING_BYTES))
+    )
+    run.section("prefill", lambda: sections.time_prefill(bench, n_tokens=2048))
+    run.section("merge", lambda: sections.time_merge(bench))
+    del bench
+    torch.cuda.empty_cache()
+    run.section("baselines", _baselines)
+    run.section("compiled", lambda: baselines.time_compiled(HUB))
+    run.results.setdefault("baselines", {}).update(run.results.pop("compiled", {}))
+    run.write()
+
+
+def main() -> int:
+    """Run the benchmark; 0 if all cases are correct and no section failed."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
+    parser.add_argument("--correctness-seconds", type=float, default=300.0)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--compile-baseline", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.stderr.write("No CUDA device is available: nothing was measured.\n")
+        return 1
+    if arguments.case is not None:
+        case = list(correctness.list_cases())[arguments.case]
+        sys.stdout.write(json.dumps(correctness.run_case(case, "cuda")) + "\n")
+        return 0
+    if arguments.compile_baseline:
+        baselines.time_compiled(HUB)
+        return 0
+    run = Run(arguments.json)
+    run_all(run, correctness_s=arguments.correctness_seconds)
+    for bar in judge(run.results):
+        sys.stdout.write(json.dumps(bar) + "\n")
+    cases = run.results.get("correctness", [])
+    return 0 if cases and all(row["passed"] for row in cases) and not run.failures else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
