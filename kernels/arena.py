@@ -4,13 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from deltacome_core.errors import UserError
 from kernels.directory import ENTRY_INTS
 from kernels.fragments import UNIT_BYTES
-from kernels.image import JOB_FIELDS, Image, Site, SiteNeeds
+from kernels.image import Image, Site, SiteNeeds
 
 # Rows a program may take: 16 for each of 1, 2 or 4 blocks of a warp and 1 to 8 warps.
 PROGRAM_ROWS: Final = (16, 32, 64, 128, 256, 512)
@@ -212,8 +211,7 @@ class DeltaArena:
         if main is not None and self._copies is None:
             self._copies = torch.cuda.Stream(self.device)
         read: list[Any] = [None] * _N_STAGED
-        all_jobs = self._jobs_of(image)
-        first_job = 0
+        all_jobs = image.jobs.to(self.device, non_blocking=True)
         if main is not None:
             self._copies.wait_stream(main)
         for number, chunk in enumerate(image.chunks):
@@ -227,10 +225,8 @@ class DeltaArena:
                 with torch.cuda.stream(self._copies):
                     staged[: chunk.size].copy_(source, non_blocking=True)
                 main.wait_stream(self._copies)
-            jobs = all_jobs[first_job : first_job + len(chunk.jobs)]
-            first_job += len(chunk.jobs)
             launch_repack(
-                jobs,
+                all_jobs[chunk.first_job : chunk.first_job + chunk.n_jobs],
                 staged,
                 self._slabs[slot],
                 widths=self.spec.all_widths,
@@ -239,18 +235,12 @@ class DeltaArena:
             )
             if main is not None:
                 read[number % _N_STAGED] = main.record_event()
-        entry = torch.from_numpy(image.directory)
-        self.directory[slot].copy_(entry.pin_memory() if on_cuda else entry, non_blocking=True)
+        self.directory[slot].copy_(image.directory, non_blocking=True)
 
     def _stage(self, image: Image) -> None:
         size = max((chunk.size for chunk in image.chunks), default=0)
         if not self._staged or len(self._staged[0]) < size:
             self._staged = [self._empty(size) for _ in range(_N_STAGED)]
-
-    def _jobs_of(self, image: Image) -> torch.Tensor:
-        rows = [chunk.jobs for chunk in image.chunks]
-        jobs = np.concatenate(rows) if rows else np.zeros((0, JOB_FIELDS), dtype=np.int64)
-        return torch.from_numpy(jobs).to(self.device, non_blocking=True)
 
     def copy_slot(self, source: int, target: int) -> None:
         """Make a second resident copy of a delta on the device.

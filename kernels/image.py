@@ -55,11 +55,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Bytes start .. start + size of an image's source, and what to make of them."""
+    """Bytes start .. start + size of an image's source, and the jobs that read them."""
 
     start: int
     size: int
-    jobs: npt.NDArray[np.int64]
+    first_job: int
+    n_jobs: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +85,8 @@ class Image:
 
     source: torch.Tensor
     chunks: tuple[Chunk, ...]
-    directory: npt.NDArray[np.int32]
+    jobs: torch.Tensor
+    directory: torch.Tensor
     slab_bytes: int
     needs: tuple[SiteNeeds, ...]
     matrices: Mapping[str, PackedLinear]
@@ -335,28 +337,32 @@ def _add_site(
     return encode_site(shrink, parts), needs
 
 
-def _cut(builder: _Builder, ends: list[tuple[int, int]]) -> Iterator[Chunk]:
+def _cut(ends: list[tuple[int, int]]) -> Iterator[Chunk]:
     """Chunks that end where a site ends; `ends` are (source bytes, jobs) after each site."""
     start = first_job = 0
     for number, (end, last_job) in enumerate(ends):
         following = ends[number + 1][0] if number + 1 < len(ends) else None
         if following is None or following - start > CHUNK_BYTES:
-            jobs = np.array(builder.jobs[first_job:last_job], dtype=np.int64)
-            jobs = _relative(jobs.reshape(-1, JOB_FIELDS), start)
             if end > start:
-                yield Chunk(start=start, size=end - start, jobs=jobs)
+                yield Chunk(
+                    start=start, size=end - start, first_job=first_job, n_jobs=last_job - first_job
+                )
             start = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
             first_job = last_job
 
 
-def _relative(jobs: npt.NDArray[np.int64], start: int) -> npt.NDArray[np.int64]:
-    """Source places counted from the start of the chunk; -1 stays absent."""
+def _relative(jobs: npt.NDArray[np.int64], start: int) -> None:
+    """Count source places from the start of the chunk; -1 stays absent."""
     fields = {CODES_JOB: (1,), FACTORS_JOB: (1, 5, 7), GROUPS_JOB: (1, 3)}
     for kind, columns in fields.items():
         for column in columns:
             chosen = (jobs[:, 0] == kind) & (jobs[:, column] >= 0)
             jobs[chosen, column] -= start
-    return jobs
+
+
+def _host_tensor(array: npt.NDArray[np.generic], *, pin: bool) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if pin else tensor
 
 
 def build_image(
@@ -382,14 +388,19 @@ def build_image(
         entries.append(entry)
         needs.append(site_needs)
         ends.append((builder.source_bytes, len(builder.jobs)))
+    chunks = tuple(_cut(ends))
+    jobs = np.array(builder.jobs, dtype=np.int64).reshape(-1, JOB_FIELDS)
+    for chunk in chunks:
+        _relative(jobs[chunk.first_job : chunk.first_job + chunk.n_jobs], chunk.start)
     source = torch.zeros(max(builder.source_bytes, 1), dtype=torch.uint8, pin_memory=pin)
     for start, array in builder.pieces:
         data = array.contiguous().flatten().view(torch.uint8)
         source[start : start + len(data)] = data
     return Image(
         source=source,
-        chunks=tuple(_cut(builder, ends)),
-        directory=np.stack(entries),
+        chunks=chunks,
+        jobs=_host_tensor(jobs, pin=pin),
+        directory=_host_tensor(np.stack(entries), pin=pin),
         slab_bytes=builder.slab_bytes,
         needs=tuple(needs),
         matrices=matrices,

@@ -83,6 +83,9 @@ class StepPlan:
         width = UNIT_TOKENS * PLANES * STEP_COLUMNS
         self.x_planes = torch.empty((n_units, steps * width), dtype=torch.int8, device=device)
         self.h_planes = torch.empty((n_units, hidden * width), dtype=torch.int8, device=device)
+        # Delta terms of a site, where they are summed beside the backbone's product.
+        widest = max(site.total_out for site in arena.spec.sites)
+        self.terms = torch.empty(n_tokens * widest, device=device)
         self.x_step = torch.empty(n_units * UNIT_TOKENS, device=device)
         self.x_norm = torch.empty(n_units * UNIT_TOKENS, device=device)
 

@@ -46,23 +46,24 @@ def _check(x: torch.Tensor, out_features: int, plan: StepPlan, site: int) -> Non
         raise InternalError(f"{out_features} outputs at a site of {wanted.total_out}")
 
 
-def _launch_first(x: torch.Tensor, plan: StepPlan, site: int) -> None:
+def _launch_first(x: torch.Tensor, plan: StepPlan, site: int, *, clear_terms: bool) -> None:
     from kernels.triton_ops.launch_batch import current_arch, launch_prepare, launch_shrink
     from kernels.tuning import choose_shape
 
-    launch_prepare(x, plan, site)
+    launch_prepare(x, plan, site, clear_terms=clear_terms)
     steps = plan.arena.spec.sites[site].input_steps
     shape = choose_shape("shrink", groups=plan.n_tokens, steps=steps, arch=current_arch())
     launch_shrink(plan, site, shape)
 
 
-def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
+def _launch_last(y: torch.Tensor, plan: StepPlan, site: int) -> None:
     from kernels.triton_ops.launch_batch import current_arch, launch_expand
     from kernels.tuning import choose_shape
 
     steps = plan.arena.spec.hidden_steps(site)
     shape = choose_shape("expand", groups=plan.n_tokens, steps=steps, arch=current_arch())
-    launch_expand(y, plan, site, shape, overlap=overlap)
+    # The launch before on this stream is the shrink, where there is one.
+    launch_expand(y, plan, site, shape, overlap=steps > 0)
 
 
 def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> torch.Tensor:
@@ -85,9 +86,8 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     _check(x, y.shape[1], plan, site)
     if not plan.arena.operand_order:
         return batch_reference.add_delta(y, x, plan, site)
-    _launch_first(x, plan, site)
-    # Nothing ran on this stream since the shrink.
-    _launch_last(y, plan, site, overlap=plan.arena.spec.hidden_steps(site) > 0)
+    _launch_first(x, plan, site, clear_terms=False)
+    _launch_last(y, plan, site)
     return y
 
 
@@ -108,10 +108,14 @@ def _delta_linear(
     side = _side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        _launch_first(x, step, site)
+        _launch_first(x, step, site, clear_terms=True)
+        n_out = len(weight)
+        _launch_last(step.terms[: step.n_tokens * n_out].view(-1, n_out), step, site)
     y = functional.linear(x, weight, bias)
     main.wait_stream(side)
-    _launch_last(y, step, site, overlap=False)
+    from kernels.triton_ops.launch_batch import launch_add
+
+    launch_add(y, step, site)
     return y
 
 
@@ -131,7 +135,7 @@ def delta_linear(
     slots: StepPlan,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias + each token's delta; the delta's first stage runs beside the backbone's product.
+    """x W^T + bias + each token's delta; the deltas are computed beside the backbone's product.
 
     A custom op of torch: torch.compile sees one call, and a CUDA graph may capture it. The tokens'
     slots are those the plan holds when the op, or the graph, runs.

@@ -8,8 +8,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -59,23 +58,35 @@ _N_SLOTS: Final = 160
 _WORKERS: Final = 15
 
 
-def build_tiny() -> tuple[DeltaArena, StepPlan]:
+def build_tiny(layout: Layout) -> DeltaArena:
     """The smallest arena whose kernels are those of a real one of the same recipe."""
     site = Site(name="tiny", parts=("a",), out_features=(64,), in_features=256)
-    bands = tuple(RankBand(band.bits, 16) for band in HUB.wide)
-    layout = Layout(
-        name="tiny",
-        square=bands,
-        wide=bands,
-        group_v=HUB.group_v,
-        group_u=HUB.group_u,
-        symmetric=HUB.symmetric,
-    )
-    image = build_image((site,), Pool(0).delta((site,), layout))
+    bands = tuple(RankBand(band.bits, 16) for band in layout.wide)
+    tiny = replace(layout, square=bands, wide=bands)
+    image = build_image((site,), Pool(0).delta((site,), tiny))
     arena = DeltaArena(ArenaSpec.covering((site,), [image]), n_slots=1, device="cuda")
-    plan = StepPlan(arena, n_tokens=1)
-    plan.assign([arena.load(image)])
-    return arena, plan
+    arena.load(image)
+    return arena
+
+
+def compile_shape(arena: DeltaArena, stage: Stage, shape: Shape, *, planes: int, units: int) -> None:
+    """Compile one kernel by running it on a tiny arena.
+
+    Args:
+        arena: of `build_tiny`.
+        stage: which kernel.
+        shape: its shape.
+        planes: of the activations.
+        units: of two tokens a group.
+    """
+    plan = StepPlan(arena, n_tokens=1, planes=planes, units_per_group=units)
+    plan.assign([0])
+    launch_prepare(torch.randn(1, 256, device="cuda").bfloat16(), plan, 0)
+    if stage == "shrink":
+        launch_shrink(plan, 0, shape)
+    else:
+        # Terms are fp32, whatever the model is.
+        launch_expand(torch.zeros(1, 64, device="cuda"), plan, 0, shape, overlap=True)
 
 
 def compile_share(worker: int) -> None:
@@ -84,23 +95,10 @@ def compile_share(worker: int) -> None:
     Args:
         worker: which share.
     """
-    arena, exact = build_tiny()
-    fast = StepPlan(arena, n_tokens=1, planes=2)
-    fast.assign([0])
-    x = torch.randn(1, 256, device="cuda").bfloat16()
-    y = torch.zeros(1, 64, device="cuda").bfloat16()
-    jobs: list[Callable[[], None]] = []
-    for shape in CANDIDATES["shrink"]:
-        jobs += [lambda s=shape, p=plan: launch_shrink(p, 0, s) for plan in (exact, fast)]
-    for shape in CANDIDATES["expand"]:
-        jobs += [
-            lambda s=shape, o=overlap: launch_expand(y, exact, 0, s, overlap=o)
-            for overlap in (False, True)
-        ]
-    for plan in (exact, fast):
-        launch_prepare(x, plan, 0)
-    for job in jobs[worker::_WORKERS]:
-        job()
+    arena = build_tiny(HUB)
+    jobs = [(stage, shape) for stage, shapes in CANDIDATES.items() for shape in shapes]
+    for stage, shape in jobs[worker::_WORKERS]:
+        compile_shape(arena, stage, shape, planes=4, units=1)
     torch.cuda.synchronize()
 
 
@@ -121,7 +119,7 @@ def _time_shapes(arena: DeltaArena, site: int, n_groups: int) -> list[dict[str, 
         plan.assign([(first * n_groups + i) % arena.n_slots for i in range(n_groups)])
         plans.append(plan)
     x = torch.randn(n_groups, where.in_features, device="cuda").bfloat16()
-    y = torch.randn(n_groups, where.total_out, device="cuda").bfloat16()
+    y = torch.randn(n_groups, where.total_out, device="cuda")
     for plan in plans:
         launch_prepare(x, plan, site)
     rows = []
@@ -131,9 +129,9 @@ def _time_shapes(arena: DeltaArena, site: int, n_groups: int) -> list[dict[str, 
             def run(stage: Stage = stage, shape: Shape = shape) -> None:
                 for plan in plans:
                     if stage == "shrink":
-                        launch_shrink(plan, site, shape, overlap=False)
+                        launch_shrink(plan, site, shape)
                     else:
-                        launch_expand(y, plan, site, shape)
+                        launch_expand(y, plan, site, shape, overlap=True)
 
             steps = where.input_steps if stage == "shrink" else arena.spec.hidden_steps(site)
             rows.append(

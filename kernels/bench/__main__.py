@@ -15,10 +15,16 @@ import torch
 
 from kernels.bench import baselines, correctness, sections, timing
 from kernels.bench.bars import judge
-from kernels.bench.models import HUB, LAYOUTS, LLAMA_7B
+from kernels.bench.models import COME, HUB, LAYOUTS, LLAMA_7B, Layout
 from kernels.gpu_check import describe_device
+from kernels.triton_ops.launch_batch import current_arch
+from kernels.tune import build_tiny, compile_shape
+from kernels.tuning import Shape, Stage, choose_shape, load_table
 
 _N_SLOTS: Final = 64
+_ZIPF_TOKENS: Final = 64
+_ZIPF_UNITS: Final = (1, 2, 4)
+_WORKERS: Final = 12
 # 32,000 x 4,096 embeddings and head at four bits with a scale and zero point a group of 128.
 _EMBEDDING_BYTES: Final = 2 * 32000 * 4096 * (4 + 24 / 128) / 8
 
@@ -62,6 +68,42 @@ class Run:
             self._out.write_text(json.dumps(self.report(), indent=1) + "\n")
 
 
+def list_kernels() -> list[tuple[Layout, Stage, Shape, int, int]]:
+    """Kernels of the sections: layout, stage, shape, planes and units."""
+    found = {(choice.stage, choice.shape) for choice in load_table(current_arch())}
+    wanted: set[tuple[str, Stage, Shape, int, int]] = set()
+    for stage, shape in found:
+        for planes in (4, 2) if stage == "shrink" else (4,):
+            wanted.add((HUB.name, stage, shape, planes, 1))
+        wanted.add((COME.name, stage, shape, 4, 1))
+    for site in LLAMA_7B.sites()[:4]:
+        spec_steps = {"shrink": site.input_steps, "expand": _hidden_steps(site.total_out)}
+        for stage in ("shrink", "expand"):
+            steps = spec_steps[stage]
+            shape = choose_shape(stage, groups=_ZIPF_TOKENS, steps=steps, arch=current_arch())
+            wanted |= {(HUB.name, stage, shape, 4, units) for units in _ZIPF_UNITS}
+    # The slowest to compile first.
+    ordered = sorted(wanted, key=lambda one: (-one[4], one[0], one[1], str(one[2]), one[3]))
+    return [(LAYOUTS[name], *rest) for name, *rest in ordered]
+
+
+def _hidden_steps(total_out: int) -> int:
+    sites = LLAMA_7B.sites()[:4]
+    site = max((site for site in sites if site.total_out == total_out), key=lambda s: s.in_features)
+    bands = [HUB.bands(out, site.in_features) for out in site.out_features]
+    return sum(-(-band.rank // 32) for own in bands for band in own)
+
+
+def warm(worker: int) -> None:
+    """Compile every `_WORKERS`-th kernel of the sections into the cache on disk."""
+    arenas = {}
+    for layout, stage, shape, planes, units in list_kernels()[worker::_WORKERS]:
+        if layout.name not in arenas:
+            arenas[layout.name] = build_tiny(layout)
+        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=units)
+    torch.cuda.synchronize()
+
+
 def check_correctness(limit_s: float) -> list[dict[str, Any]]:
     """All cases, each in a process of its own since most of its time is compiling."""
     cases = list(correctness.list_cases())
@@ -94,6 +136,11 @@ def _decode(bench: sections.Bench) -> list[dict[str, Any]]:
     ]
 
 
+def _decode_come(weights: list[torch.Tensor]) -> list[dict[str, Any]]:
+    bench = sections.build_bench(LLAMA_7B, COME, n_slots=32, weights=weights)
+    return [sections.time_decode(bench, list(range(n)), planes=4) for n in (1, 8, 32)]
+
+
 def _baselines() -> dict[str, float]:
     return {
         **baselines.time_eager(HUB),
@@ -103,8 +150,8 @@ def _baselines() -> dict[str, float]:
 
 
 def _zipf(bench: sections.Bench) -> dict[str, Any]:
-    slots = sections.draw_zipf(64, _N_SLOTS, seed=0)
-    tried = [sections.time_decode(bench, slots, planes=4, units=units) for units in (1, 2, 4)]
+    slots = sections.draw_zipf(_ZIPF_TOKENS, _N_SLOTS, seed=0)
+    tried = [sections.time_decode(bench, slots, planes=4, units=units) for units in _ZIPF_UNITS]
     best = min(tried, key=lambda row: row["step_us"])
     return {**best, "tried": tried}
 
@@ -116,9 +163,12 @@ def run_all(run: Run, *, correctness_s: float) -> None:
         run: where results go.
         correctness_s: most seconds that the cases may take.
     """
-    warm = subprocess.Popen([sys.executable, "-m", "kernels.bench", "--compile-baseline"])
+    command = [sys.executable, "-m", "kernels.bench"]
+    workers = [subprocess.Popen([*command, "--compile-baseline"])]
+    workers += [subprocess.Popen([*command, "--warm", str(n)]) for n in range(_WORKERS)]
     run.section("correctness", lambda: check_correctness(correctness_s))
-    warm.wait()
+    for worker in workers:
+        worker.wait()
     run.section("ceilings", timing.measure_ceilings)
     bench = sections.build_bench(LLAMA_7B, HUB, n_slots=_N_SLOTS)
     run.section("decode", lambda: _decode(bench))
@@ -129,7 +179,11 @@ def run_all(run: Run, *, correctness_s: float) -> None:
     )
     run.section("prefill", lambda: sections.time_prefill(bench, n_tokens=2048))
     run.section("merge", lambda: sections.time_merge(bench))
+    weights = bench.weights
     del bench
+    torch.cuda.empty_cache()
+    run.section("decode_come", lambda: _decode_come(weights))
+    del weights
     torch.cuda.empty_cache()
     run.section("baselines", _baselines)
     run.section("compiled", lambda: baselines.time_compiled(HUB))
@@ -144,7 +198,7 @@ def main() -> int:
     parser.add_argument("--correctness-seconds", type=float, default=300.0)
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--compile-baseline", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.stderr.write("No CUDA device is available: nothing was measured.\n")
@@ -152,6 +206,9 @@ def main() -> int:
     if arguments.case is not None:
         case = list(correctness.list_cases())[arguments.case]
         sys.stdout.write(json.dumps(correctness.run_case(case, "cuda")) + "\n")
+        return 0
+    if arguments.warm is not None:
+        warm(arguments.warm)
         return 0
     if arguments.compile_baseline:
         baselines.time_compiled(HUB)

@@ -44,13 +44,20 @@ class Bench:
         }
 
 
-def build_bench(model: ModelShape, layout: RecipeLayout, *, n_slots: int) -> Bench:
+def build_bench(
+    model: ModelShape,
+    layout: RecipeLayout,
+    *,
+    n_slots: int,
+    weights: list[torch.Tensor] | None = None,
+) -> Bench:
     """Draw weights and one delta, and copy its slab to all slots: equal numbers, distinct bytes.
 
     Args:
         model: sizes.
         layout: recipe of the deltas.
         n_slots: resident deltas.
+        weights: of the backbone, drawn where they are None.
 
     Returns:
         The bench.
@@ -61,7 +68,7 @@ def build_bench(model: ModelShape, layout: RecipeLayout, *, n_slots: int) -> Ben
     arena = DeltaArena(spec, n_slots=n_slots, device="cuda")
     fill_slots(arena, image)
     # Weights of a real model spread like this; their values do not matter to a time.
-    weights = [
+    weights = weights or [
         torch.empty(site.total_out, site.in_features, device="cuda", dtype=torch.bfloat16).normal_(
             std=0.02
         )
@@ -107,7 +114,7 @@ def term_step(
 ) -> Callable[[], None]:
     """The delta terms alone, added to buffers that stand for the backbone's outputs."""
     outputs = {
-        site.total_out: torch.zeros(plan.n_tokens, site.total_out, device="cuda").bfloat16()
+        site.total_out: torch.zeros(plan.n_tokens, site.total_out, device="cuda")
         for site in bench.arena.spec.sites
     }
 
@@ -229,14 +236,19 @@ def count_resident(bench: Bench, *, embedding_bytes: int) -> dict[str, Any]:
         Bytes, and the number of deltas without and with 16 GB of keys and values.
     """
     vocabulary_bytes = 2 * 32000 * bench.model.hidden * 2
+    room = torch.empty(
+        bench.arena.n_slots * embedding_bytes + vocabulary_bytes, dtype=torch.uint8, device="cuda"
+    )
     torch.cuda.synchronize()
     allocated = torch.cuda.memory_allocated()
+    del room
     per_delta = bench.arena.spec.slab_bytes + embedding_bytes
     entry = bench.arena.directory[0].numel() * 4
     # Context, workspaces of cuBLAS and the plan's buffers.
     fixed = bench.base_bytes + vocabulary_bytes + (1 << 30)
     return {
         "allocated_bytes": allocated,
+        "is_within_80_gb": allocated <= MEMORY_BYTES,
         "slots_allocated": bench.arena.n_slots,
         "slab_bytes": bench.arena.spec.slab_bytes,
         "embedding_bytes": embedding_bytes,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.directory import SOURCE_INPUT
+from kernels import directory
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
@@ -21,7 +21,9 @@ from kernels.triton_ops.records import (
     start_record,
 )
 
-INPUT = tl.constexpr(SOURCE_INPUT)
+INPUT = tl.constexpr(directory.SOURCE_INPUT)
+ENTRY_INTS = tl.constexpr(directory.ENTRY_INTS)
+ENTRY_ROOM = tl.constexpr(2048)
 # Largest whole number of an activation: four signed digits of 8 bits, or two.
 LARGEST = tl.constexpr(1 << 30)
 LARGEST_FAST = tl.constexpr(32512)
@@ -50,29 +52,47 @@ def round_to_int(value) -> tl.tensor:
     return (value + tl.where(value < 0, -0.5, 0.5)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_cols", "n_steps", "x_stride"])
+@triton.jit(do_not_specialize=["n_cols", "n_steps", "x_stride", "slot_stride", "site_offset", "n_out"])
 def prepare_kernel(
     x_ptr,
     x_stride,
     group_tokens_ptr,
+    group_slot_ptr,
     planes_ptr,
     step_ptr,
     norm_ptr,
     n_cols,
     n_steps,
+    directory_ptr,
+    slot_stride,
+    site_offset,
+    term_ptr,
+    n_out,
+    GROUP_TOKENS: tl.constexpr,
     N_PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One token: x [n_cols] as int8 planes, the worth of a unit, and its length."""
+    """One token: x [n_cols] as int8 planes, the worth of a unit, and its length.
+
+    Also clears the token's row of the delta term, and touches the directory so that the kernels
+    that follow find it in the cache.
+    """
     if OVERLAP:
         gdc_launch_dependents()
     place = tl.program_id(0)
     token = tl.load(group_tokens_ptr + place)
     if token >= 0:
+        slot = tl.load(group_slot_ptr + place // GROUP_TOKENS)
+        entry = tl.arange(0, ENTRY_ROOM)
+        entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
+        tl.load(entry_ptr + entry, mask=entry < ENTRY_INTS, other=0, volatile=True)
         col = tl.arange(0, BLOCK)
         x_at = x_ptr + token.to(tl.int64) * x_stride + col
         x = tl.load(x_at, mask=col < n_cols, other=0.0).to(tl.float32)
+        for start in range(0, n_out, BLOCK):
+            term_at = term_ptr + token.to(tl.int64) * n_out + start + col
+            tl.store(term_at, tl.zeros_like(x), mask=start + col < n_out)
         # Zeros must not divide by zero: a token of them has the length of the least one.
         largest = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST)
         norm = largest * tl.sqrt(tl.sum((x / largest) * (x / largest), axis=0))
@@ -83,6 +103,25 @@ def prepare_kernel(
         at = planes_ptr + (((place // 2).to(tl.int64) * n_steps + col // 32) * 8 + column) * 32
         value = round_to_int(x * (units / largest))
         store_planes(at + col % 32, value, col < n_steps * 32, N_PLANES)
+
+
+@triton.jit(do_not_specialize=["y_stride", "n_out"])
+def add_kernel(
+    y_ptr,
+    y_stride,
+    term_ptr,
+    n_out,
+    group_tokens_ptr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One token that uses a delta: y [n_out] += its term."""
+    token = tl.load(group_tokens_ptr + tl.program_id(1))
+    if token >= 0:
+        col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = y_ptr + token.to(tl.int64) * y_stride + col
+        term = tl.load(term_ptr + token.to(tl.int64) * n_out + col, mask=col < n_out, other=0.0)
+        y = tl.load(at, mask=col < n_out, other=0.0).to(tl.float32) + term
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=col < n_out)
 
 
 @triton.jit

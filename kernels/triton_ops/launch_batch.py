@@ -5,11 +5,19 @@ from functools import cache
 import torch
 import triton
 
-from kernels.fragments import PLANES
+from kernels.fragments import PLANES, UNIT_TOKENS
 from kernels.plan import StepPlan
 from kernels.tuning import Shape
-from kernels.triton_ops.batch import batch_expand_kernel, batch_shrink_kernel, prepare_kernel
+from kernels.triton_ops.batch import (
+    add_kernel,
+    batch_expand_kernel,
+    batch_shrink_kernel,
+    prepare_kernel,
+)
 from kernels.triton_ops.repack import repack_kernel
+
+# Eight elements a thread of four warps.
+_ADD_BLOCK = 1024
 
 
 def is_compiled() -> bool:
@@ -57,25 +65,37 @@ def launch_repack(
         )
 
 
-def launch_prepare(x: torch.Tensor, plan: StepPlan, site: int) -> None:
+def launch_prepare(
+    x: torch.Tensor, plan: StepPlan, site: int, *, clear_terms: bool = False
+) -> None:
     """Write the int8 planes of the tokens that use a delta.
 
     Args:
         x: bf16, fp16 or fp32 [tokens, in], columns adjacent.
         plan: of the step.
         site: number of the site.
+        clear_terms: set the terms of these tokens to 0.
     """
-    steps = plan.arena.spec.sites[site].input_steps
+    arena = plan.arena
+    where = arena.spec.sites[site]
+    steps = where.input_steps
     block = triton.next_power_of_2(steps * 32)
     prepare_kernel[(len(plan.group_tokens),)](
         x,
         x.stride(0),
         plan.group_tokens,
+        plan.group_slots,
         plan.x_planes,
         plan.x_step,
         plan.x_norm,
         x.shape[1],
         steps,
+        arena.directory,
+        arena.directory.stride(0),
+        site * arena.directory.stride(1),
+        plan.terms,
+        where.total_out if clear_terms else 0,
+        GROUP_TOKENS=plan.units_per_group * UNIT_TOKENS,
         N_PLANES=plan.planes,
         BLOCK=block,
         OVERLAP=overlaps(),
@@ -177,6 +197,21 @@ def launch_expand(
         num_warps=shape.warps,
         num_stages=1,
         **({"launch_pdl": True} if overlap else {}),
+    )
+
+
+def launch_add(y: torch.Tensor, plan: StepPlan, site: int) -> None:
+    """Add the terms of a site to its outputs.
+
+    Args:
+        y: bf16, fp16 or fp32 [tokens, out], columns adjacent.
+        plan: of the step, its terms expanded.
+        site: number of the site.
+    """
+    n_out = plan.arena.spec.sites[site].total_out
+    grid = (triton.cdiv(n_out, _ADD_BLOCK), len(plan.group_tokens))
+    add_kernel[grid](
+        y, y.stride(0), plan.terms, n_out, plan.group_tokens, BLOCK=_ADD_BLOCK, num_warps=4
     )
 
 

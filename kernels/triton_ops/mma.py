@@ -100,20 +100,26 @@ def load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS: tl.co
     second = mask & (2 * pair + 1 < n_steps)
     step_ptr = codes_ptr + (block * n_steps + 2 * pair) * (16 * (BITS // 2 * 2))
     words = ()
+    # Codes are read once: they should not push activations out of the caches.
     if BITS == 1:
-        words += (tl.load(codes_ptr + (block * n_pairs + pair) * 32 + lane, mask=mask, other=0),)
+        at = codes_ptr + (block * n_pairs + pair) * 32 + lane
+        words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
     elif BITS <= 3:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
-        words += (tl.load(step_ptr + lane, mask=mask, other=0),)
-        words += (tl.load(step_ptr + 32 + lane, mask=second, other=0),)
+        at = step_ptr + lane
+        words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
+        words += (tl.load(at + 32, mask=second, other=0, eviction_policy="evict_first"),)
         if BITS == 3:  # noqa: PLR2004 same
-            high = high_ptr + (block * n_pairs + pair) * 32 + lane
-            words += (tl.load(high, mask=mask, other=0),)
+            at = high_ptr + (block * n_pairs + pair) * 32 + lane
+            words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
     else:
         for step in tl.static_range(2):
             for part in tl.static_range(BITS // 4):
                 at = step_ptr + (step * (BITS // 4) + part) * 64 + 2 * lane
                 wide = tl.load(
-                    at.to(tl.pointer_type(tl.int64)), mask=second if step else mask, other=0
+                    at.to(tl.pointer_type(tl.int64)),
+                    mask=second if step else mask,
+                    other=0,
+                    eviction_policy="evict_first",
                 )
                 words += (wide.to(tl.int32), (wide >> 32).to(tl.int32))
     return words

@@ -72,36 +72,39 @@ def repack_pair(
     n_steps = (n_cols + 31) // 32
     n_pairs = (n_steps + 1) // 2
     high = tl.zeros_like(element)
+    low = tl.zeros_like(element)
     byte = tl.arange(0, 4)[None, :]
-    for step in tl.static_range(2):
+    # A loop, not unrolled: ten variants of this body would take a minute to compile.
+    for turn in range(4):
+        step = turn // 2
+        side = turn % 2
+        col = ((2 * pair + step) * 32 + lane % 4 * 8 + 4 * side)[:, None] + byte
         words = ()
-        low = tl.zeros_like(element)
-        for i in tl.static_range(4):
-            row = block * 16 + lane // 4 + 8 * (i % 2)
-            col = ((2 * pair + step) * 32 + lane % 4 * 8 + 4 * (i // 2))[:, None] + byte
+        for half in tl.static_range(2):
+            row = block * 16 + lane // 4 + 8 * half
             exists = (mask & (row < n_rows))[:, None] & (col < n_cols)
-            codes = read_codes(
-                codes_ptr, row[:, None], col, n_cols, row_words, exists, BITS, WHOLE
-            )
-            word = tl.sum(codes << (8 * byte), axis=1)
-            if BITS == 1:
-                high |= word << (4 * step + i)
-            elif BITS <= 3:  # noqa: PLR2004 same
-                low |= (word & 0x03030303) << (2 * i)
-                high |= ((word >> 2) & 0x01010101) << (4 * step + i)
-            words += (word,)
+            codes = read_codes(codes_ptr, row[:, None], col, n_cols, row_words, exists, BITS, WHOLE)
+            words += (tl.sum(codes << (8 * byte), axis=1),)
         number = block * n_steps + 2 * pair + step
         inside = mask & (2 * pair + step < n_steps)
         if BITS == 8:  # noqa: PLR2004 same
-            for i in tl.static_range(4):
-                at = target_ptr + number * 128 + i // 2 * 64 + lane * 2 + i % 2
-                tl.store(at, words[i], mask=inside)
+            for half in tl.static_range(2):
+                at = target_ptr + number * 128 + side * 64 + lane * 2 + half
+                tl.store(at, words[half], mask=inside)
         elif BITS == 4:  # noqa: PLR2004 same
-            for i in tl.static_range(2):
-                nibbles = words[2 * i] | (words[2 * i + 1] << 4)
-                tl.store(target_ptr + number * 64 + lane * 2 + i, nibbles, mask=inside)
-        elif BITS > 1:
-            tl.store(target_ptr + number * 32 + lane, low, mask=inside)
+            at = target_ptr + number * 64 + lane * 2 + side
+            tl.store(at, words[0] | (words[1] << 4), mask=inside)
+        else:
+            low = tl.where(side == 0, 0, low)
+            for half in tl.static_range(2):
+                field = 2 * side + half
+                if BITS == 1:
+                    high |= words[half] << (4 * step + field)
+                else:
+                    low |= (words[half] & 0x03030303) << (2 * field)
+                    high |= ((words[half] >> 2) & 0x01010101) << (4 * step + field)
+            if BITS > 1:
+                tl.store(target_ptr + number * 32 + lane, low, mask=inside & (side == 1))
     if BITS == 1:
         tl.store(target_ptr + (block * n_pairs + pair) * 32 + lane, high, mask=mask)
     elif BITS == 3:  # noqa: PLR2004 same
