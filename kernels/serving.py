@@ -93,7 +93,8 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
 
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
+        # The backbone's product fills the device: without precedence the deltas would wait for it.
+        _STREAMS[device] = torch.cuda.Stream(device, priority=-1)
     return _STREAMS[device]
 
 

@@ -25,6 +25,19 @@ _N_SLOTS: Final = 64
 _ZIPF_TOKENS: Final = 64
 _ZIPF_UNITS: Final = (1, 2, 4)
 _WORKERS: Final = 12
+SECTIONS: Final = (
+    "correctness",
+    "ceilings",
+    "decode",
+    "zipf",
+    "loading",
+    "memory",
+    "prefill",
+    "merge",
+    "decode_come",
+    "baselines",
+    "compiled",
+)
 # 32,000 x 4,096 embeddings and head at four bits with a scale and zero point a group of 128.
 _EMBEDDING_BYTES: Final = 2 * 32000 * 4096 * (4 + 24 / 128) / 8
 
@@ -94,10 +107,15 @@ def _hidden_steps(total_out: int) -> int:
     return sum(-(-band.rank // 32) for own in bands for band in own)
 
 
-def warm(worker: int) -> None:
+def warm(worker: int, names: frozenset[str]) -> None:
     """Compile every `_WORKERS`-th kernel of the sections into the cache on disk."""
     arenas = {}
-    for layout, stage, shape, planes, units in list_kernels()[worker::_WORKERS]:
+    wanted = [
+        (layout, stage, shape, planes, units)
+        for layout, stage, shape, planes, units in list_kernels()
+        if ("zipf" in names or units == 1) and ("decode_come" in names or layout is HUB)
+    ]
+    for layout, stage, shape, planes, units in wanted[worker::_WORKERS]:
         if layout.name not in arenas:
             arenas[layout.name] = build_tiny(layout)
         compile_shape(arenas[layout.name], stage, shape, planes=planes, units=units)
@@ -136,12 +154,21 @@ def _decode(bench: sections.Bench) -> list[dict[str, Any]]:
     ]
 
 
-def _decode_come(weights: list[torch.Tensor]) -> list[dict[str, Any]]:
+def _memory(bench: sections.Bench) -> dict[str, Any]:
+    return sections.count_resident(bench, embedding_bytes=int(_EMBEDDING_BYTES))
+
+
+def _decode_come(benches: list[sections.Bench]) -> list[dict[str, Any]]:
+    weights = benches[0].weights if benches else None
+    benches.clear()
+    torch.cuda.empty_cache()
     bench = sections.build_bench(LLAMA_7B, COME, n_slots=32, weights=weights)
     return [sections.time_decode(bench, list(range(n)), planes=4) for n in (1, 8, 32)]
 
 
-def _baselines() -> dict[str, float]:
+def _baselines(benches: list[sections.Bench]) -> dict[str, float]:
+    benches.clear()
+    torch.cuda.empty_cache()
     return {
         **baselines.time_eager(HUB),
         "bmm_us": baselines.time_bmm(HUB, n_tenants=32),
@@ -156,39 +183,54 @@ def _zipf(bench: sections.Bench) -> dict[str, Any]:
     return {**best, "tried": tried}
 
 
-def run_all(run: Run, *, correctness_s: float) -> None:
-    """All sections in order.
+def start_workers(names: frozenset[str]) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile what the sections will run."""
+    command = [sys.executable, "-m", "kernels.bench"]
+    workers = []
+    if "compiled" in names:
+        workers.append(subprocess.Popen([*command, "--compile-baseline"]))
+    if names & {"decode", "zipf", "decode_come"}:
+        chosen = ["--sections", *sorted(names)]
+        for number in range(_WORKERS):
+            workers.append(subprocess.Popen([*command, "--warm", str(number), *chosen]))
+    return workers
+
+
+def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
+    """The chosen sections in order.
 
     Args:
         run: where results go.
+        names: of SECTIONS.
         correctness_s: most seconds that the cases may take.
     """
-    command = [sys.executable, "-m", "kernels.bench"]
-    workers = [subprocess.Popen([*command, "--compile-baseline"])]
-    workers += [subprocess.Popen([*command, "--warm", str(n)]) for n in range(_WORKERS)]
-    run.section("correctness", lambda: check_correctness(correctness_s))
-    for worker in workers:
-        worker.wait()
-    run.section("ceilings", timing.measure_ceilings)
-    bench = sections.build_bench(LLAMA_7B, HUB, n_slots=_N_SLOTS)
-    run.section("decode", lambda: _decode(bench))
-    run.section("zipf", lambda: _zipf(bench))
-    run.section("loading", lambda: sections.time_loading(bench))
-    run.section(
-        "memory", lambda: sections.count_resident(bench, embedding_bytes=int(_EMBEDDING_BYTES))
-    )
-    run.section("prefill", lambda: sections.time_prefill(bench, n_tokens=2048))
-    run.section("merge", lambda: sections.time_merge(bench))
-    weights = bench.weights
-    del bench
-    torch.cuda.empty_cache()
-    run.section("decode_come", lambda: _decode_come(weights))
-    del weights
-    torch.cuda.empty_cache()
-    run.section("baselines", _baselines)
-    run.section("compiled", lambda: baselines.time_compiled(HUB))
-    run.results.setdefault("baselines", {}).update(run.results.pop("compiled", {}))
-    run.write()
+    workers = start_workers(names)
+    benches: list[sections.Bench] = []
+
+    def on_model(measure: Callable[[sections.Bench], Any]) -> Any:
+        if not benches:
+            benches.append(sections.build_bench(LLAMA_7B, HUB, n_slots=_N_SLOTS))
+        return measure(benches[0])
+
+    measures: dict[str, Callable[[], Any]] = {
+        "correctness": lambda: check_correctness(correctness_s),
+        "ceilings": timing.measure_ceilings,
+        "decode": lambda: on_model(_decode),
+        "zipf": lambda: on_model(_zipf),
+        "loading": lambda: on_model(sections.time_loading),
+        "memory": lambda: on_model(_memory),
+        "prefill": lambda: on_model(lambda bench: sections.time_prefill(bench, n_tokens=2048)),
+        "merge": lambda: on_model(sections.time_merge),
+        "decode_come": lambda: _decode_come(benches),
+        "baselines": lambda: _baselines(benches),
+        "compiled": lambda: baselines.time_compiled(HUB),
+    }
+    for name in SECTIONS:
+        if name in names:
+            if name == "ceilings":
+                for worker in workers:
+                    worker.wait()
+            run.section(name, measures[name])
 
 
 def main() -> int:
@@ -196,6 +238,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.bench")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
     parser.add_argument("--correctness-seconds", type=float, default=300.0)
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--update", type=Path, help="a report whose other sections are kept")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--compile-baseline", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
@@ -203,18 +247,21 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("No CUDA device is available: nothing was measured.\n")
         return 1
+    names = frozenset(arguments.sections)
     if arguments.case is not None:
         case = list(correctness.list_cases())[arguments.case]
         sys.stdout.write(json.dumps(correctness.run_case(case, "cuda")) + "\n")
         return 0
     if arguments.warm is not None:
-        warm(arguments.warm)
+        warm(arguments.warm, names)
         return 0
     if arguments.compile_baseline:
         baselines.time_compiled(HUB)
         return 0
     run = Run(arguments.json)
-    run_all(run, correctness_s=arguments.correctness_seconds)
+    if arguments.update is not None:
+        run.results = json.loads(arguments.update.read_text())["rows"]
+    run_all(run, names, correctness_s=arguments.correctness_seconds)
     for bar in judge(run.results):
         sys.stdout.write(json.dumps(bar) + "\n")
     cases = run.results.get("correctness", [])

@@ -57,7 +57,7 @@ def measure_bars(results: dict[str, Any]) -> dict[str, float]:
     if decode:
         measured |= _decode_bars(decode, results["ceilings"]["read_gbps"])
         one, many = (_find(decode, n_tenants=n, planes=4)["term_us"] for n in (1, 32))
-        base = results.get("baselines", {})
+        base = results.get("baselines", {}) | results.get("compiled", {})
         for name, key, own in (
             ("delta term, 1 tenant, over PyTorch eager", "eager_us", one),
             ("delta term, 1 tenant, over torch.compile + CUDA graph", "compiled_graph_us", one),

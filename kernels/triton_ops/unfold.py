@@ -21,9 +21,10 @@ def unfold_kernel(
     out_stride,
     BITS: tl.constexpr,
     IS_GROUPED: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
     WARPS: tl.constexpr,
 ) -> None:
-    """out [rows, n_cols] = (2 code - 2 zero) times the row factor, or half the group's scale."""
+    """Write out [rows, n_cols] = (2 code - 2 zero) times the row factor, or half the group's scale."""
     slab = tl.load(table_ptr + slot)
     codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
     high_ptr = load_pointer(slab, tl.load(record_ptr + 2), tl.int32)
@@ -57,12 +58,20 @@ def unfold_kernel(
             for step in tl.static_range(2):
                 codes = unpack_step(words, step, BITS)
                 for side in tl.static_range(2):
+                    col = (2 * pair + step) * 32 + lane % 4 * 8 + 4 * side
+                    four = tl.zeros_like(lane).to(tl.int64)
                     for byte in tl.static_range(4):
                         code = (codes[half + 2 * side] >> (8 * byte)) & 0xFF
-                        col = (2 * pair + step) * 32 + lane % 4 * 8 + 4 * side + byte
                         value = (2 * code - twice_zero).to(tl.float32) * factor
                         value = value.to(out_ptr.dtype.element_ty)
-                        tl.store(row_at + col, value, mask=inside & (col < n_cols))
+                        if IS_ALIGNED:
+                            bits = value.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+                            four |= bits << (16 * byte)
+                        else:
+                            tl.store(row_at + col + byte, value, mask=inside & (col + byte < n_cols))
+                    if IS_ALIGNED:
+                        at = (row_at + col).to(tl.pointer_type(tl.int64))
+                        tl.store(at, four, mask=inside & (col < n_cols))
 
 
 def unfold(
@@ -84,6 +93,10 @@ def unfold(
         bits: of its codes.
         is_grouped: whether it has a scale a tile.
     """
+    # Four values of 16 bits become one store.
+    aligned = out.element_size() == 2 and not (  # noqa: PLR2004 bytes
+        out.shape[1] % 4 or out.stride(0) % 4 or out.data_ptr() % 8
+    )
     unfold_kernel[(_PROGRAMS,)](
         record,
         table,
@@ -93,6 +106,7 @@ def unfold(
         out.stride(0),
         BITS=bits,
         IS_GROUPED=is_grouped,
+        IS_ALIGNED=aligned,
         WARPS=4,
         num_warps=4,
     )
