@@ -60,9 +60,11 @@ class ArenaSpec:
         """Bits of the codes any delta has at the site."""
         return frozenset().union(*(needs.widths for needs in self.needs[site]))
 
-    def has_groups(self, site: int) -> bool:
-        """Whether any delta has scales for tiles at the site."""
-        return any(needs.has_groups for needs in self.needs[site])
+    def grouping(self, site: int) -> int:
+        """Scales for tiles at the site: 0 in no delta, 1 in some bands, 2 in all of them."""
+        if not any(needs.has_groups for needs in self.needs[site]):
+            return 0
+        return 1 if any(needs.has_plain for needs in self.needs[site]) else 2
 
     def has_direct(self, site: int) -> bool:
         """Whether any delta has a direct matrix at the site."""
@@ -81,8 +83,10 @@ class ArenaSpec:
         unknown = sorted(needs.widths - self.widths(site))
         if unknown:
             return f"codes of {unknown[0]} bits"
-        if needs.has_groups and not self.has_groups(site):
+        if needs.has_groups and self.grouping(site) == 0:
             return "scales for tiles"
+        if needs.has_plain and self.grouping(site) == 2:  # noqa: PLR2004 all
+            return "scales for rows"
         if needs.has_direct and not self.has_direct(site):
             return "direct matrices"
         if needs.has_factors and not self.has_factors(site):

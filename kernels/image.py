@@ -71,6 +71,7 @@ class SiteNeeds:
     hidden_steps: int
     widths: frozenset[int]
     has_groups: bool
+    has_plain: bool
     has_direct: bool
     has_factors: bool
 
@@ -103,7 +104,6 @@ class _Builder:
     slab_bytes: int = UNIT_BYTES
     jobs: list[list[int]] = field(default_factory=list)
     widths: set[int] = field(default_factory=set)
-    has_groups: bool = False
     has_direct: bool = False
 
     def place(self, array: torch.Tensor) -> int:
@@ -150,7 +150,6 @@ class _Builder:
 
     def add_groups(self, factor: PackedFactor) -> int:
         """Job of the scales and zero points of tiles; returns their place."""
-        self.has_groups = True
         shape = FragmentShape(factor.rows, factor.cols, factor.bits)
         n_tiles = -(-factor.cols // TILE_CODES)
         place = self.reserve(n_tiles * shape.row_blocks * 16 * 4)
@@ -290,7 +289,7 @@ def _add_site(
     shrink: list[Record] = []
     parts: list[Part | None] = []
     step = first_row = 0
-    builder.widths, builder.has_groups, builder.has_direct = set(), False, False
+    builder.widths, builder.has_direct = set(), False
     for number, (name, out) in enumerate(zip(site.parts, site.out_features, strict=True)):
         matrix = matrices.get(name)
         if matrix is None:
@@ -326,13 +325,16 @@ def _add_site(
     if len(shrink) > MAX_RECORDS:
         raise _refuse(site.name, f"{len(shrink)} rank bands at one site")
     rows = tuple(-(-record.rows // STEP_COLUMNS) * STEP_COLUMNS for record in shrink)
+    outputs = [record for part in parts if part is not None for record in part.expand]
+    records = shrink + outputs
     needs = SiteNeeds(
         shrink_rows=rows,
         hidden_steps=step,
         widths=frozenset(builder.widths),
-        has_groups=builder.has_groups,
+        has_groups=any(record.groups for record in records),
+        has_plain=not all(record.groups for record in records),
         has_direct=builder.has_direct,
-        has_factors=any(record.factors for part in parts if part for record in part.expand),
+        has_factors=any(record.factors for record in outputs),
     )
     return encode_site(shrink, parts), needs
 

@@ -56,14 +56,14 @@ def _launch_first(x: torch.Tensor, plan: StepPlan, site: int, *, clear_terms: bo
     launch_shrink(plan, site, shape)
 
 
-def _launch_last(y: torch.Tensor, plan: StepPlan, site: int) -> None:
+def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
     from kernels.triton_ops.launch_batch import current_arch, launch_expand
     from kernels.tuning import choose_shape
 
     steps = plan.arena.spec.hidden_steps(site)
     shape = choose_shape("expand", groups=plan.n_tokens, steps=steps, arch=current_arch())
-    # The launch before on this stream is the shrink, where there is one.
-    launch_expand(y, plan, site, shape, overlap=steps > 0)
+    # Without hidden values no shrink was launched that this could overlap.
+    launch_expand(y, plan, site, shape, overlap=overlap and steps > 0)
 
 
 def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> torch.Tensor:
@@ -87,7 +87,7 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     if not plan.arena.operand_order:
         return batch_reference.add_delta(y, x, plan, site)
     _launch_first(x, plan, site, clear_terms=False)
-    _launch_last(y, plan, site)
+    _launch_last(y, plan, site, overlap=True)
     return y
 
 
@@ -109,14 +109,19 @@ def _delta_linear(
     side = _side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        _launch_first(x, step, site, clear_terms=True)
-        n_out = len(weight)
-        _launch_last(step.terms[: step.n_tokens * n_out].view(-1, n_out), step, site)
+        _launch_first(x, step, site, clear_terms=step.sums_beside)
+        if step.sums_beside:
+            n_out = len(weight)
+            terms = step.terms[: step.n_tokens * n_out].view(-1, n_out)
+            _launch_last(terms, step, site, overlap=True)
     y = functional.linear(x, weight, bias)
     main.wait_stream(side)
-    from kernels.triton_ops.launch_batch import launch_add
+    if step.sums_beside:
+        from kernels.triton_ops.launch_batch import launch_add
 
-    launch_add(y, step, site)
+        launch_add(y, step, site)
+    else:
+        _launch_last(y, step, site, overlap=False)
     return y
 
 

@@ -69,7 +69,9 @@ def build_tiny(layout: Layout) -> DeltaArena:
     return arena
 
 
-def compile_shape(arena: DeltaArena, stage: Stage, shape: Shape, *, planes: int, units: int) -> None:
+def compile_shape(
+    arena: DeltaArena, stage: Stage, shape: Shape, *, planes: int, units: int
+) -> None:
     """Compile one kernel by running it on a tiny arena.
 
     Args:
@@ -85,8 +87,10 @@ def compile_shape(arena: DeltaArena, stage: Stage, shape: Shape, *, planes: int,
     if stage == "shrink":
         launch_shrink(plan, 0, shape)
     else:
-        # Terms are fp32, whatever the model is.
-        launch_expand(torch.zeros(1, 64, device="cuda"), plan, 0, shape, overlap=True)
+        # Terms are fp32, whatever the model is; outputs are bf16, and wait for its product.
+        terms = torch.zeros(1, 64, device="cuda")
+        launch_expand(terms, plan, 0, shape, overlap=True)
+        launch_expand(terms.bfloat16(), plan, 0, shape)
 
 
 def compile_share(worker: int) -> None:

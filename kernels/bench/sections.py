@@ -125,7 +125,9 @@ def term_step(
     return run
 
 
-def time_decode(bench: Bench, slots: Sequence[int], *, planes: int, units: int = 1) -> dict[str, Any]:
+def time_decode(
+    bench: Bench, slots: Sequence[int], *, planes: int, units: int = 1
+) -> dict[str, Any]:
     """One step of decode over the whole model.
 
     Args:
@@ -138,13 +140,22 @@ def time_decode(bench: Bench, slots: Sequence[int], *, planes: int, units: int =
         Times in microseconds, bytes, and the factor over the backbone alone.
     """
     inputs = bench.inputs(len(slots))
-    plan = StepPlan(
-        bench.arena, n_tokens=len(slots), units_per_group=units, planes=planes
-    )
-    plan.assign(slots)
     base_us = time_graph(base_step(bench, inputs))
+    steps_us = {}
+    for sums_beside in (False, True):
+        plan = StepPlan(
+            bench.arena,
+            n_tokens=len(slots),
+            units_per_group=units,
+            planes=planes,
+            sums_beside=sums_beside,
+        )
+        plan.assign(slots)
+        steps_us["beside" if sums_beside else "after"] = time_graph(
+            delta_step(bench, inputs, plan)
+        )
     term_us = time_graph(term_step(bench, inputs, plan))
-    step_us = time_graph(delta_step(bench, inputs, plan))
+    step_us = min(steps_us.values())
     n_tenants = len(set(slots) - {-1})
     moved = bench.base_bytes + n_tenants * bench.image.slab_bytes
     return {
@@ -155,6 +166,7 @@ def time_decode(bench: Bench, slots: Sequence[int], *, planes: int, units: int =
         "base_us": base_us,
         "term_us": term_us,
         "step_us": step_us,
+        "steps_us": steps_us,
         "factor": step_us / base_us,
         "moved_bytes": moved,
         "gbps": moved / step_us / 1e3,

@@ -192,7 +192,7 @@ def batch_shrink_kernel(
     group_count_ptr,
     P: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HAS_GROUPS: tl.constexpr,
+    GROUPING: tl.constexpr,
     R: tl.constexpr,
     NT: tl.constexpr,
     WK: tl.constexpr,
@@ -239,7 +239,7 @@ def batch_shrink_kernel(
                             gdc_wait()
                         totals = finish_record(
                             started, slab, first_block, source_ptr, x_steps * 32, columns, weights,
-                            wk, lane, width, HAS_GROUPS, R, NT, WK, U, USE_PTX,
+                            wk, lane, width, GROUPING, R, NT, WK, U, USE_PTX,
                         )  # fmt: skip
             # A band is read in whole steps: the rows that fill its last one are written as 0.
             inside = row < (n_rows + 31) // 32 * 32
@@ -274,7 +274,7 @@ def batch_expand_kernel(
     y_stride,
     P: tl.constexpr,
     WIDTHS: tl.constexpr,
-    HAS_GROUPS: tl.constexpr,
+    GROUPING: tl.constexpr,
     HAS_DIRECT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     R: tl.constexpr,
@@ -345,7 +345,7 @@ def batch_expand_kernel(
                     band = started[count_widths(WIDTHS, i)]
                     products = finish_record(
                         band, slab, first_block, source_ptr + band[6].to(tl.int64) * 32, stride,
-                        columns, weights, wk, lane, width_of(i), HAS_GROUPS, R, NT, WK, U, USE_PTX,
+                        columns, weights, wk, lane, width_of(i), GROUPING, R, NT, WK, U, USE_PTX,
                     )  # fmt: skip
                     if HAS_FACTORS:
                         factors = tl.load(record_ptr + i * RECORD_INTS + 6)

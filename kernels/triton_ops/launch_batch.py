@@ -136,7 +136,7 @@ def launch_shrink(
         plan.group_counts,
         P=plan.planes,
         WIDTHS=_sum_widths(arena.spec.widths(site)),
-        HAS_GROUPS=arena.spec.has_groups(site),
+        GROUPING=arena.spec.grouping(site),
         R=shape.blocks,
         NT=plan.units_per_group,
         WK=shape.along_steps,
@@ -184,7 +184,7 @@ def launch_expand(
         # Planes of x matter where x itself is multiplied; one kernel serves both otherwise.
         P=plan.planes if arena.spec.has_direct(site) else PLANES,
         WIDTHS=_sum_widths(arena.spec.widths(site)),
-        HAS_GROUPS=arena.spec.has_groups(site),
+        GROUPING=arena.spec.grouping(site),
         HAS_DIRECT=arena.spec.has_direct(site),
         HAS_FACTORS=arena.spec.has_factors(site),
         R=shape.blocks,

@@ -31,15 +31,16 @@ def four_items(items, NUMBER: tl.constexpr):
 def multiply_plainly(a, b0, b1, c):
     """The sums of `multiply_step` without its instruction; arguments are the same."""
     warps: tl.constexpr = b0.shape[0] // 32
-    top = tl.zeros((warps, 8, 8), tl.int32)
-    low = tl.zeros((warps, 8, 8), tl.int32)
-    for byte in tl.static_range(4):
-        x0 = (tl.reshape(b0, (warps, 1, 8, 4)) << (24 - 8 * byte)) >> 24
-        x1 = (tl.reshape(b1, (warps, 1, 8, 4)) << (24 - 8 * byte)) >> 24
-        top += tl.sum(((tl.reshape(a[0], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x0, axis=3)
-        low += tl.sum(((tl.reshape(a[1], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x0, axis=3)
-        top += tl.sum(((tl.reshape(a[2], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x1, axis=3)
-        low += tl.sum(((tl.reshape(a[3], (warps, 8, 1, 4)) >> (8 * byte)) & 0xFF) * x1, axis=3)
+    shift = 8 * tl.arange(0, 4)
+    x0 = (tl.reshape(b0, (warps, 1, 8, 4, 1)) << (24 - shift)) >> 24
+    x1 = (tl.reshape(b1, (warps, 1, 8, 4, 1)) << (24 - shift)) >> 24
+    sums = ()
+    for half in tl.static_range(2):
+        first = (tl.reshape(a[half], (warps, 8, 1, 4, 1)) >> shift) & 0xFF
+        second = (tl.reshape(a[half + 2], (warps, 8, 1, 4, 1)) >> shift) & 0xFF
+        terms = tl.reshape(first * x0 + second * x1, (warps, 8, 8, 16))
+        sums += (tl.sum(terms, axis=3),)
+    top, low = sums
     top_even, top_odd = tl.split(tl.reshape(top, (warps, 8, 4, 2)))
     low_even, low_odd = tl.split(tl.reshape(low, (warps, 8, 4, 2)))
     return (

@@ -108,7 +108,7 @@ def finish_record(
     wk,
     lane,
     BITS: tl.constexpr,
-    HAS_GROUPS: tl.constexpr,
+    GROUPING: tl.constexpr,
     R: tl.constexpr,
     NT: tl.constexpr,
     WK: tl.constexpr,
@@ -128,7 +128,7 @@ def finish_record(
         wk: Same.
         lane: Same.
         BITS: Same.
-        HAS_GROUPS: Whether bands with a scale a tile may occur.
+        GROUPING: 0 where no band has a scale a tile, 2 where all do, 1 where the record says.
         R: Same.
         NT: Same.
         WK: Same.
@@ -140,7 +140,7 @@ def finish_record(
     """
     ahead, codes_ptr, high_ptr, n_blocks, n_steps, group, _ = started
     group_ptr = load_pointer(slab, group, tl.int32)
-    if HAS_GROUPS:
+    if GROUPING == 1:
         if group > 0:
             totals = multiply_band(
                 ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
@@ -157,7 +157,7 @@ def finish_record(
         totals = multiply_band(
             ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
             n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-            BITS, False, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+            BITS, GROUPING == 2, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
         )  # fmt: skip
     return totals
 
