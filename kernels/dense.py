@@ -68,7 +68,9 @@ class Unfolder:
                 band += len(matrix.bands)
             elif isinstance(matrix, PackedDirect):
                 left = self._take("left", out, where.in_features)
-                self._unfold_factor(slot, site, self._output(number, matrix.factor), left, matrix.factor)
+                self._unfold_factor(
+                    slot, site, self._output(number, matrix.factor), left, matrix.factor
+                )
                 yield DenseFactors(first_row=first_row, left=left, right=None)
             first_row += out
 
@@ -86,7 +88,9 @@ class Unfolder:
             last = first + packed.rank
             at = SHRINK_RECORDS + number * RECORD_INTS
             self._unfold_factor(slot, site, at, right[first:last], packed.v)
-            self._unfold_factor(slot, site, self._output(part, packed.u), left[:, first:last], packed.u)
+            self._unfold_factor(
+                slot, site, self._output(part, packed.u), left[:, first:last], packed.u
+            )
             first = last
         return DenseFactors(first_row=first_row, left=left, right=right)
 

@@ -8,7 +8,7 @@ One entry is int32 [ENTRY_INTS] for each slot and site:
 | 32 | output rows of each part |
 | 32 x 16 | shrink records, one a band of each part |
 | 8 x 8 | parts: first output row, bound (fp32 bits), source |
-| 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where it has no such band |
+| 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where absent |
 
 A record is: bits, codes, plane of the third bit, rows, row blocks, steps, row factors, group words,
 first step in its source (expand) or its target (shrink), part. Places in the slab count units of

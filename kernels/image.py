@@ -1,4 +1,4 @@
-"""A delta on its way to a slab: the bytes to copy, the jobs that put them in order, the directory."""
+"""A delta on its way to a slab: bytes to copy, jobs that put them in order, directory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -317,9 +317,7 @@ def _add_site(
         if len({record.bits for record in expand}) < len(expand):
             raise _refuse(name, "two rank bands of one width")
         source = SOURCE_INPUT if isinstance(matrix, PackedDirect) else SOURCE_HIDDEN
-        part = Part(
-            first_row=first_row, rows=out, bound=bound, source=source, expand=tuple(expand)
-        )
+        part = Part(first_row=first_row, rows=out, bound=bound, source=source, expand=tuple(expand))
         parts.append(part)
         first_row += out
     if len(shrink) > MAX_RECORDS:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +16,7 @@ from kernels.fragments import PLANES, STEP_COLUMNS, UNIT_TOKENS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """Tokens by slot: slot, number of tokens and the tokens of each group, -1 where there is none."""
+    """Tokens by slot: slot, count and tokens of each group, -1 where there is none."""
 
     slots: npt.NDArray[np.int32]
     counts: npt.NDArray[np.int32]
@@ -52,6 +54,11 @@ def group_tokens(slots: Sequence[int], *, group_size: int) -> Groups:
     return groups
 
 
+# An operator of torch takes no objects of ours: it names a plan by its handle.
+PLANS: "WeakValueDictionary[int, StepPlan]" = WeakValueDictionary()
+_HANDLES = count()
+
+
 class StepPlan:
     """The groups of one step on the device, and room for what its kernels hand to each other.
 
@@ -73,6 +80,8 @@ class StepPlan:
     ) -> None:
         if planes not in {2, PLANES} or units_per_group < 1:
             raise InternalError(f"{planes} planes, {units_per_group} units a group")
+        self.handle = next(_HANDLES)
+        PLANS[self.handle] = self
         self.arena = arena
         self.n_tokens = n_tokens
         self.units_per_group = units_per_group

@@ -1,16 +1,13 @@
 """A linear layer of many fine-tunes at once: one backbone product, and each token's own delta."""
 
-from weakref import WeakValueDictionary
-
 import torch
 from torch.nn import functional
 
 from deltacome_core.errors import InternalError, UserError
 from kernels import batch_reference
 from kernels.arena import DeltaArena
-from kernels.plan import StepPlan
+from kernels.plan import PLANS, StepPlan
 
-_PLANS: WeakValueDictionary[int, StepPlan] = WeakValueDictionary()
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
@@ -102,7 +99,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 def _delta_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: int, site: int
 ) -> torch.Tensor:
-    step = _PLANS[plan]
+    step = PLANS[plan]
     if x.device.type != "cuda" or not step.arena.operand_order:
         return add_delta(functional.linear(x, weight, bias), x, step, site)
     main = torch.cuda.current_stream(x.device)
@@ -141,10 +138,12 @@ def delta_linear(
     slots: StepPlan,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias + each token's delta; the deltas are computed beside the backbone's product.
+    """Backbone's product and each token's delta, x W^T + bias + x V^T diag(sigma) U^T.
 
-    A custom op of torch: torch.compile sees one call, and a CUDA graph may capture it. The tokens'
-    slots are those the plan holds when the op, or the graph, runs.
+    The first stage of the deltas, or all of them, runs beside the backbone's product.
+
+    The layer is one operator: torch.compile sees one call, and a CUDA graph may capture it. The
+    tokens' slots are those the plan holds when the operator, or the graph, runs.
 
     Args:
         x: bf16, fp16 or fp32 [tokens, in], columns adjacent.
@@ -164,5 +163,5 @@ def delta_linear(
     if slots.arena is not arena:
         raise InternalError("the plan belongs to another arena")
     _check(x, weight.shape[0], slots, site)
-    _PLANS.setdefault(id(slots), slots)
-    return _delta_linear(x, weight, bias, id(slots), site)
+    y: torch.Tensor = _delta_linear(x, weight, bias, slots.handle, site)
+    return y

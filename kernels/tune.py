@@ -118,7 +118,7 @@ def _time_shapes(arena: DeltaArena, site: int, n_groups: int) -> list[dict[str, 
     """Each candidate on rotating tenants, so that no codes are found in the cache."""
     where = arena.spec.sites[site]
     plans = []
-    for first in range(0, arena.n_slots // n_groups if n_groups > 1 else 48):
+    for first in range(arena.n_slots // n_groups if n_groups > 1 else 48):
         plan = StepPlan(arena, n_tokens=n_groups)
         plan.assign([(first * n_groups + i) % arena.n_slots for i in range(n_groups)])
         plans.append(plan)

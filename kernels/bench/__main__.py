@@ -97,7 +97,10 @@ def list_kernels() -> list[tuple[Layout, Stage, Shape, int, int]]:
             wanted |= {(HUB.name, stage, shape, 4, units) for units in _ZIPF_UNITS}
     # The slowest to compile first.
     ordered = sorted(wanted, key=lambda one: (-one[4], one[0], one[1], str(one[2]), one[3]))
-    return [(LAYOUTS[name], *rest) for name, *rest in ordered]
+    return [
+        (LAYOUTS[name], stage, shape, planes, units)
+        for name, stage, shape, planes, units in ordered
+    ]
 
 
 def _hidden_steps(total_out: int) -> int:
@@ -191,8 +194,10 @@ def start_workers(names: frozenset[str]) -> list[subprocess.Popen[bytes]]:
         workers.append(subprocess.Popen([*command, "--compile-baseline"]))
     if names & {"decode", "zipf", "decode_come"}:
         chosen = ["--sections", *sorted(names)]
-        for number in range(_WORKERS):
-            workers.append(subprocess.Popen([*command, "--warm", str(number), *chosen]))
+        workers += [
+            subprocess.Popen([*command, "--warm", str(number), *chosen])
+            for number in range(_WORKERS)
+        ]
     return workers
 
 

@@ -2,11 +2,11 @@
 
 PyTorch eager and compiled unpack and multiply the very same packed bytes; `bmm` multiplies factors
 that were unpacked beforehand; `binary_kernel` is batched one-bit matrix products in the manner of
-BitDelta's `binary_bmm_kernel` (FasterDecoding/BitDelta, bitdelta/binary_gemm_kernel.py): each word is
-loaded once for each of its bits, the reduction is not split.
+BitDelta's `binary_bmm_kernel` (FasterDecoding/BitDelta, bitdelta/binary_gemm_kernel.py): each word
+is loaded once for each of its bits, the reduction is not split.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -23,7 +23,7 @@ SHAPES = (((4096, 4096), 128), ((11008, 4096), 64), ((4096, 11008), 32))
 
 
 def _unpack_piece(words: torch.Tensor, bits: int, n: int) -> torch.Tensor:
-    """Codes of tiles of n codes: int32 [rows, tiles, words of a tile] to int32 [rows, tiles * n]."""
+    """Codes of tiles of n codes: int32 [rows, tiles, words of one] to int32 [rows, tiles * n]."""
     rows, tiles, _ = words.shape
     codes = None
     first = shift = 0
@@ -92,14 +92,14 @@ def time_eager(layout: Layout) -> dict[str, float]:
     for matrix in draw_matrices(layout, seed=1):
         x = torch.randn(1, matrix.in_features, device="cuda").bfloat16()
         eager_delta(x, matrix)
-        eager.append(time_calls(lambda x=x, m=matrix: eager_delta(x, m), n_calls=9))
-        graphed.append(time_graph(lambda x=x, m=matrix: eager_delta(x, m), n_calls=9))
+        eager.append(time_calls(partial(eager_delta, x, matrix), n_calls=9))
+        graphed.append(time_graph(partial(eager_delta, x, matrix), n_calls=9))
     return {"eager_us": _sum_over_model(eager), "eager_graph_us": _sum_over_model(graphed)}
 
 
 def time_compiled(layout: Layout) -> dict[str, float]:
     """Microseconds of one token's delta over a whole 7B, torch.compile in a CUDA graph."""
-    compiled: Callable[..., torch.Tensor] = torch.compile(eager_delta, dynamic=False)
+    compiled = torch.compile(eager_delta, dynamic=False)
     times = []
     for matrix in draw_matrices(layout, seed=1):
         x = torch.randn(1, matrix.in_features, device="cuda").bfloat16()
@@ -107,8 +107,12 @@ def time_compiled(layout: Layout) -> dict[str, float]:
         found = compiled(x, matrix).float()
         if float((found - wanted).norm() / wanted.norm()) > 2e-2:  # noqa: PLR2004 bf16 sums
             raise RuntimeError("the compiled baseline differs from the eager one")
-        times.append(time_graph(lambda x=x, m=matrix: compiled(x, m), n_calls=9))
+        times.append(time_graph(partial(compiled, x, matrix), n_calls=9))
     return {"compiled_graph_us": _sum_over_model(times)}
+
+
+def _multiply_both(x: torch.Tensor, right: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(torch.bmm(x, right), left)
 
 
 def time_bmm(layout: Layout, *, n_tenants: int) -> float:
@@ -119,7 +123,7 @@ def time_bmm(layout: Layout, *, n_tenants: int) -> float:
         right = torch.randn(n_tenants, width, rank, device="cuda", dtype=torch.bfloat16)
         left = torch.randn(n_tenants, rank, out, device="cuda", dtype=torch.bfloat16)
         x = torch.randn(n_tenants, 1, width, device="cuda", dtype=torch.bfloat16)
-        times.append(time_graph(lambda x=x, r=right, a=left: torch.bmm(torch.bmm(x, r), a)))
+        times.append(time_graph(partial(_multiply_both, x, right, left)))
     return _sum_over_model(times)
 
 
@@ -183,7 +187,7 @@ def time_binary(*, n_tenants: int) -> float:
         found = multiply_binary(x, words)[0].double()
         if float((found - wanted).norm() / wanted.norm()) > 1e-3:  # noqa: PLR2004 fp16 result
             raise RuntimeError("the one-bit baseline is wrong")
-        times.append(time_graph(lambda x=x, w=words: multiply_binary(x, w)))
+        times.append(time_graph(partial(multiply_binary, x, words)))
     return _sum_over_model(times)
 
 

@@ -103,7 +103,7 @@ LLAMA_7B: Final = ModelShape(
 
 
 class Pool:
-    """Random words that all factors of a delta are cut from: its values matter, their origin not."""
+    """Random words that all factors of a delta are cut from."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -127,7 +127,7 @@ class Pool:
     def factor(
         self, rows: int, cols: int, *, bits: int, group: Group, symmetric: bool
     ) -> PackedFactor:
-        """Draw a factor; bits of its words beyond the last code are random, no kernel reads them."""
+        """Draw a factor; bits beyond the last code are random too, no kernel reads them."""
         grid = scale_shape(rows, cols, group)
         levels = 1 << bits
         scale = (torch.rand(grid, generator=self._generator) * 2 / levels + 1 / levels).half()

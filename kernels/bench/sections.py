@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
-from kernels.bench.models import ModelShape, Pool
 from kernels.bench.models import Layout as RecipeLayout
+from kernels.bench.models import ModelShape, Pool
 from kernels.bench.timing import time_calls, time_graph
 from kernels.dense import Unfolder, merge_site, multiply_prompt
 from kernels.image import Image, build_image
@@ -39,9 +39,7 @@ class Bench:
     def inputs(self, n_tokens: int) -> dict[int, torch.Tensor]:
         """bf16 [tokens, in] for each width of input."""
         widths = {site.in_features for site in self.arena.spec.sites}
-        return {
-            width: torch.randn(n_tokens, width, device="cuda").bfloat16() for width in widths
-        }
+        return {width: torch.randn(n_tokens, width, device="cuda").bfloat16() for width in widths}
 
 
 def build_bench(
@@ -97,9 +95,7 @@ def base_step(bench: Bench, inputs: dict[int, torch.Tensor]) -> Callable[[], Non
     return run
 
 
-def delta_step(
-    bench: Bench, inputs: dict[int, torch.Tensor], plan: StepPlan
-) -> Callable[[], None]:
+def delta_step(bench: Bench, inputs: dict[int, torch.Tensor], plan: StepPlan) -> Callable[[], None]:
     """All linear layers with their tokens' deltas."""
 
     def run() -> None:
@@ -109,9 +105,7 @@ def delta_step(
     return run
 
 
-def term_step(
-    bench: Bench, inputs: dict[int, torch.Tensor], plan: StepPlan
-) -> Callable[[], None]:
+def term_step(bench: Bench, inputs: dict[int, torch.Tensor], plan: StepPlan) -> Callable[[], None]:
     """The delta terms alone, added to buffers that stand for the backbone's outputs."""
     outputs = {
         site.total_out: torch.zeros(plan.n_tokens, site.total_out, device="cuda")
@@ -151,9 +145,7 @@ def time_decode(
             sums_beside=sums_beside,
         )
         plan.assign(slots)
-        steps_us["beside" if sums_beside else "after"] = time_graph(
-            delta_step(bench, inputs, plan)
-        )
+        steps_us["beside" if sums_beside else "after"] = time_graph(delta_step(bench, inputs, plan))
     term_us = time_graph(term_step(bench, inputs, plan))
     step_us = min(steps_us.values())
     n_tenants = len(set(slots) - {-1})
@@ -219,7 +211,10 @@ def time_merge(bench: Bench) -> dict[str, float]:
             merge_site(weight, unfolder, 0, site, out=room[tuple(weight.shape)])
 
     merge()
-    return {"merge_graph_us": time_graph(merge, n_calls=5), "merge_us": time_calls(merge, n_calls=3)}
+    return {
+        "merge_graph_us": time_graph(merge, n_calls=5),
+        "merge_us": time_calls(merge, n_calls=3),
+    }
 
 
 def time_loading(bench: Bench) -> dict[str, float]:

@@ -52,7 +52,7 @@ def time_calls(call: Callable[[], object], *, n_calls: int = _REPLAYS) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1000)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def time_graph(work: Callable[[], object], *, n_calls: int = _REPLAYS) -> float:

@@ -52,7 +52,9 @@ def round_to_int(value) -> tl.tensor:
     return (value + tl.where(value < 0, -0.5, 0.5)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_cols", "n_steps", "x_stride", "slot_stride", "site_offset", "n_out"])
+@triton.jit(
+    do_not_specialize=["n_cols", "n_steps", "x_stride", "slot_stride", "site_offset", "n_out"]
+)
 def prepare_kernel(
     x_ptr,
     x_stride,
@@ -320,9 +322,7 @@ def batch_expand_kernel(
             for i in tl.static_range(N_WIDTHS):
                 if (WIDTHS >> width_of(i)) & 1:
                     at = record_ptr + i * RECORD_INTS
-                    started += (
-                        start_record(at, slab, first_block, wk, lane, width_of(i), R, U),
-                    )
+                    started += (start_record(at, slab, first_block, wk, lane, width_of(i), R, U),)
             if OVERLAP:
                 gdc_wait()
             row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]

@@ -7,7 +7,6 @@ import triton
 
 from kernels.fragments import PLANES, UNIT_TOKENS
 from kernels.plan import StepPlan
-from kernels.tuning import Shape
 from kernels.triton_ops.batch import (
     add_kernel,
     batch_expand_kernel,
@@ -15,6 +14,7 @@ from kernels.triton_ops.batch import (
     prepare_kernel,
 )
 from kernels.triton_ops.repack import repack_kernel
+from kernels.tuning import Shape
 
 # Eight elements a thread of four warps.
 _ADD_BLOCK = 1024
@@ -103,11 +103,7 @@ def launch_prepare(
     )
 
 
-
-
-def launch_shrink(
-    plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None
-) -> None:
+def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None) -> None:
     """Write the hidden planes of all groups at a site.
 
     Args:

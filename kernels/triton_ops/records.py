@@ -1,4 +1,4 @@
-"""Reading the directory of an arena inside a kernel; its fields are those of kernels/directory.py."""
+"""Reading the directory of an arena in a kernel; its fields are those of kernels/directory.py."""
 
 import triton
 import triton.language as tl
@@ -14,6 +14,8 @@ EXPAND_PARTS = tl.constexpr(directory.EXPAND_PARTS)
 EXPAND_RECORDS = tl.constexpr(directory.EXPAND_RECORDS)
 N_WIDTHS = tl.constexpr(len(directory.WIDTHS))
 UNIT_BYTES = tl.constexpr(128)
+# What GROUPING says where every band has scales for tiles.
+ALL = tl.constexpr(2)
 
 
 @triton.jit
@@ -128,7 +130,7 @@ def finish_record(
         wk: Same.
         lane: Same.
         BITS: Same.
-        GROUPING: 0 where no band has a scale a tile, 2 where all do, 1 where the record says.
+        GROUPING: 0 where no band has scales for tiles, ALL where each has, 1 where some have.
         R: Same.
         NT: Same.
         WK: Same.
@@ -157,7 +159,7 @@ def finish_record(
         totals = multiply_band(
             ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
             n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-            BITS, GROUPING == 2, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+            BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
         )  # fmt: skip
     return totals
 
@@ -182,7 +184,8 @@ def add_shares(
         joined = tl.join(totals[UNIT * R * 2], totals[UNIT * R * 2 + 1])
     elif R == 2:  # noqa: PLR2004 same as in mma.py
         joined = tl.join(
-            tl.join(totals[UNIT * R * 2], totals[UNIT * R * 2 + 1]), tl.join(totals[UNIT * R * 2 + 2], totals[UNIT * R * 2 + 3])
+            tl.join(totals[UNIT * R * 2], totals[UNIT * R * 2 + 1]),
+            tl.join(totals[UNIT * R * 2 + 2], totals[UNIT * R * 2 + 3]),
         )
     else:
         joined = tl.join(

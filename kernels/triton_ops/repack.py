@@ -13,7 +13,9 @@ JOB_FIELDS = tl.constexpr(16)
 
 
 @triton.jit
-def read_codes(codes_ptr, row, col, n_cols, row_words, mask, BITS: tl.constexpr, WHOLE: tl.constexpr):
+def read_codes(
+    codes_ptr, row, col, n_cols, row_words, mask, BITS: tl.constexpr, WHOLE: tl.constexpr
+):
     """Codes [row, col] of a packed factor; WHOLE says that all lie in tiles of 128 codes."""
     tile = col // TILE
     if WHOLE:
@@ -112,9 +114,7 @@ def repack_pair(
 
 
 @triton.jit
-def repack_codes(
-    job_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+def repack_codes(job_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr) -> None:
     """A job of codes: source, target and high place, rows, columns, words, bits, pairs, whole."""
     codes_ptr = (source_ptr + tl.load(job_ptr + 1)).to(tl.pointer_type(tl.int32))
     target_ptr = (slab_ptr + tl.load(job_ptr + 2)).to(tl.pointer_type(tl.int32))

@@ -24,7 +24,7 @@ def unfold_kernel(
     IS_ALIGNED: tl.constexpr,
     WARPS: tl.constexpr,
 ) -> None:
-    """Write out [rows, n_cols] = (2 code - 2 zero) times the row factor, or half the group's scale."""
+    """Write out [rows, n_cols] = 2 (code - zero), times the row's factor and the tile's scale."""
     slab = tl.load(table_ptr + slot)
     codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
     high_ptr = load_pointer(slab, tl.load(record_ptr + 2), tl.int32)
@@ -68,7 +68,9 @@ def unfold_kernel(
                             bits = value.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
                             four |= bits << (16 * byte)
                         else:
-                            tl.store(row_at + col + byte, value, mask=inside & (col + byte < n_cols))
+                            tl.store(
+                                row_at + col + byte, value, mask=inside & (col + byte < n_cols)
+                            )
                     if IS_ALIGNED:
                         at = (row_at + col).to(tl.pointer_type(tl.int64))
                         tl.store(at, four, mask=inside & (col < n_cols))

@@ -215,7 +215,7 @@ def test_an_unaligned_slab_is_refused():
     "other",
     [
         replace(BY_VECTOR, wide=(RankBand(1, 3),)),
-        replace(BY_VECTOR, wide=(RankBand(3, 70),)),
+        replace(BY_VECTOR, wide=(RankBand(3, 170),)),
         BY_TILE,
         DIRECT,
         replace(BY_VECTOR, wide=(RankBand(3, 8),), group_u=(1, 0)),
