@@ -8,7 +8,7 @@ import torch
 
 from deltacome_core.errors import UserError
 from kernels.directory import ENTRY_INTS
-from kernels.fragments import UNIT_BYTES
+from kernels.fragments import STEP_COLUMNS, UNIT_BYTES
 from kernels.image import Image, Site, SiteNeeds
 
 # Rows a program may take: 16 for each of 1, 2 or 4 blocks of a warp and 1 to 8 warps.
@@ -47,6 +47,42 @@ class ArenaSpec:
             slab_bytes=-(-slab_bytes // SLAB_ALIGNMENT_BYTES) * SLAB_ALIGNMENT_BYTES,
             needs=tuple(zip(*(image.needs for image in images), strict=True)),
         )
+
+    @classmethod
+    def allowing(
+        cls, sites: Sequence[Site], *, slab_bytes: int, max_rank: int, widths: frozenset[int]
+    ) -> "ArenaSpec":
+        """A spec for any symmetric delta with a scale a vector, whatever its rank bands are.
+
+        Recipes that fit bands to a spectrum choose others for each matrix of each fine-tune.
+
+        Args:
+            sites: of the backbone.
+            slab_bytes: most bytes of a delta in operand order.
+            max_rank: most ranks of a matrix over all its bands.
+            widths: bits that may occur.
+
+        Returns:
+            The spec; a few programs of a launch find nothing to do for it.
+        """
+        needs = []
+        for site in sites:
+            n_parts = len(site.parts)
+            # However ranks are split, rounding up costs each band less than a step or a program.
+            rounded = -(-max_rank // STEP_COLUMNS) + len(widths)
+            rows = (rounded * STEP_COLUMNS, *[STEP_COLUMNS] * (len(widths) - 1))
+            allowed = SiteNeeds(
+                shrink_rows=rows * n_parts,
+                hidden_steps=rounded * n_parts,
+                widths=widths,
+                has_groups=False,
+                has_plain=True,
+                has_direct=False,
+                has_factors=False,
+            )
+            needs.append((allowed,))
+        aligned = -(-slab_bytes // SLAB_ALIGNMENT_BYTES) * SLAB_ALIGNMENT_BYTES
+        return cls(sites=tuple(sites), slab_bytes=aligned, needs=tuple(needs))
 
     def shrink_blocks(self, site: int, rows: int) -> int:
         """Programs a shrink at the site needs for any delta, at `rows` rows a program."""

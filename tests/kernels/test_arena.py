@@ -229,6 +229,23 @@ def test_a_recipe_the_arena_was_not_built_for_is_refused(other):
     assert refused.value.code == "arena_recipe_unknown"
 
 
+def test_an_arena_for_any_bands_takes_any_bands():
+    spec = ArenaSpec.allowing(
+        (SITE,), slab_bytes=1 << 16, max_rank=40, widths=frozenset({1, 2, 3, 4, 8})
+    )
+    arena = DeltaArena(spec, n_slots=6, device="cpu", operand_order=False)
+    for bands in (
+        (RankBand(8, 1), RankBand(4, 1), RankBand(3, 1), RankBand(2, 36), RankBand(1, 1)),
+        (RankBand(1, 40),),
+        (RankBand(8, 13), RankBand(1, 27)),
+    ):
+        arena.load(build_image((SITE,), draw(replace(BY_VECTOR, wide=bands))))
+    with pytest.raises(UserError, match="more rank bands or ranks at qk"):
+        arena.load(build_image((SITE,), draw(replace(BY_VECTOR, wide=(RankBand(1, 300),)))))
+    with pytest.raises(UserError, match="scales for tiles at qk"):
+        arena.load(build_image((SITE,), draw(BY_TILE)))
+
+
 @pytest.mark.parametrize(
     "layout",
     [
