@@ -25,6 +25,31 @@ MESSAGES: dict[str, Message] = {
         what="transformers cannot build this model: {reason}.",
         do="Check model_type in config.json, or choose the datafree recipe, which needs no model.",
     ),
+    "arena_full": Message(
+        title="No slot is free for another delta",
+        what="All {n_slots} slots hold resident deltas.",
+        do="Evict a delta that no request uses, or build the arena with more slots.",
+    ),
+    "arena_recipe_unknown": Message(
+        title="The arena was not built for this recipe",
+        what="{name} cannot be loaded: {reason}.",
+        do="Build the arena with a delta of this recipe among its examples, or merge the delta.",
+    ),
+    "arena_site_unknown": Message(
+        title="The arena has no such site",
+        what="{name} is not among its sites: {known}.",
+        do="Name a site of the backbone that the arena was built for.",
+    ),
+    "arena_slab_unaligned": Message(
+        title="A slab cannot be used",
+        what="Slab {slot} does not start at a multiple of {boundary} bytes, or is too small.",
+        do="Let the arena allocate its slabs, or align yours.",
+    ),
+    "arena_slot_unknown": Message(
+        title="The slot holds no delta",
+        what="Slot {slot} was asked for; the arena has {n_slots}, and only resident ones serve.",
+        do="Load the delta first, or use -1 for the backbone.",
+    ),
     "backbone_digest_mismatch": Message(
         title="This is not the backbone the delta was made from",
         what="Other weights were found in: {tensors}.",

@@ -1,0 +1,1 @@
+"""The benchmark of the arena kernels: `python -m kernels.bench --json OUT`."""

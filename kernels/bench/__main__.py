@@ -1,0 +1,277 @@
+"""`python -m kernels.bench --json OUT`: correctness first, then times, then the bars."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from kernels.bench import baselines, correctness, sections, timing
+from kernels.bench.bars import judge
+from kernels.bench.models import COME, HUB, LAYOUTS, LLAMA_7B, Layout
+from kernels.gpu_check import describe_device
+from kernels.triton_ops.launch_batch import current_arch
+from kernels.tune import build_tiny, compile_shape
+from kernels.tuning import Shape, Stage, choose_shape, load_table
+
+_N_SLOTS: Final = 64
+_ZIPF_TOKENS: Final = 64
+_ZIPF_UNITS: Final = (1, 2, 4)
+_WORKERS: Final = 12
+SECTIONS: Final = (
+    "correctness",
+    "ceilings",
+    "decode",
+    "zipf",
+    "loading",
+    "memory",
+    "prefill",
+    "merge",
+    "decode_come",
+    "baselines",
+    "compiled",
+)
+# 32,000 x 4,096 embeddings and head at four bits with a scale and zero point a group of 128.
+_EMBEDDING_BYTES: Final = 2 * 32000 * 4096 * (4 + 24 / 128) / 8
+
+
+class Run:
+    """Sections of one run; what fails is recorded and does not stop the others."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.results: dict[str, Any] = {}
+        self.failures: dict[str, str] = {}
+        self._out = out
+        self._started = time.monotonic()
+
+    def section(self, name: str, measure: Callable[[], Any]) -> None:
+        """Run one section and write the report as it stands."""
+        try:
+            self.results[name] = measure()
+        except Exception:  # noqa: BLE001 one broken section must not hide the others
+            self.failures[name] = traceback.format_exc(limit=4)
+        seconds = round(time.monotonic() - self._started, 1)
+        shown = self.failures.get(name) or json.dumps(self.results.get(name))[:1500]
+        sys.stdout.write(f"[{seconds}] {name}: {shown}\n")
+        sys.stdout.flush()
+        self.write()
+
+    def report(self) -> dict[str, Any]:
+        """The object that is written."""
+        return {
+            **describe_device(),
+            "commit": os.environ.get("BENCH_COMMIT", ""),
+            "method": "CUDA graphs, medians, distinct slabs beyond the cache; see kernels/bench",
+            "ceilings": self.results.get("ceilings"),
+            "rows": self.results,
+            "failures": self.failures,
+            "bars": judge(self.results),
+        }
+
+    def write(self) -> None:
+        """Write the report."""
+        if self._out is not None:
+            self._out.write_text(json.dumps(self.report(), indent=1) + "\n")
+
+
+def list_kernels() -> list[tuple[Layout, Stage, Shape, int, int]]:
+    """Kernels of the sections: layout, stage, shape, planes and units."""
+    found = {(choice.stage, choice.shape) for choice in load_table(current_arch())}
+    wanted: set[tuple[str, Stage, Shape, int, int]] = set()
+    for stage, shape in found:
+        for planes in (4, 2) if stage == "shrink" else (4,):
+            wanted.add((HUB.name, stage, shape, planes, 1))
+        wanted.add((COME.name, stage, shape, 4, 1))
+    for site in LLAMA_7B.sites()[:4]:
+        spec_steps = {"shrink": site.input_steps, "expand": _hidden_steps(site.total_out)}
+        for stage in ("shrink", "expand"):
+            steps = spec_steps[stage]
+            shape = choose_shape(stage, groups=_ZIPF_TOKENS, steps=steps, arch=current_arch())
+            wanted |= {(HUB.name, stage, shape, 4, units) for units in _ZIPF_UNITS}
+    # The slowest to compile first.
+    ordered = sorted(wanted, key=lambda one: (-one[4], one[0], one[1], str(one[2]), one[3]))
+    return [
+        (LAYOUTS[name], stage, shape, planes, units)
+        for name, stage, shape, planes, units in ordered
+    ]
+
+
+def _hidden_steps(total_out: int) -> int:
+    sites = LLAMA_7B.sites()[:4]
+    site = max((site for site in sites if site.total_out == total_out), key=lambda s: s.in_features)
+    bands = [HUB.bands(out, site.in_features) for out in site.out_features]
+    return sum(-(-band.rank // 32) for own in bands for band in own)
+
+
+def warm(worker: int, names: frozenset[str]) -> None:
+    """Compile every `_WORKERS`-th kernel of the sections into the cache on disk."""
+    arenas = {}
+    wanted = [
+        (layout, stage, shape, planes, units)
+        for layout, stage, shape, planes, units in list_kernels()
+        if ("zipf" in names or units == 1) and ("decode_come" in names or layout is HUB)
+    ]
+    for layout, stage, shape, planes, units in wanted[worker::_WORKERS]:
+        if layout.name not in arenas:
+            arenas[layout.name] = build_tiny(layout)
+        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=units)
+    torch.cuda.synchronize()
+
+
+def check_correctness(limit_s: float) -> list[dict[str, Any]]:
+    """All cases, each in a process of its own since most of its time is compiling."""
+    cases = list(correctness.list_cases())
+    command = [sys.executable, "-m", "kernels.bench", "--case"]
+    running = [
+        subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True)
+        for number in range(len(cases))
+    ]
+    deadline = time.monotonic() + limit_s
+    rows = []
+    for case, process in zip(cases, running, strict=True):
+        row: dict[str, Any] = {"case": str(case), "passed": False}
+        try:
+            said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            row = json.loads(said.splitlines()[-1])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            row["exception"] = "not compiled in time"
+        except (IndexError, ValueError):
+            row["exception"] = f"ended with {process.returncode}"
+        rows.append(row)
+    return rows
+
+
+def _decode(bench: sections.Bench) -> list[dict[str, Any]]:
+    return [
+        sections.time_decode(bench, list(range(n)), planes=planes)
+        for n in (1, 8, 32)
+        for planes in (4, 2)
+    ]
+
+
+def _memory(bench: sections.Bench) -> dict[str, Any]:
+    return sections.count_resident(bench, embedding_bytes=int(_EMBEDDING_BYTES))
+
+
+def _decode_come(benches: list[sections.Bench]) -> list[dict[str, Any]]:
+    weights = benches[0].weights if benches else None
+    benches.clear()
+    torch.cuda.empty_cache()
+    bench = sections.build_bench(LLAMA_7B, COME, n_slots=32, weights=weights)
+    return [sections.time_decode(bench, list(range(n)), planes=4) for n in (1, 8, 32)]
+
+
+def _baselines(benches: list[sections.Bench]) -> dict[str, float]:
+    benches.clear()
+    torch.cuda.empty_cache()
+    return {
+        **baselines.time_eager(HUB),
+        "bmm_us": baselines.time_bmm(HUB, n_tenants=32),
+        "binary_us": baselines.time_binary(n_tenants=32),
+    }
+
+
+def _zipf(bench: sections.Bench) -> dict[str, Any]:
+    slots = sections.draw_zipf(_ZIPF_TOKENS, _N_SLOTS, seed=0)
+    tried = [sections.time_decode(bench, slots, planes=4, units=units) for units in _ZIPF_UNITS]
+    best = min(tried, key=lambda row: row["step_us"])
+    return {**best, "tried": tried}
+
+
+def start_workers(names: frozenset[str]) -> list[subprocess.Popen[bytes]]:
+    """Processes that compile what the sections will run."""
+    command = [sys.executable, "-m", "kernels.bench"]
+    workers = []
+    if "compiled" in names:
+        workers.append(subprocess.Popen([*command, "--compile-baseline"]))
+    if names & {"decode", "zipf", "decode_come"}:
+        chosen = ["--sections", *sorted(names)]
+        workers += [
+            subprocess.Popen([*command, "--warm", str(number), *chosen])
+            for number in range(_WORKERS)
+        ]
+    return workers
+
+
+def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
+    """The chosen sections in order.
+
+    Args:
+        run: where results go.
+        names: of SECTIONS.
+        correctness_s: most seconds that the cases may take.
+    """
+    workers = start_workers(names)
+    benches: list[sections.Bench] = []
+
+    def on_model(measure: Callable[[sections.Bench], Any]) -> Any:
+        if not benches:
+            benches.append(sections.build_bench(LLAMA_7B, HUB, n_slots=_N_SLOTS))
+        return measure(benches[0])
+
+    measures: dict[str, Callable[[], Any]] = {
+        "correctness": lambda: check_correctness(correctness_s),
+        "ceilings": timing.measure_ceilings,
+        "decode": lambda: on_model(_decode),
+        "zipf": lambda: on_model(_zipf),
+        "loading": lambda: on_model(sections.time_loading),
+        "memory": lambda: on_model(_memory),
+        "prefill": lambda: on_model(lambda bench: sections.time_prefill(bench, n_tokens=2048)),
+        "merge": lambda: on_model(sections.time_merge),
+        "decode_come": lambda: _decode_come(benches),
+        "baselines": lambda: _baselines(benches),
+        "compiled": lambda: baselines.time_compiled(HUB),
+    }
+    for name in SECTIONS:
+        if name in names:
+            if name == "ceilings":
+                for worker in workers:
+                    worker.wait()
+            run.section(name, measures[name])
+
+
+def main() -> int:
+    """Run the benchmark; 0 if all cases are correct and no section failed."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report to this file")
+    parser.add_argument("--correctness-seconds", type=float, default=300.0)
+    parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--update", type=Path, help="a report whose other sections are kept")
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--compile-baseline", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.stderr.write("No CUDA device is available: nothing was measured.\n")
+        return 1
+    names = frozenset(arguments.sections)
+    if arguments.case is not None:
+        case = list(correctness.list_cases())[arguments.case]
+        sys.stdout.write(json.dumps(correctness.run_case(case, "cuda")) + "\n")
+        return 0
+    if arguments.warm is not None:
+        warm(arguments.warm, names)
+        return 0
+    if arguments.compile_baseline:
+        baselines.time_compiled(HUB)
+        return 0
+    run = Run(arguments.json)
+    if arguments.update is not None:
+        run.results = json.loads(arguments.update.read_text())["rows"]
+    run_all(run, names, correctness_s=arguments.correctness_seconds)
+    for bar in judge(run.results):
+        sys.stdout.write(json.dumps(bar) + "\n")
+    cases = run.results.get("correctness", [])
+    return 0 if cases and all(row["passed"] for row in cases) and not run.failures else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

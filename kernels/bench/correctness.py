@@ -1,0 +1,149 @@
+"""The arena kernels against float64, before anything is timed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Final
+
+import torch
+
+from deltacome_core.layout import RankBand
+from deltacome_core.packed import PackedDirect, PackedLinear
+from kernels import serving
+from kernels.arena import ArenaSpec, DeltaArena
+from kernels.bench.models import BITDELTA, COME, HUB, Layout, Pool
+from kernels.image import Site, build_image
+from kernels.plan import StepPlan
+
+# Relative L2 error of the delta term. Four planes carry all bits of an fp32, two carry 15: seen are
+# 2e-7 and 3e-5.
+LIMITS: Final = {4: 2e-6, 2: 1e-3}
+# A result in 16 bits is the exact sum rounded once.
+ROUNDED: Final = 4e-3
+_ODD: Final = Layout(
+    name="odd",
+    square=(),
+    wide=(RankBand(8, 3), RankBand(4, 37), RankBand(3, 41), RankBand(2, 130), RankBand(1, 19)),
+    group_v=(1, 0),
+    group_u=(0, 1),
+    symmetric=True,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchCase:
+    """Deltas of these layouts in one arena, and the slots of a batch by number, -1 the backbone."""
+
+    layouts: tuple[Layout, ...]
+    slots: tuple[int, ...]
+    outs: tuple[int, ...] = (4096, 1024)
+    width: int = 4096
+    planes: int = 4
+    units: int = 1
+    outliers: bool = False
+
+    def __str__(self) -> str:
+        layouts = "+".join(layout.name for layout in self.layouts)
+        flags = "-outliers" if self.outliers else ""
+        sizes = f"{'+'.join(map(str, self.outs))}x{self.width}"
+        return f"{layouts}-{sizes}-t{len(self.slots)}-p{self.planes}-u{self.units}{flags}"
+
+
+def list_cases() -> Iterator[BatchCase]:
+    """Cases for a device: published and odd shapes, mixed recipes, precisions, group sizes."""
+    for layout, planes in product((HUB, COME, BITDELTA), (4, 2)):
+        yield BatchCase(layouts=(layout, layout), slots=(0, 1, -1, 0), planes=planes)
+    many = tuple([0] * 9 + [1] * 3 + [-1] * 2 + [2] * 5)
+    yield BatchCase(layouts=(HUB, COME, BITDELTA), slots=many)
+    for units in (2, 4):
+        yield BatchCase(layouts=(HUB, HUB, HUB), slots=many, units=units)
+    yield BatchCase(layouts=(HUB,), slots=(0,), outs=(4096,), width=11008, outliers=True)
+    yield BatchCase(layouts=(HUB,), slots=(0, -1), planes=2, outliers=True)
+    for planes in (4, 2):
+        yield BatchCase(
+            layouts=(_ODD, COME), slots=(0, 1, 0, -1), outs=(417, 96), width=300, planes=planes
+        )
+
+
+def exact_delta(matrix: PackedLinear) -> torch.Tensor:
+    """float64 [out, in] of a packed matrix."""
+    if isinstance(matrix, PackedDirect):
+        return matrix.dequantise().double()
+    left = torch.cat([band.u.dequantise() for band in matrix.bands], dim=1).double()
+    right = torch.cat([band.v.dequantise() for band in matrix.bands]).double()
+    return left @ (right * matrix.sigma.double()[:, None])
+
+
+def _draw(case: BatchCase, generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(len(case.slots), case.width, generator=generator)
+    if case.outliers:
+        # A few channels of a language model are hundreds of times the others.
+        channels = torch.randperm(case.width, generator=generator)[:4]
+        x[:, channels] *= 300
+    return x.bfloat16()
+
+
+def _poison(plan: StepPlan) -> None:
+    for planes in (plan.x_planes, plan.h_planes):
+        planes.fill_(85)
+    for worth in (plan.x_step, plan.x_norm):
+        worth.fill_(torch.nan)
+
+
+def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> dict[str, Any]:
+    """Run a case and say how it went.
+
+    Args:
+        case: the case.
+        device: where the kernels run.
+        seed: of all numbers.
+
+    Returns:
+        Errors against float64 and what was checked bit for bit; `passed` sums it up.
+    """
+    pool = Pool(seed)
+    parts = tuple(f"part{number}" for number in range(len(case.outs)))
+    site = Site(name="site", parts=parts, out_features=case.outs, in_features=case.width)
+    deltas = [pool.delta((site,), layout) for layout in case.layouts]
+    images = [build_image((site,), delta) for delta in deltas]
+    spec = ArenaSpec.covering((site,), images)
+    arena = DeltaArena(spec, n_slots=len(images), device=device, operand_order=True)
+    held = [arena.load(image) for image in images]
+    slots = [held[slot] if slot >= 0 else -1 for slot in case.slots]
+    x = _draw(case, torch.Generator().manual_seed(seed)).to(device)
+    plan = StepPlan(arena, n_tokens=len(slots), units_per_group=case.units, planes=case.planes)
+
+    def run(base: torch.Tensor, rows: torch.Tensor, order: list[int]) -> torch.Tensor:
+        _poison(plan)
+        plan.assign([slots[token] for token in order])
+        return serving.add_delta(base.clone(), rows, plan, 0)
+
+    wanted = torch.zeros(len(slots), site.total_out, dtype=torch.float64, device=device)
+    for token, number in enumerate(case.slots):
+        if number >= 0:
+            full = torch.cat([exact_delta(deltas[number][part].to(device)) for part in parts])
+            wanted[token] = full @ x[token].double()
+    forward = list(range(len(slots)))
+    zeros = torch.zeros(wanted.shape, device=device)
+    term = run(zeros, x, forward)
+    base = torch.randn(wanted.shape, device=device).bfloat16()
+    rounded = run(base, x, forward)
+    order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(1)).tolist()
+    alone = [token for token, number in enumerate(case.slots) if number < 0]
+    total = base.double() + wanted
+    error = float((term.double() - wanted).norm() / wanted.norm())
+    error_rounded = float((rounded.double() - total).norm() / total.norm())
+    flags = {
+        "is_repeatable": torch.equal(run(base, x, forward), rounded),
+        "is_order_free": torch.equal(run(base[order], x[order], order), rounded[order]),
+        "backbone_is_exact": torch.equal(rounded[alone], base[alone]),
+    }
+    is_close = error <= LIMITS[case.planes] and error_rounded <= ROUNDED
+    return {
+        "case": str(case),
+        "error": error,
+        "limit": LIMITS[case.planes],
+        "error_rounded": error_rounded,
+        **flags,
+        "passed": is_close and all(flags.values()),
+    }

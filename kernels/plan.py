@@ -1,0 +1,128 @@
+"""Who is in this step: the tokens of a batch, grouped by the delta they use."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from weakref import WeakValueDictionary
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from deltacome_core.errors import InternalError
+from kernels.arena import DeltaArena
+from kernels.fragments import PLANES, STEP_COLUMNS, UNIT_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Groups:
+    """Tokens by slot: slot, count and tokens of each group, -1 where there is none."""
+
+    slots: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+
+
+def group_tokens(slots: Sequence[int], *, group_size: int) -> Groups:
+    """Put the tokens of one slot together, up to `group_size` in a group.
+
+    Args:
+        slots: slot of each token, -1 for the backbone.
+        group_size: most tokens that one group holds.
+
+    Returns:
+        As many groups as there are tokens, those that are needed first, in rising order of slots.
+    """
+    n_tokens = len(slots)
+    order = np.argsort(np.asarray(slots, dtype=np.int64), kind="stable")
+    groups = Groups(
+        slots=np.full(n_tokens, -1, dtype=np.int32),
+        counts=np.zeros(n_tokens, dtype=np.int32),
+        tokens=np.full((n_tokens, group_size), -1, dtype=np.int32),
+    )
+    number = -1
+    for token in order:
+        slot = slots[token]
+        if slot < 0:
+            continue
+        full = number >= 0 and groups.counts[number] == group_size
+        if number < 0 or full or groups.slots[number] != slot:
+            number += 1
+            groups.slots[number] = slot
+        groups.tokens[number, groups.counts[number]] = token
+        groups.counts[number] += 1
+    return groups
+
+
+# An operator of torch takes no objects of ours: it names a plan by its handle.
+PLANS: "WeakValueDictionary[int, StepPlan]" = WeakValueDictionary()
+_HANDLES = count()
+
+
+class StepPlan:
+    """The groups of one step on the device, and room for what its kernels hand to each other.
+
+    All layers of a step share it; `assign` fills it for the next step in place, so that a captured
+    graph sees the new tokens. units_per_group: a unit is two tokens; more of them let the tokens
+    of a busy tenant read its codes once. sums_beside: `delta_linear` sums the terms beside the
+    backbone's product and adds them after it, instead of expanding after it; slower where measured
+    on one stream priority (docs/benchmarks/kernels.json).
+    """
+
+    def __init__(
+        self,
+        arena: DeltaArena,
+        *,
+        n_tokens: int,
+        units_per_group: int = 1,
+        planes: int = PLANES,
+        sums_beside: bool = False,
+    ) -> None:
+        if planes not in {2, PLANES} or units_per_group < 1:
+            raise InternalError(f"{planes} planes, {units_per_group} units a group")
+        self.handle = next(_HANDLES)
+        PLANS[self.handle] = self
+        self.arena = arena
+        self.n_tokens = n_tokens
+        self.units_per_group = units_per_group
+        self.planes = planes
+        self.sums_beside = sums_beside
+        n_units = n_tokens * units_per_group
+        device = arena.device
+        self.group_slots = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)
+        self.group_counts = torch.zeros(n_tokens, dtype=torch.int32, device=device)
+        self.group_tokens = torch.full(
+            (n_units * UNIT_TOKENS,), -1, dtype=torch.int32, device=device
+        )
+        self.token_slots: list[int] = [-1] * n_tokens
+        sites = range(len(arena.spec.sites))
+        steps = max(site.input_steps for site in arena.spec.sites)
+        hidden = max(1, *(arena.spec.hidden_steps(site) for site in sites))
+        width = UNIT_TOKENS * PLANES * STEP_COLUMNS
+        self.x_planes = torch.empty((n_units, steps * width), dtype=torch.int8, device=device)
+        self.h_planes = torch.empty((n_units, hidden * width), dtype=torch.int8, device=device)
+        # Delta terms of a site, where they are summed beside the backbone's product.
+        widest = max(site.total_out for site in arena.spec.sites)
+        n_terms = n_tokens * widest if sums_beside else 0
+        self.terms = torch.empty(n_terms, device=device)
+        self.x_step = torch.empty(n_units * UNIT_TOKENS, device=device)
+        self.x_norm = torch.empty(n_units * UNIT_TOKENS, device=device)
+
+    def assign(self, slots: Sequence[int]) -> None:
+        """Say which delta each token of the next step uses.
+
+        Args:
+            slots: `n_tokens` slots, -1 for the backbone.
+
+        Raises:
+            UserError: arena_slot_unknown.
+            InternalError: not one slot a token.
+        """
+        if len(slots) != self.n_tokens:
+            raise InternalError(f"{len(slots)} slots for {self.n_tokens} tokens")
+        self.arena.check_slots(slots)
+        groups = group_tokens(slots, group_size=self.units_per_group * UNIT_TOKENS)
+        self.token_slots = list(slots)
+        self.group_slots.copy_(torch.from_numpy(groups.slots))
+        self.group_counts.copy_(torch.from_numpy(groups.counts))
+        self.group_tokens.copy_(torch.from_numpy(groups.tokens).flatten())

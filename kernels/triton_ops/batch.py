@@ -1,0 +1,363 @@
+"""Decode for many tenants in one launch: prepare, shrink and expand over an arena."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels import directory
+from kernels.triton_ops.records import (
+    EXPAND_PARTS,
+    EXPAND_RECORDS,
+    MAX_RECORDS,
+    N_WIDTHS,
+    PART_INTS,
+    RECORD_INTS,
+    SHRINK_RECORDS,
+    add_shares,
+    find_block,
+    finish_record,
+    load_pointer,
+    row_of_share,
+    start_record,
+)
+
+INPUT = tl.constexpr(directory.SOURCE_INPUT)
+ENTRY_INTS = tl.constexpr(directory.ENTRY_INTS)
+ENTRY_ROOM = tl.constexpr(2048)
+# Largest whole number of an activation: four signed digits of 8 bits, or two.
+LARGEST = tl.constexpr(1 << 30)
+LARGEST_FAST = tl.constexpr(32512)
+LEAST = tl.constexpr(1e-20)
+
+
+@triton.jit
+def store_planes(at, value, mask, N_PLANES: tl.constexpr):
+    """Write whole numbers as signed digits of 8 bits, the highest first, 32 bytes apart.
+
+    Args:
+        at: Pointers to the highest digit, int8.
+        value: int32 of their shape.
+        mask: What to write.
+        N_PLANES: Digits.
+    """
+    for plane in tl.static_range(N_PLANES):
+        digit = (value << 24) >> 24
+        tl.store(at + 32 * (N_PLANES - 1 - plane), digit.to(tl.int8), mask=mask)
+        value = (value - digit) >> 8
+
+
+@triton.jit
+def round_to_int(value) -> tl.tensor:
+    """Nearest whole number, halves away from zero; |value| < 2^31."""
+    return (value + tl.where(value < 0, -0.5, 0.5)).to(tl.int32)
+
+
+@triton.jit(
+    do_not_specialize=["n_cols", "n_steps", "x_stride", "slot_stride", "site_offset", "n_out"]
+)
+def prepare_kernel(
+    x_ptr,
+    x_stride,
+    group_tokens_ptr,
+    group_slot_ptr,
+    planes_ptr,
+    step_ptr,
+    norm_ptr,
+    n_cols,
+    n_steps,
+    directory_ptr,
+    slot_stride,
+    site_offset,
+    term_ptr,
+    n_out,
+    GROUP_TOKENS: tl.constexpr,
+    N_PLANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    """One token: x [n_cols] as int8 planes, the worth of a unit, and its length.
+
+    Also clears the token's row of the delta term, and touches the directory so that the kernels
+    that follow find it in the cache.
+    """
+    if OVERLAP:
+        gdc_launch_dependents()
+    place = tl.program_id(0)
+    token = tl.load(group_tokens_ptr + place)
+    if token >= 0:
+        slot = tl.load(group_slot_ptr + place // GROUP_TOKENS)
+        entry = tl.arange(0, ENTRY_ROOM)
+        entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
+        tl.load(entry_ptr + entry, mask=entry < ENTRY_INTS, other=0, volatile=True)
+        col = tl.arange(0, BLOCK)
+        x_at = x_ptr + token.to(tl.int64) * x_stride + col
+        x = tl.load(x_at, mask=col < n_cols, other=0.0).to(tl.float32)
+        for start in range(0, n_out, BLOCK):
+            term_at = term_ptr + token.to(tl.int64) * n_out + start + col
+            tl.store(term_at, tl.zeros_like(x), mask=start + col < n_out)
+        # Zeros must not divide by zero: a token of them has the length of the least one.
+        largest = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST)
+        norm = largest * tl.sqrt(tl.sum((x / largest) * (x / largest), axis=0))
+        units = LARGEST if N_PLANES == 4 else LARGEST_FAST  # noqa: PLR2004 planes
+        tl.store(step_ptr + place, largest / units)
+        tl.store(norm_ptr + place, tl.maximum(norm, LEAST))
+        column = place % 2 * 4
+        at = planes_ptr + (((place // 2).to(tl.int64) * n_steps + col // 32) * 8 + column) * 32
+        value = round_to_int(x * (units / largest))
+        store_planes(at + col % 32, value, col < n_steps * 32, N_PLANES)
+
+
+@triton.jit(do_not_specialize=["y_stride", "n_out"])
+def add_kernel(
+    y_ptr,
+    y_stride,
+    term_ptr,
+    n_out,
+    group_tokens_ptr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One token that uses a delta: y [n_out] += its term."""
+    token = tl.load(group_tokens_ptr + tl.program_id(1))
+    if token >= 0:
+        col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        at = y_ptr + token.to(tl.int64) * y_stride + col
+        term = tl.load(term_ptr + token.to(tl.int64) * n_out + col, mask=col < n_out, other=0.0)
+        y = tl.load(at, mask=col < n_out, other=0.0).to(tl.float32) + term
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=col < n_out)
+
+
+@triton.jit
+def mask_columns(lane, count, NT: tl.constexpr, P: tl.constexpr):
+    """NT masks [threads] of `multiply_band`: planes of tokens that exist."""
+    columns = ()
+    for unit in tl.static_range(NT):
+        columns += ((lane // 4 % 4 < P) & (2 * unit + lane // 16 < count),)
+    return columns
+
+
+@triton.jit
+def weigh_planes(lane, P: tl.constexpr):
+    """Two fp32 [threads], what a unit of this lane's planes is worth."""
+    low = lane % 2 == 1
+    if P == 4:  # noqa: PLR2004 planes
+        weights = (tl.where(low, 256.0, 16777216.0), tl.where(low, 1.0, 65536.0))
+    else:
+        weights = (tl.where(low, 0.0, 256.0), tl.where(low, 0.0, 1.0))
+    return weights
+
+
+@triton.constexpr_function
+def width_of(number):
+    """Bits of the number-th record of a part."""
+    return (8, 4, 3, 2, 1)[number]
+
+
+@triton.constexpr_function
+def count_widths(widths, number):
+    """How many of the records before the number-th can occur."""
+    return sum(widths >> bits & 1 for bits in (8, 4, 3, 2, 1)[:number])
+
+
+@triton.jit
+def add_items(items, others):
+    """Sums of two tuples, item by item."""
+    sums = ()
+    for i in tl.static_range(len(items)):
+        sums += (items[i] + others[i],)
+    return sums
+
+
+@triton.jit
+def scale_rows(products, factors_ptr, exist, first_block, n_rows, lane, R: tl.constexpr):
+    """`products` of `multiply_band` times a factor a row, 1 where there are none."""
+    scaled = ()
+    for i in tl.static_range(len(products)):
+        row = (first_block + i // 2 % R) * 16 + lane // 4 + 8 * (i % 2)
+        factor = tl.load(factors_ptr + row, mask=exist & (row < n_rows), other=1.0)
+        scaled += (products[i] * factor,)
+    return scaled
+
+
+@triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset"])
+def batch_shrink_kernel(
+    planes_ptr,
+    step_ptr,
+    norm_ptr,
+    x_steps,
+    hidden_ptr,
+    h_steps,
+    table_ptr,
+    directory_ptr,
+    slot_stride,
+    site_offset,
+    group_slot_ptr,
+    group_count_ptr,
+    P: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUPING: tl.constexpr,
+    R: tl.constexpr,
+    NT: tl.constexpr,
+    WK: tl.constexpr,
+    WR: tl.constexpr,
+    U: tl.constexpr,
+    USE_PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    """One block of rows of V for one group of tokens of a tenant: hidden = planes of V x."""
+    if OVERLAP:
+        gdc_launch_dependents()
+    group = tl.program_id(1)
+    slot = tl.load(group_slot_ptr + group)
+    if slot >= 0:
+        entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
+        number, block = find_block(entry_ptr, tl.program_id(0), 16 * R * WR)
+        if number < MAX_RECORDS:
+            count = tl.load(group_count_ptr + group)
+            slab = tl.load(table_ptr + slot)
+            thread = tl.arange(0, 32 * WK * WR)
+            lane = thread % 32
+            wk = thread // 32 % WK
+            wr = thread // 32 // WK
+            columns = mask_columns(lane, count, NT, P)
+            weights = weigh_planes(lane, P)
+            record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
+            # Loads that only the last lines need start here, beside the codes.
+            bits = tl.load(record_ptr)
+            row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
+            n_rows = tl.load(record_ptr + 3)
+            factors_ptr = load_pointer(slab, tl.load(record_ptr + 6), tl.float32)
+            factor = tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
+            first_step = tl.load(record_ptr + 8)
+            part_ptr = entry_ptr + EXPAND_PARTS + tl.load(record_ptr + 9) * PART_INTS
+            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
+            first_block = (block * WR + wr) * R
+            source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
+            totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
+            for width in tl.static_range(1, 9):
+                if (WIDTHS >> width) & 1:
+                    if bits == width:
+                        started = start_record(record_ptr, slab, first_block, wk, lane, width, R, U)
+                        if OVERLAP:
+                            gdc_wait()
+                        totals = finish_record(
+                            started, slab, first_block, source_ptr, x_steps * 32, columns, weights,
+                            wk, lane, width, GROUPING, R, NT, WK, U, USE_PTX,
+                        )  # fmt: skip
+            # A band is read in whole steps: the rows that fill its last one are written as 0.
+            inside = row < (n_rows + 31) // 32 * 32
+            token = tl.arange(0, 2)[None, None, :, None]
+            for unit in tl.static_range(NT):
+                place = (group * NT + unit) * 2 + token
+                exists = 2 * unit + token < count
+                worth = 0.5 * tl.load(step_ptr + place, mask=exists, other=0.0)
+                worth /= tl.load(norm_ptr + place, mask=exists, other=1.0) * bound
+                h = add_shares(totals, unit, R, WK, WR) * factor * (worth * LARGEST)
+                step = (group * NT + unit).to(tl.int64) * h_steps + first_step + row // 32
+                at = hidden_ptr + (step * 8 + 4 * token) * 32 + row % 32
+                store_planes(at, round_to_int(h), inside & exists, 4)
+
+
+@triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset", "y_stride"])
+def batch_expand_kernel(
+    planes_ptr,
+    step_ptr,
+    norm_ptr,
+    x_steps,
+    hidden_ptr,
+    h_steps,
+    table_ptr,
+    directory_ptr,
+    slot_stride,
+    site_offset,
+    group_slot_ptr,
+    group_count_ptr,
+    group_tokens_ptr,
+    y_ptr,
+    y_stride,
+    P: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUPING: tl.constexpr,
+    HAS_DIRECT: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    R: tl.constexpr,
+    NT: tl.constexpr,
+    WK: tl.constexpr,
+    WR: tl.constexpr,
+    U: tl.constexpr,
+    USE_PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    """One block of outputs for one group of tokens of a tenant: y += U h, or D x."""
+    group = tl.program_id(1)
+    slot = tl.load(group_slot_ptr + group)
+    if slot >= 0:
+        entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
+        number, block = find_block(entry_ptr + MAX_RECORDS, tl.program_id(0), 16 * R * WR)
+        if number < MAX_RECORDS:
+            count = tl.load(group_count_ptr + group)
+            slab = tl.load(table_ptr + slot)
+            part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
+            record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
+            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
+            n_rows = tl.load(entry_ptr + MAX_RECORDS + number)
+            thread = tl.arange(0, 32 * WK * WR)
+            lane = thread % 32
+            wk = thread // 32 % WK
+            wr = thread // 32 // WK
+            columns = mask_columns(lane, count, NT, 4)
+            weights = weigh_planes(lane, 4)
+            source_ptr = hidden_ptr + group.to(tl.int64) * NT * h_steps * 32
+            stride = h_steps * 32
+            is_direct = tl.load(part_ptr + 2) == INPUT
+            if HAS_DIRECT:
+                if is_direct:
+                    source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
+                    stride = x_steps * 32
+                    columns = mask_columns(lane, count, NT, P)
+                    weights = weigh_planes(lane, P)
+            totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
+            first_block = (block * WR + wr) * R
+            # The widths in the order of their records; all start before the first is finished.
+            started = ()
+            for i in tl.static_range(N_WIDTHS):
+                if (WIDTHS >> width_of(i)) & 1:
+                    at = record_ptr + i * RECORD_INTS
+                    started += (start_record(at, slab, first_block, wk, lane, width_of(i), R, U),)
+            if OVERLAP:
+                gdc_wait()
+            row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
+            row_at = y_ptr + tl.load(part_ptr) + row
+            token = tl.arange(0, 2)[None, None, :, None]
+            # What the last lines need is loaded beside the codes.
+            worths = ()
+            outputs = ()
+            for unit in tl.static_range(NT):
+                place = (group * NT + unit) * 2 + token
+                exists = 2 * unit + token < count
+                hidden_worth = tl.load(norm_ptr + place, mask=exists, other=0.0) * bound / LARGEST
+                input_worth = tl.load(step_ptr + place, mask=exists, other=0.0)
+                worths += (0.5 * tl.where(is_direct, input_worth, hidden_worth),)
+                at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
+                at = row_at + at_token * y_stride
+                outputs += (tl.load(at, mask=exists & (row < n_rows), other=0.0).to(tl.float32),)
+            for i in tl.static_range(N_WIDTHS):
+                if (WIDTHS >> width_of(i)) & 1:
+                    band = started[count_widths(WIDTHS, i)]
+                    products = finish_record(
+                        band, slab, first_block, source_ptr + band[6].to(tl.int64) * 32, stride,
+                        columns, weights, wk, lane, width_of(i), GROUPING, R, NT, WK, U, USE_PTX,
+                    )  # fmt: skip
+                    if HAS_FACTORS:
+                        factors = tl.load(record_ptr + i * RECORD_INTS + 6)
+                        factors_ptr = load_pointer(slab, factors, tl.float32)
+                        products = scale_rows(
+                            products, factors_ptr, factors > 0, first_block, n_rows, lane, R
+                        )
+                    totals = add_items(totals, products)
+            for unit in tl.static_range(NT):
+                place = (group * NT + unit) * 2 + token
+                exists = 2 * unit + token < count
+                at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
+                at = row_at + at_token * y_stride
+                y = outputs[unit] + add_shares(totals, unit, R, WK, WR) * worths[unit]
+                tl.store(at, y.to(y_ptr.dtype.element_ty), mask=exists & (row < n_rows))

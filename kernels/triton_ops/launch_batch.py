@@ -1,0 +1,220 @@
+"""Launches of the kernels that work on an arena."""
+
+from functools import cache
+
+import torch
+import triton
+
+from kernels.fragments import PLANES, UNIT_TOKENS
+from kernels.plan import StepPlan
+from kernels.triton_ops.batch import (
+    add_kernel,
+    batch_expand_kernel,
+    batch_shrink_kernel,
+    prepare_kernel,
+)
+from kernels.triton_ops.repack import repack_kernel
+from kernels.tuning import Shape
+
+# Eight elements a thread of four warps.
+_ADD_BLOCK = 1024
+
+
+def is_compiled() -> bool:
+    """Whether kernels become machine code, not calls of the interpreter."""
+    return not triton.knobs.runtime.interpret
+
+
+def overlaps() -> bool:
+    """Whether a launch may start before the one before it ends: from Hopper on."""
+    return is_compiled() and current_arch() >= 90  # noqa: PLR2004 compute capability
+
+
+def _sum_widths(widths: frozenset[int]) -> int:
+    return sum(1 << bits for bits in widths)
+
+
+def launch_repack(
+    jobs: torch.Tensor,
+    staged: torch.Tensor,
+    slab: torch.Tensor,
+    *,
+    widths: frozenset[int],
+    programs: int,
+    block: int,
+) -> None:
+    """Run the jobs of a chunk.
+
+    Args:
+        jobs: int64 [n, 16] on the device.
+        staged: uint8, the chunk's bytes.
+        slab: uint8, where the jobs write.
+        widths: bits that may occur.
+        programs: programs of each job.
+        block: elements of a program at a time.
+    """
+    if len(jobs):
+        grid = (programs, len(jobs))
+        repack_kernel[grid](
+            jobs,
+            staged.data_ptr(),
+            slab.data_ptr(),
+            WIDTHS=_sum_widths(widths),
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
+def launch_prepare(
+    x: torch.Tensor, plan: StepPlan, site: int, *, clear_terms: bool = False
+) -> None:
+    """Write the int8 planes of the tokens that use a delta.
+
+    Args:
+        x: bf16, fp16 or fp32 [tokens, in], columns adjacent.
+        plan: of the step.
+        site: number of the site.
+        clear_terms: set the terms of these tokens to 0.
+    """
+    arena = plan.arena
+    where = arena.spec.sites[site]
+    steps = where.input_steps
+    block = triton.next_power_of_2(steps * 32)
+    prepare_kernel[(len(plan.group_tokens),)](
+        x,
+        x.stride(0),
+        plan.group_tokens,
+        plan.group_slots,
+        plan.x_planes,
+        plan.x_step,
+        plan.x_norm,
+        x.shape[1],
+        steps,
+        arena.directory,
+        arena.directory.stride(0),
+        site * arena.directory.stride(1),
+        plan.terms,
+        where.total_out if clear_terms else 0,
+        GROUP_TOKENS=plan.units_per_group * UNIT_TOKENS,
+        N_PLANES=plan.planes,
+        BLOCK=block,
+        OVERLAP=overlaps(),
+        num_warps=max(1, min(16, block // 512)),
+    )
+
+
+def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None) -> None:
+    """Write the hidden planes of all groups at a site.
+
+    Args:
+        plan: of the step, prepared.
+        site: number of the site.
+        shape: how programs are cut.
+        overlap: start while `prepare` ends, where the device can; None is where it can.
+    """
+    arena = plan.arena
+    overlap = overlaps() if overlap is None else overlap
+    blocks = arena.spec.shrink_blocks(site, shape.rows)
+    if blocks == 0:
+        return
+    batch_shrink_kernel[(blocks, plan.n_tokens)](
+        plan.x_planes.view(torch.int64),
+        plan.x_step,
+        plan.x_norm,
+        arena.spec.sites[site].input_steps,
+        plan.h_planes,
+        arena.spec.hidden_steps(site),
+        arena.table,
+        arena.directory,
+        arena.directory.stride(0),
+        site * arena.directory.stride(1),
+        plan.group_slots,
+        plan.group_counts,
+        P=plan.planes,
+        WIDTHS=_sum_widths(arena.spec.widths(site)),
+        GROUPING=arena.spec.grouping(site),
+        R=shape.blocks,
+        NT=plan.units_per_group,
+        WK=shape.along_steps,
+        WR=shape.along_rows,
+        U=shape.ahead,
+        USE_PTX=is_compiled(),
+        OVERLAP=overlap,
+        num_warps=shape.warps,
+        num_stages=1,
+        **({"launch_pdl": True} if overlap else {}),
+    )
+
+
+def launch_expand(
+    y: torch.Tensor, plan: StepPlan, site: int, shape: Shape, *, overlap: bool = False
+) -> None:
+    """Add the deltas of all groups to the outputs of a site.
+
+    Args:
+        y: bf16, fp16 or fp32 [tokens, out], columns adjacent.
+        plan: of the step, shrunk.
+        site: number of the site.
+        shape: how programs are cut.
+        overlap: start while the shrink ends, where that is the launch before on this stream.
+    """
+    arena = plan.arena
+    overlap = overlap and overlaps()
+    blocks = sum(-(-out // shape.rows) for out in arena.spec.sites[site].out_features)
+    batch_expand_kernel[(blocks, plan.n_tokens)](
+        plan.x_planes.view(torch.int64),
+        plan.x_step,
+        plan.x_norm,
+        arena.spec.sites[site].input_steps,
+        plan.h_planes.view(torch.int64),
+        arena.spec.hidden_steps(site),
+        arena.table,
+        arena.directory,
+        arena.directory.stride(0),
+        site * arena.directory.stride(1),
+        plan.group_slots,
+        plan.group_counts,
+        plan.group_tokens,
+        y,
+        y.stride(0),
+        # Planes of x matter where x itself is multiplied; one kernel serves both otherwise.
+        P=plan.planes if arena.spec.has_direct(site) else PLANES,
+        WIDTHS=_sum_widths(arena.spec.widths(site)),
+        GROUPING=arena.spec.grouping(site),
+        HAS_DIRECT=arena.spec.has_direct(site),
+        HAS_FACTORS=arena.spec.has_factors(site),
+        R=shape.blocks,
+        NT=plan.units_per_group,
+        WK=shape.along_steps,
+        WR=shape.along_rows,
+        U=shape.ahead,
+        USE_PTX=is_compiled(),
+        OVERLAP=overlap,
+        num_warps=shape.warps,
+        num_stages=1,
+        **({"launch_pdl": True} if overlap else {}),
+    )
+
+
+def launch_add(y: torch.Tensor, plan: StepPlan, site: int) -> None:
+    """Add the terms of a site to its outputs.
+
+    Args:
+        y: bf16, fp16 or fp32 [tokens, out], columns adjacent.
+        plan: of the step, its terms expanded.
+        site: number of the site.
+    """
+    n_out = plan.arena.spec.sites[site].total_out
+    grid = (triton.cdiv(n_out, _ADD_BLOCK), len(plan.group_tokens))
+    add_kernel[grid](
+        y, y.stride(0), plan.terms, n_out, plan.group_tokens, BLOCK=_ADD_BLOCK, num_warps=4
+    )
+
+
+@cache
+def current_arch() -> int:
+    """Compute capability of the current CUDA device, 90 for Hopper; 0 in the interpreter."""
+    if not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor

@@ -1,0 +1,327 @@
+"""Products of packed codes and int8 activations on the tensor cores, one register a lane.
+
+A tensor of as many elements as the program has threads puts element i into thread i, so that a 1-D
+tensor is one register of every lane and Triton can issue an instruction whose operands it cannot
+describe. Unpacked codes never leave their registers: that is what made tl.dot lose to dp4a here
+(docs/adr/0008). The plain form of `multiply_step` is what the interpreter runs; all else is shared.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def replace_items(items, new, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """`items` with COUNT of them, from FIRST on, replaced by `new`."""
+    return items[:FIRST] + new + items[FIRST + COUNT :]
+
+
+@triton.jit
+def four_items(items, NUMBER: tl.constexpr):
+    """The NUMBER-th four of `items`."""
+    return (
+        items[4 * NUMBER],
+        items[4 * NUMBER + 1],
+        items[4 * NUMBER + 2],
+        items[4 * NUMBER + 3],
+    )
+
+
+@triton.jit
+def multiply_plainly(a, b0, b1, c):
+    """The sums of `multiply_step` without its instruction; arguments are the same."""
+    warps: tl.constexpr = b0.shape[0] // 32
+    shift = 8 * tl.arange(0, 4)
+    x0 = (tl.reshape(b0, (warps, 1, 8, 4, 1)) << (24 - shift)) >> 24
+    x1 = (tl.reshape(b1, (warps, 1, 8, 4, 1)) << (24 - shift)) >> 24
+    sums = ()
+    for half in tl.static_range(2):
+        first = (tl.reshape(a[half], (warps, 8, 1, 4, 1)) >> shift) & 0xFF
+        second = (tl.reshape(a[half + 2], (warps, 8, 1, 4, 1)) >> shift) & 0xFF
+        terms = tl.reshape(first * x0 + second * x1, (warps, 8, 8, 16))
+        sums += (tl.sum(terms, axis=3),)
+    top, low = sums
+    top_even, top_odd = tl.split(tl.reshape(top, (warps, 8, 4, 2)))
+    low_even, low_odd = tl.split(tl.reshape(low, (warps, 8, 4, 2)))
+    return (
+        c[0] + tl.reshape(top_even, (warps * 32,)),
+        c[1] + tl.reshape(top_odd, (warps * 32,)),
+        c[2] + tl.reshape(low_even, (warps * 32,)),
+        c[3] + tl.reshape(low_odd, (warps * 32,)),
+    )
+
+
+@triton.jit
+def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
+    """Add one step, codes u8 [16, 32] by activations s8 [32, 8], to sums s32 [16, 8] of each warp.
+
+    Args:
+        a: Four int32 [threads] of four codes each, in operand order.
+        b0: int32 [threads], columns 8 t .. 8 t + 3 of activation `lane // 4`.
+        b1: int32 [threads], columns 8 t + 4 .. 8 t + 7.
+        c: Four int32 [threads]: rows g, g, g + 8, g + 8 and activations 2 t, 2 t + 1 in turn.
+        USE_PTX: The instruction; without it the same sums in plain Triton.
+
+    Returns:
+        The four sums.
+    """
+    if USE_PTX:
+        d = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        d = multiply_plainly(a, b0, b1, c)
+    return (d[0], d[1], d[2], d[3])
+
+
+@triton.jit
+def load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS: tl.constexpr):
+    """Words of two steps of one block of 16 rows, one int32 [threads] each.
+
+    Args:
+        codes_ptr: int32 words in operand order (kernels/fragments.py).
+        high_ptr: int32 words of the third bit; unread at other widths.
+        block: int32 [threads], the row block.
+        pair: int32 [threads], number of the pair of steps.
+        n_steps: Steps of a row of blocks.
+        lane: int32 [threads], 0..31.
+        mask: Which threads load at all; the others see 0.
+        BITS: 1, 2, 3, 4 or 8.
+
+    Returns:
+        1, 2, 3, 4 or 8 words; those of a second step that does not exist are 0.
+    """
+    n_pairs = (n_steps + 1) // 2
+    second = mask & (2 * pair + 1 < n_steps)
+    step_ptr = codes_ptr + (block * n_steps + 2 * pair) * (16 * (BITS // 2 * 2))
+    words = ()
+    # Codes are read once: they should not push activations out of the caches.
+    if BITS == 1:
+        at = codes_ptr + (block * n_pairs + pair) * 32 + lane
+        words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
+    elif BITS <= 3:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
+        at = step_ptr + lane
+        words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
+        words += (tl.load(at + 32, mask=second, other=0, eviction_policy="evict_first"),)
+        if BITS == 3:  # noqa: PLR2004 same
+            at = high_ptr + (block * n_pairs + pair) * 32 + lane
+            words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
+    else:
+        for step in tl.static_range(2):
+            for part in tl.static_range(BITS // 4):
+                at = step_ptr + (step * (BITS // 4) + part) * 64 + 2 * lane
+                wide = tl.load(
+                    at.to(tl.pointer_type(tl.int64)),
+                    mask=second if step else mask,
+                    other=0,
+                    eviction_policy="evict_first",
+                )
+                words += (wide.to(tl.int32), (wide >> 32).to(tl.int32))
+    return words
+
+
+@triton.jit
+def unpack_step(words, STEP: tl.constexpr, BITS: tl.constexpr):
+    """Codes of one step of a pair: four int32 [threads] of four bytes each.
+
+    Args:
+        words: Of `load_pair`.
+        STEP: 0 or 1.
+        BITS: 1, 2, 3, 4 or 8.
+
+    Returns:
+        The operand `a` of `multiply_step`.
+    """
+    codes = ()
+    if BITS == 8:  # noqa: PLR2004 same
+        for i in tl.static_range(4):
+            codes += (words[4 * STEP + i],)
+    elif BITS == 4:  # noqa: PLR2004 same
+        for i in tl.static_range(4):
+            codes += ((words[2 * STEP + i // 2] >> (4 * (i % 2))) & 0x0F0F0F0F,)
+    elif BITS == 1:
+        for i in tl.static_range(4):
+            codes += ((words[0] >> (4 * STEP + i)) & 0x01010101,)
+    else:
+        for i in tl.static_range(4):
+            code = (words[STEP] >> (2 * i)) & 0x03030303
+            if BITS == 3:  # noqa: PLR2004 same
+                if 4 * STEP + i >= 2:  # noqa: PLR2004 same
+                    code |= (words[2] >> (4 * STEP + i - 2)) & 0x04040404
+                else:
+                    code |= (words[2] << (2 - 4 * STEP - i)) & 0x04040404
+            codes += (code,)
+    return codes
+
+
+@triton.jit
+def fold_planes(c, sums, twice_zero, weights, HALF: tl.constexpr):
+    """Sums of two planes as one fp32, the zero point taken off while they are whole numbers.
+
+    Args:
+        c: Of `multiply_step`.
+        sums: Two int32 [threads], the same sums for codes of 1.
+        twice_zero: Twice the zero point, int32 scalar or [threads].
+        weights: Two fp32 [threads], what a unit of either plane is worth.
+        HALF: 0 for row g, 1 for row g + 8.
+
+    Returns:
+        fp32 [threads], twice the product of this lane's planes.
+    """
+    first = 2 * c[2 * HALF] - twice_zero * sums[0]
+    second = 2 * c[2 * HALF + 1] - twice_zero * sums[1]
+    return first.to(tl.float32) * weights[0] + second.to(tl.float32) * weights[1]
+
+
+@triton.jit
+def load_ahead(
+    codes_ptr,
+    high_ptr,
+    first_block,
+    n_blocks,
+    n_steps,
+    first_pair,
+    lane,
+    BITS: tl.constexpr,
+    R: tl.constexpr,
+    U: tl.constexpr,
+):
+    """Words of U pairs of R row blocks, those of a pair together; arguments as in `multiply_band`.
+
+    Args:
+        codes_ptr: Same.
+        high_ptr: Same.
+        first_block: Same.
+        n_blocks: Same.
+        n_steps: Same.
+        first_pair: int32 [threads], the first of the pairs.
+        lane: Same.
+        BITS: Same.
+        R: Same.
+        U: Same.
+
+    Returns:
+        U x R tuples of `load_pair`.
+    """
+    words = ()
+    for i in tl.static_range(U * R):
+        pair = first_pair + i // R
+        block = first_block + i % R
+        mask = (2 * pair < n_steps) & (block < n_blocks)
+        words += (load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS),)
+    return words
+
+
+@triton.jit
+def multiply_band(
+    ahead,
+    codes_ptr,
+    high_ptr,
+    group_ptr,
+    group_rows,
+    first_block,
+    n_blocks,
+    n_steps,
+    planes_ptr,
+    unit_stride,
+    columns,
+    weights,
+    wk,
+    lane,
+    BITS: tl.constexpr,
+    GROUPED: tl.constexpr,
+    R: tl.constexpr,
+    NT: tl.constexpr,
+    WK: tl.constexpr,
+    U: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Twice the products of R blocks of 16 rows and NT units of activations, this warp's share.
+
+    Args:
+        ahead: Of `load_ahead` at pair wk * U: loads that were started before others.
+        codes_ptr: int32 words of the band in operand order.
+        high_ptr: Those of the third bit.
+        group_ptr: int32 [tiles of 128 columns, group_rows], fp16 scale and twice the zero point.
+        group_rows: Rows of that array.
+        first_block: int32 [threads], first row block of this warp.
+        n_blocks: Row blocks of the band.
+        n_steps: Steps of a row of blocks.
+        planes_ptr: int64 [units, steps, 32], the int8 planes, at the band's first step.
+        unit_stride: int64 elements between units.
+        columns: NT masks [threads]: whose planes of a unit this lane loads.
+        weights: Of `fold_planes`.
+        wk: int32 [threads], which of the WK shares of the steps is this warp's.
+        lane: int32 [threads], 0..31.
+        BITS: 1, 2, 3, 4 or 8.
+        GROUPED: A scale and zero point a row and tile; without it zero is mid-range, scale 1.
+        R: Row blocks of a warp.
+        NT: Units of two tokens.
+        WK: Warps that share the steps.
+        U: Pairs of steps loaded ahead.
+        USE_PTX: Of `multiply_step`.
+
+    Returns:
+        NT x R x 2 fp32 [threads], rows g and g + 8 of each block.
+    """
+    zero = tl.zeros_like(lane)
+    n_pairs = (n_steps + 1) // 2
+    middle = (1 << BITS) - 1
+    totals = (zero.to(tl.float32),) * (NT * R * 2)
+    acc = (zero,) * (NT * R * 4)
+    sums = (zero,) * (NT * 2)
+    ones = (zero + 0x01010101,) * 4
+    for start in range(0, n_pairs, WK * U):
+        words = ahead
+        following = start + (WK + wk) * U
+        ahead = load_ahead(
+            codes_ptr, high_ptr, first_block, n_blocks, n_steps, following, lane, BITS, R, U
+        )
+        for u in tl.static_range(U):
+            pair = start + wk * U + u
+            for step in tl.static_range(2):
+                at = planes_ptr + (2 * pair + step) * 32 + lane
+                exists = 2 * pair + step < n_steps
+                for unit in tl.static_range(NT):
+                    b = tl.load(at + unit * unit_stride, mask=columns[unit] & exists, other=0)
+                    b0 = b.to(tl.int32)
+                    b1 = (b >> 32).to(tl.int32)
+                    c = (sums[2 * unit], sums[2 * unit + 1], zero, zero)
+                    d = multiply_step(ones, b0, b1, c, USE_PTX)
+                    sums = replace_items(sums, (d[0], d[1]), 2 * unit, 2)
+                    for r in tl.static_range(R):
+                        a = unpack_step(words[u * R + r], step, BITS)
+                        c = four_items(acc, unit * R + r)
+                        d = multiply_step(a, b0, b1, c, USE_PTX)
+                        acc = replace_items(acc, d, 4 * (unit * R + r), 4)
+            if GROUPED:
+                for unit in tl.static_range(NT):
+                    own = (sums[2 * unit], sums[2 * unit + 1])
+                    for r in tl.static_range(R):
+                        c = four_items(acc, unit * R + r)
+                        mask = (pair < n_pairs) & (first_block + r < n_blocks)
+                        for half in tl.static_range(2):
+                            row = (first_block + r) * 16 + lane // 4 + 8 * half
+                            at = group_ptr + pair // 2 * group_rows + row
+                            word = tl.load(at, mask=mask, other=0)
+                            scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                            term = scale * fold_planes(c, own, (word >> 16) & 511, weights, half)
+                            term += totals[2 * (unit * R + r) + half]
+                            totals = replace_items(totals, (term,), 2 * (unit * R + r) + half, 1)
+                acc = (zero,) * (NT * R * 4)
+                sums = (zero,) * (NT * 2)
+    if not GROUPED:
+        totals = ()
+        for unit in tl.static_range(NT):
+            own = (sums[2 * unit], sums[2 * unit + 1])
+            for r in tl.static_range(R):
+                c = four_items(acc, unit * R + r)
+                for half in tl.static_range(2):
+                    totals += (fold_planes(c, own, middle, weights, half),)
+    return totals

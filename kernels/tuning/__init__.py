@@ -1,0 +1,114 @@
+"""How programs are cut, from a table per architecture that `python -m kernels.tune` measured."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final, Literal
+
+Stage = Literal["shrink", "expand"]
+FOLDER: Final = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead."""
+
+    blocks: int
+    along_steps: int
+    along_rows: int
+    ahead: int
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.blocks * self.along_rows
+
+    @property
+    def warps(self) -> int:
+        return self.along_steps * self.along_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A shape and the largest launch it was measured for."""
+
+    stage: Stage
+    groups: int
+    steps: int
+    shape: Shape
+
+
+# Where nothing was measured: many small programs for a lone tenant, larger ones for many.
+_DEFAULTS: Final = (
+    Choice(
+        stage="shrink",
+        groups=2,
+        steps=1 << 30,
+        shape=Shape(blocks=1, along_steps=8, along_rows=1, ahead=2),
+    ),
+    Choice(
+        stage="shrink",
+        groups=1 << 30,
+        steps=1 << 30,
+        shape=Shape(blocks=2, along_steps=4, along_rows=1, ahead=2),
+    ),
+    Choice(
+        stage="expand",
+        groups=2,
+        steps=1 << 30,
+        shape=Shape(blocks=1, along_steps=4, along_rows=1, ahead=2),
+    ),
+    Choice(
+        stage="expand",
+        groups=1 << 30,
+        steps=1 << 30,
+        shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2),
+    ),
+)
+
+
+@cache
+def load_table(arch: int) -> tuple[Choice, ...]:
+    """The measured choices of an architecture, smallest launches first.
+
+    Args:
+        arch: compute capability, 90 for Hopper.
+
+    Returns:
+        The choices of kernels/tuning/sm_<arch>.json, or the defaults.
+    """
+    path = FOLDER / f"sm_{arch}.json"
+    if not path.exists():
+        return _DEFAULTS
+    rows = json.loads(path.read_text())["choices"]
+    choices = [
+        Choice(
+            stage=row["stage"],
+            groups=row["groups"],
+            steps=row["steps"],
+            shape=Shape(**row["shape"]),
+        )
+        for row in rows
+    ]
+    return tuple(sorted(choices, key=lambda choice: (choice.groups, choice.steps)))
+
+
+@cache
+def choose_shape(stage: Stage, *, groups: int, steps: int, arch: int) -> Shape:
+    """The shape measured for the next larger launch, or for the largest.
+
+    Args:
+        stage: which kernel.
+        groups: groups of tokens of the launch.
+        steps: steps of 32 codes along the rows that are read.
+        arch: compute capability.
+
+    Returns:
+        The shape.
+    """
+    own = [choice for choice in load_table(arch) if choice.stage == stage]
+    enough = [choice for choice in own if choice.groups >= groups]
+    group_limit = min(choice.groups for choice in enough) if enough else own[-1].groups
+    same = [choice for choice in own if choice.groups == group_limit]
+    fitting = [choice for choice in same if choice.steps >= steps]
+    return (fitting[0] if fitting else same[-1]).shape

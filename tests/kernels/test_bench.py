@@ -1,0 +1,116 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from source_tree import ROOT
+
+from deltacome_core.layout import RankBand
+from deltacome_core.packed import PackedMatrix
+from kernels import reference, tune
+from kernels.bench import baselines, chart, models, sections
+from kernels.bench.bars import TARGETS, judge
+from kernels.bench.correctness import list_cases
+
+REPORT = ROOT / "docs/benchmarks/kernels.json"
+
+
+def decode_row(n_tenants, planes, **changes):
+    return {
+        "n_tenants": n_tenants,
+        "planes": planes,
+        "base_us": 100.0,
+        "term_us": 10.0 * n_tenants,
+        "step_us": 100.0 + 10 * n_tenants,
+        "factor": 1 + n_tenants / 10,
+        "gbps": 3000.0,
+        **changes,
+    }
+
+
+def test_bars_are_computed_from_the_sections():
+    rows = {
+        "ceilings": {"read_gbps": 4000.0},
+        "decode": [decode_row(n, planes) for n in (1, 8, 32) for planes in (2, 4)],
+        "zipf": decode_row(20, 4, step_us=301.5),
+        "baselines": {"eager_us": 900.0, "bmm_us": 1600.0},
+        "loading": {"load_us": 19000.0},
+    }
+    bars = {bar["name"]: bar for bar in judge(rows)}
+    assert bars["delta term, 1 tenant, over PyTorch eager"]["measured"] == 90
+    assert bars["delta term, 1 tenant, over PyTorch eager"]["met"]
+    assert bars["delta term, 32 tenants, over bf16 low-rank bmm"]["measured"] == 5
+    assert bars["decode over base-only, 1 tenant, fast"]["measured"] == pytest.approx(1.1)
+    assert bars["share of measured bandwidth, 32 tenants"]["measured"] == 0.75
+    zipf = bars["Zipf mix over (base + distinct x per-tenant time)"]
+    assert zipf["measured"] == pytest.approx(1.005)
+    assert bars["host to GPU of one 7B delta, ms"]["met"]
+    missing = bars["merge of a whole 7B, ms"]
+    assert (missing["measured"], missing["met"]) == (None, False)
+
+
+def test_the_committed_report_has_every_bar_and_its_chart():
+    report = json.loads(REPORT.read_text())
+    assert [bar["name"] for bar in report["bars"]] == list(TARGETS)
+    assert report["bars"] == judge(report["rows"])
+    assert {"device", "versions", "commit", "ceilings", "rows"} <= set(report)
+    assert REPORT.with_suffix(".svg").read_text() == chart.draw(report)
+
+
+def test_without_a_device_nothing_is_measured():
+    for module in ("kernels.bench", "kernels.tune"):
+        command = [sys.executable, "-m", module]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 1
+        assert "nothing was measured" in run.stderr
+
+
+def test_the_eager_baseline_is_the_delta_term():
+    layout = models.Layout(
+        name="small",
+        square=(),
+        wide=(RankBand(8, 16), RankBand(3, 40), RankBand(2, 130), RankBand(1, 9)),
+        group_v=(1, 0),
+        group_u=(0, 1),
+        symmetric=True,
+    )
+    matrix = models.Pool(1).matrix("m", 256, 512, layout)
+    assert isinstance(matrix, PackedMatrix)
+    x = torch.randn(1, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = reference.expand(reference.shrink(x, matrix), matrix)
+    found = baselines.eager_delta(x, matrix).float()
+    # Both products and the sum of bands are rounded to bf16.
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-2
+
+
+def test_a_zipf_batch_repeats_the_popular():
+    slots = sections.draw_zipf(64, 64, seed=0)
+    assert len(slots) == 64
+    assert 15 < len(set(slots)) < 45
+    assert slots == sections.draw_zipf(64, 64, seed=0)
+
+
+def test_bands_of_the_benchmark_fill_one_bit_a_parameter():
+    for layout in (models.HUB, models.COME):
+        for out, width, budget in ((4096, 4096, 2048), (11008, 4096, 2985)):
+            spent = sum(band.bits * band.rank for band in layout.bands(out, width))
+            assert 0.97 * budget <= spent <= budget
+
+
+def test_the_table_takes_the_fastest_shape():
+    shape = {"blocks": 1, "along_steps": 4, "along_rows": 1, "ahead": 2}
+    slow = {"stage": "expand", "groups": 8, "steps": 27, "shape": shape | {"ahead": 4}, "us": 3.0}
+    fast = slow | {"shape": shape, "us": 2.0}
+    (chosen,) = tune.choose([slow, fast, fast])
+    # The same shape at two sites counts twice: 4 against 3.
+    assert (chosen["shape"], chosen["us"]) == (slow["shape"], 3.0)
+    assert tune.choose([slow, fast])[0]["shape"] == shape
+
+
+def test_cases_of_a_device_mix_recipes_and_precisions():
+    cases = list(list_cases())
+    assert len(set(map(str, cases))) == len(cases)
+    assert {case.planes for case in cases} == {2, 4}
+    assert any(len({layout.name for layout in case.layouts}) == 3 for case in cases)
+    assert any(case.outliers for case in cases)
