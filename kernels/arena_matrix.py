@@ -28,6 +28,7 @@ from kernels.triton_ops.batch import (
     batch_shrink_kernel,
     prepare_kernel,
 )
+from kernels.triton_ops.gather import gather_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.triton_ops.unfold import unfold_kernel
 
@@ -38,6 +39,7 @@ KERNELS: Final[dict[str, Any]] = {
     "add": add_kernel,
     "repack": repack_kernel,
     "unfold": unfold_kernel,
+    "gather": gather_kernel,
 }
 INSTRUCTION: Final = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 ON_TENSOR_CORES: Final = ("shrink", "expand")
@@ -110,6 +112,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "BITS": variant.widths[0],
         "GROUPING": variant.grouping,
         "IS_GROUPED": variant.grouping > 0,
+        "HAS_ZERO": True,
         "IS_ALIGNED": variant.dtype != "fp32",
         "HAS_DIRECT": True,
         "HAS_FACTORS": True,
