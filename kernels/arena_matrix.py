@@ -100,7 +100,7 @@ def list_variants() -> Iterator[ArenaVariant]:
                 dtype=("bf16", "fp16", "fp32")[turn % 3],
                 widths=widths,
                 grouping=turn % 3,
-                units=1 + turn % 2,
+                units=2 if turn == 0 else 1,
             )
 
 
