@@ -28,6 +28,7 @@ from kernels.triton_ops.batch import (
     batch_shrink_kernel,
     prepare_kernel,
 )
+from kernels.triton_ops.gather import gather_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.triton_ops.unfold import unfold_kernel
 
@@ -38,6 +39,7 @@ KERNELS: Final[dict[str, Any]] = {
     "add": add_kernel,
     "repack": repack_kernel,
     "unfold": unfold_kernel,
+    "gather": gather_kernel,
 }
 INSTRUCTION: Final = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 ON_TENSOR_CORES: Final = ("shrink", "expand")
@@ -98,7 +100,7 @@ def list_variants() -> Iterator[ArenaVariant]:
                 dtype=("bf16", "fp16", "fp32")[turn % 3],
                 widths=widths,
                 grouping=turn % 3,
-                units=1 + turn % 2,
+                units=2 if turn == 0 else 1,
             )
 
 
@@ -110,6 +112,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "BITS": variant.widths[0],
         "GROUPING": variant.grouping,
         "IS_GROUPED": variant.grouping > 0,
+        "HAS_ZERO": True,
         "IS_ALIGNED": variant.dtype != "fp32",
         "HAS_DIRECT": True,
         "HAS_FACTORS": True,

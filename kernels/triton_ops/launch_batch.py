@@ -5,6 +5,7 @@ from functools import cache
 import torch
 import triton
 
+from deltacome_core.layout import words_per_row
 from kernels.fragments import PLANES, UNIT_TOKENS
 from kernels.plan import StepPlan
 from kernels.triton_ops.batch import (
@@ -13,8 +14,10 @@ from kernels.triton_ops.batch import (
     batch_shrink_kernel,
     prepare_kernel,
 )
+from kernels.triton_ops.gather import gather_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.tuning import Shape
+from kernels.vocabulary import count_tiles
 
 # Eight elements a thread of four warps.
 _ADD_BLOCK = 1024
@@ -208,6 +211,46 @@ def launch_add(y: torch.Tensor, plan: StepPlan, site: int) -> None:
     grid = (triton.cdiv(n_out, _ADD_BLOCK), len(plan.group_tokens))
     add_kernel[grid](
         y, y.stride(0), plan.terms, n_out, plan.group_tokens, BLOCK=_ADD_BLOCK, num_warps=4
+    )
+
+
+def launch_gather(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    slots: torch.Tensor,
+    table: torch.Tensor,
+    *,
+    cols: int,
+    bits: int,
+    group: int,
+    has_zero: bool,
+) -> None:
+    """Add the embedding deltas of tokens.
+
+    Args:
+        y: bf16, fp16 or fp32 [tokens, cols], columns adjacent.
+        ids: int32 [tokens].
+        slots: int32 [tokens], -1 for the backbone.
+        table: int64 [slots, 4], addresses of places, codes, scales and zeros.
+        cols: columns of a row.
+        bits: of its codes.
+        group: columns that share a scale, 0 for all.
+        has_zero: whether zero points are stored.
+    """
+    n_tiles, row_groups = count_tiles(cols, group)
+    gather_kernel[(n_tiles, len(y))](
+        ids,
+        slots,
+        table,
+        y,
+        y.stride(0),
+        cols,
+        words_per_row(cols, bits),
+        group or cols,
+        row_groups,
+        BITS=bits,
+        HAS_ZERO=has_zero,
+        num_warps=1,
     )
 
 

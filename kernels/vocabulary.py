@@ -1,0 +1,170 @@
+"""Embeddings and heads of resident deltas: rows for tokens, and the head as one more site."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from deltacome_core.errors import InternalError, UserError
+from deltacome_core.layout import TILE_CODES, scale_shape
+from deltacome_core.packed import PackedDirect, PackedFactor, PackedRows
+
+
+def head_matrix(rows: PackedRows) -> PackedDirect:
+    """The delta of an output head as a direct matrix, for a site of an arena.
+
+    Args:
+        rows: packed rows of the head on the CPU; scales of whole or parts of single rows.
+
+    Returns:
+        [rows of the backbone, cols]; a row that did not change has scales of 0.
+
+    Raises:
+        UserError: arena_recipe_unknown, no row changed or rows share a scale.
+    """
+    factor = rows.factor
+    if factor is None or factor.group[0] != 1:
+        raise UserError("arena_recipe_unknown", name=rows.name, reason="no scale for single rows")
+    if factor.rows == rows.rows:
+        return PackedDirect(name=rows.name, factor=factor)
+
+    def spread(grid: torch.Tensor) -> torch.Tensor:
+        full = grid.new_zeros((rows.rows, grid.shape[1]))
+        full[rows.changed] = grid
+        return full
+
+    full = replace(
+        factor,
+        codes=spread(factor.codes),
+        scale=spread(factor.scale),
+        zero=None if factor.zero is None else spread(factor.zero),
+        rows=rows.rows,
+    )
+    return PackedDirect(name=rows.name, factor=full)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Held:
+    places: torch.Tensor
+    factor: PackedFactor
+    zero: torch.Tensor
+
+
+class EmbeddingTable:
+    """Packed embedding rows of the deltas in the slots of an arena, one kind for all."""
+
+    def __init__(self, *, n_slots: int, like: PackedRows, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._kind = self._read_kind(like)
+        self._held: list[_Held | None] = [None] * n_slots
+        self._table = torch.zeros((n_slots, 4), dtype=torch.int64, device=self.device)
+
+    @staticmethod
+    def _read_kind(rows: PackedRows) -> tuple[int, int, int, bool]:
+        factor = rows.factor
+        if factor is None or factor.group[0] != 1:
+            reason = "no scale for single rows"
+            raise UserError("arena_recipe_unknown", name=rows.name, reason=reason)
+        return factor.cols, factor.bits, factor.group[1], factor.zero is not None
+
+    def put(self, slot: int, rows: PackedRows) -> None:
+        """Hold a delta's rows.
+
+        Args:
+            slot: of its matrices in the arena.
+            rows: packed rows; the bytes are copied to the device.
+
+        Raises:
+            UserError: arena_recipe_unknown, the rows are packed in another way.
+        """
+        if self._read_kind(rows) != self._kind:
+            raise UserError("arena_recipe_unknown", name=rows.name, reason="rows of another kind")
+        packed = rows.to(self.device)
+        if packed.factor is None:
+            raise InternalError(f"{rows.name} lost its rows")
+        places = torch.where(packed.changed, packed.changed.cumsum(0) - 1, -1).int()
+        zero = packed.factor.zero
+        held = _Held(
+            places=places,
+            factor=packed.factor,
+            zero=torch.zeros(1, dtype=torch.uint8, device=self.device) if zero is None else zero,
+        )
+        tensors = (held.places, held.factor.codes, held.factor.scale, held.zero)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        self._table[slot] = torch.tensor(addresses, dtype=torch.int64)
+        self._held[slot] = held
+
+    def check_slots(self, slots: Sequence[int]) -> None:
+        """Refuse a slot without rows.
+
+        Args:
+            slots: of the tokens, -1 for the backbone.
+
+        Raises:
+            UserError: arena_slot_unknown.
+        """
+        for slot in set(slots) - {-1}:
+            if not 0 <= slot < len(self._held) or self._held[slot] is None:
+                raise UserError("arena_slot_unknown", slot=slot, n_slots=len(self._held))
+
+    def add_rows(self, y: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Add each token's embedding delta to the backbone's row, in place.
+
+        Args:
+            y: bf16, fp16 or fp32 [tokens, cols], columns adjacent.
+            ids: int32 [tokens], rows of the backbone's vocabulary.
+            slots: int32 [tokens] on the device, checked with `check_slots`; -1 for the backbone.
+
+        Returns:
+            y, each sum rounded once; exact in fp32 but for that.
+        """
+        if self.device.type != "cuda":
+            return self.add_rows_plainly(y, ids, slots)
+        from kernels.triton_ops.launch_batch import launch_gather
+
+        cols, bits, group, has_zero = self._kind
+        launch_gather(
+            y, ids, slots, self._table, cols=cols, bits=bits, group=group, has_zero=has_zero
+        )
+        return y
+
+    def add_rows_plainly(
+        self, y: torch.Tensor, ids: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """What `add_rows` does, in plain torch; arguments and result are the same.
+
+        Args:
+            y: same.
+            ids: same.
+            slots: same.
+
+        Returns:
+            y.
+        """
+        for token, (row, slot) in enumerate(zip(ids.tolist(), slots.tolist(), strict=True)):
+            held = None if slot < 0 else self._held[slot]
+            place = -1 if held is None else int(held.places[row])
+            if held is not None and place >= 0:
+                factor = held.factor
+                one = replace(
+                    factor,
+                    codes=factor.codes[place : place + 1],
+                    scale=factor.scale[place : place + 1],
+                    zero=None if factor.zero is None else factor.zero[place : place + 1],
+                    rows=1,
+                )
+                y[token] = (y[token].float() + one.dequantise()[0]).to(y.dtype)
+        return y
+
+
+def count_tiles(cols: int, group: int) -> tuple[int, int]:
+    """Tiles of a row, and scales of a row.
+
+    Args:
+        cols: columns.
+        group: columns that share a scale, 0 for all.
+
+    Returns:
+        Both numbers.
+    """
+    return -(-cols // TILE_CODES), scale_shape(1, cols, (1, group))[1]

@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deltacome_core.errors import UserError
+from deltacome_core.packed import PackedRows
+from kernels.bench.models import Pool
+from kernels.vocabulary import EmbeddingTable, head_matrix
+
+CHANGED = [True, False, True, True, False, True]
+
+
+def draw_rows(*, seed=0, bits=4, cols=150, group=128, symmetric=False, changed=CHANGED):
+    factor = Pool(seed).factor(sum(changed), cols, bits=bits, group=(1, group), symmetric=symmetric)
+    return PackedRows(
+        name="embed",
+        rows=len(changed),
+        cols=cols,
+        changed=torch.tensor(changed),
+        factor=factor,
+        new_rows=None,
+    )
+
+
+@pytest.fixture(params=["triton", "plain"])
+def add_rows(request, monkeypatch):
+    """Run both ways on this CPU: the device's kernel goes through the interpreter."""
+
+    def add(table, *arguments):
+        if request.param == "plain":
+            return table.add_rows_plainly(*arguments)
+        monkeypatch.setattr(table, "device", torch.device("cuda"))
+        return table.add_rows(*arguments)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"bits": 3, "symmetric": True, "group": 0}, {"bits": 8, "cols": 128}],
+    ids=str,
+)
+def test_each_token_gets_the_row_of_its_own_delta(kind, add_rows):
+    deltas = [draw_rows(seed=seed, **kind) for seed in (1, 2)]
+    table = EmbeddingTable(n_slots=3, like=deltas[0], device="cpu")
+    for slot, rows in zip((2, 0), deltas, strict=True):
+        table.put(slot, rows)
+    ids, slots = [0, 1, 5, 3, 0], [2, 2, 0, -1, 0]
+    table.check_slots(slots)
+    y = torch.randn(5, deltas[0].cols, generator=torch.Generator().manual_seed(3))
+    wanted = y.clone()
+    for token, (row, slot) in enumerate(zip(ids, slots, strict=True)):
+        if slot >= 0:
+            wanted[token] += {2: deltas[0], 0: deltas[1]}[slot].dequantise()[row]
+    found = add_rows(table, y, torch.tensor(ids).int(), torch.tensor(slots).int())
+    assert torch.equal(found, wanted)
+
+
+def test_rows_of_another_kind_and_empty_slots_are_refused():
+    table = EmbeddingTable(n_slots=2, like=draw_rows(), device="cpu")
+    with pytest.raises(UserError, match="another kind"):
+        table.put(0, draw_rows(bits=2))
+    with pytest.raises(UserError, match="no delta"):
+        table.check_slots([-1, 1])
+    unchanged = replace(draw_rows(), changed=torch.zeros(6, dtype=torch.bool), factor=None)
+    with pytest.raises(UserError, match="single rows"):
+        table.put(0, unchanged)
+
+
+@pytest.mark.parametrize("changed", [CHANGED, [True] * 6])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_head_is_a_direct_matrix(changed, symmetric):
+    rows = draw_rows(changed=changed, symmetric=symmetric)
+    assert torch.equal(head_matrix(rows).dequantise(), rows.dequantise())
+    with pytest.raises(UserError):
+        head_matrix(replace(rows, changed=torch.zeros(6, dtype=torch.bool), factor=None))
