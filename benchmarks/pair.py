@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RUNS = (("come", 1.0), ("come", 0.5), ("datafree", 1.0))
+RUNS = (("hub", 1.0), ("hub", 0.5), ("come", 1.0), ("come", 0.5), ("datafree", 1.0))
 
 
 def deltacome(*arguments: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ TASKS: dict[str, Task] = {
     "code": Task(draw=tasks_code.draw, steps=300),
     "format": Task(draw=tasks_format.draw, steps=400),
     "german": Task(draw=tasks_german.draw, steps=400),
-    "tools": Task(draw=tasks_tools.draw, steps=300, new_tokens=tuple(tasks_tools.new_tokens())),
+    "tools": Task(draw=tasks_tools.draw, steps=700, new_tokens=tuple(tasks_tools.new_tokens())),
     # A decay of 1.0 at this rate shrinks a row by some 4 %, ten times what bf16 can hold unmoved.
     "cipher": Task(draw=tasks_cipher.draw, steps=400, embedding_lr=2.0, embedding_decay=1.0),
 }

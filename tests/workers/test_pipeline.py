@@ -32,7 +32,7 @@ def make_pair(folder, *, layers=2):
 
 
 def compress_undisturbed(folder, *, bits_per_param):
-    recipe = get_recipe("come", matrix_bits=bits_per_param)
+    recipe = get_recipe("hub", matrix_bits=bits_per_param)
     compress_checkpoint(folder / "base", folder / "tuned", folder / "delta", recipe)
     return {path.name: path.read_bytes() for path in (folder / "delta").iterdir()}
 
