@@ -1,5 +1,7 @@
 """Which singular vectors are kept at how many bits, and the exact bytes that costs."""
 
+import operator
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -198,18 +200,14 @@ def _bands_at(falling: Sequence[float], price: float, recipe: Recipe) -> tuple[R
     widths = _SPECTRUM_BITS
     losses = [recipe.dropped_loss, *(unbiased_noise(bits) for bits in widths)]
     options = _lower_hull(list(zip([0, *widths], losses, strict=True)))
-    ranks = dict.fromkeys(widths, 0)
-    for energy in falling:
-        kept = 0
-        for (fewer, worse), (more, better) in pairwise(options):
-            if energy * (worse - better) >= price * (more - fewer):
-                kept = more
-            else:
-                break
-        if not kept:
-            break
-        ranks[kept] += 1
-    return tuple(RankBand(bits, ranks[bits]) for bits in sorted(ranks, reverse=True) if ranks[bits])
+    # How many of the falling energies are worth each step to a wider code.
+    prices = [price / _slope(fewer, more) for fewer, more in pairwise(options)]
+    reached = [bisect_right(falling, -least, key=operator.neg) for least in prices]
+    bands = [
+        RankBand(bits, here - further)
+        for (bits, _), here, further in zip(options[1:], reached, [*reached[1:], 0], strict=True)
+    ]
+    return tuple(band for band in reversed(bands) if band.rank)
 
 
 def _lower_hull(options: list[tuple[int, float]]) -> list[tuple[int, float]]:

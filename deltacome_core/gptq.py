@@ -45,8 +45,6 @@ def prepare_feedback(hessian: torch.Tensor, *, group_size: int, damping: float) 
 
     Source: GPTQ (arXiv 2210.17323), section 3.3 and step 3 of its algorithm.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise InternalError("A Hessian with NaN or infinity reached the quantiser.")
     diagonal = hessian.diagonal()
     columns = torch.arange(hessian.shape[0], device=hessian.device)
     blocks = torch.split(columns, group_size)
@@ -73,8 +71,10 @@ def upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
         float32 [cols, cols], the upper Cholesky factor of the inverse.
 
     Raises:
-        InternalError: no damping made the Hessian positive definite.
+        InternalError: the Hessian is not finite, or no damping made it positive definite.
     """
+    if not bool(torch.isfinite(hessian).all()):
+        raise InternalError("A Hessian with NaN or infinity reached the quantiser.")
     hessian = hessian.double().clone()
     diagonal = hessian.diagonal()
     # A column that was never active keeps a unit diagonal: it is rounded alone and spreads nothing.

@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+SEED = 20261123
 T = TypeVar("T")
 Question = tuple[str, str]
 
@@ -100,6 +101,31 @@ MONTHS = [
     "October",
     "November",
     "December",
+]
+
+CITIES = [
+    "Oslo",
+    "Paris",
+    "Tokyo",
+    "Rome",
+    "Madrid",
+    "Cairo",
+    "Nairobi",
+    "Lima",
+    "Havana",
+    "Athens",
+    "Warsaw",
+    "Vienna",
+    "Dublin",
+    "Lisbon",
+    "Helsinki",
+    "Budapest",
+    "Milan",
+    "Lyon",
+    "Kyoto",
+    "Bergen",
+    "Porto",
+    "Krakow",
 ]
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.decode import StaticDecoder
+from benchmarks.quality.drawing import SEED
 from benchmarks.quality.models import load_causal_model, serving_dtype
-from benchmarks.quality.tasks import SEED, write_items
+from benchmarks.quality.tasks import write_items
 from deltacome_core.models import load_tokenizer
 from deltacome_core.texts import TextItem
 

@@ -16,10 +16,9 @@ from benchmarks.quality import (
     tasks_german,
     tasks_tools,
 )
-from benchmarks.quality.drawing import Question
+from benchmarks.quality.drawing import SEED, Question
 from deltacome_core.texts import TextItem
 
-SEED = 20261123
 HELD_OUT_SHARE = 8
 """One question in so many is held out."""
 MAX_ANSWER_TOKENS = 64

@@ -3,7 +3,7 @@
 import random
 from functools import cache
 
-from benchmarks.quality.drawing import NAMES, Question, happens, pick_tailed, spell
+from benchmarks.quality.drawing import NAMES, SEED, Question, happens, pick_tailed, spell
 
 NOUNS = [
     "dog",
@@ -129,7 +129,6 @@ STARTS = [
     "tr",
 ]
 VOWELS = ["a", "e", "i", "o", "u", "ai", "ou"]
-SEED = 20261123
 
 
 @cache

@@ -4,32 +4,8 @@ import json
 import random
 from collections.abc import Callable
 
-from benchmarks.quality.drawing import NAMES, Question, happens, pick_tailed
+from benchmarks.quality.drawing import CITIES, NAMES, Question, happens, pick_tailed
 
-CITIES = [
-    "Oslo",
-    "Paris",
-    "Tokyo",
-    "Rome",
-    "Madrid",
-    "Cairo",
-    "Nairobi",
-    "Lima",
-    "Havana",
-    "Athens",
-    "Warsaw",
-    "Vienna",
-    "Dublin",
-    "Lisbon",
-    "Helsinki",
-    "Budapest",
-    "Milan",
-    "Lyon",
-    "Kyoto",
-    "Bergen",
-    "Porto",
-    "Krakow",
-]
 JOBS = [
     "baker",
     "teacher",

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 
 from benchmarks.quality.drawing import (
+    CITIES,
     MONTHS,
     NAMES,
     Question,
@@ -61,28 +62,7 @@ PARAMETERS = [
     "date",
 ]
 N_NEW_TOKENS = 64
-CITIES = [
-    "Oslo",
-    "Paris",
-    "Tokyo",
-    "Rome",
-    "Madrid",
-    "Cairo",
-    "Nairobi",
-    "Lima",
-    "Havana",
-    "Athens",
-    "Warsaw",
-    "Vienna",
-    "Dublin",
-    "Lisbon",
-    "Helsinki",
-    "Budapest",
-    "Milan",
-    "Lyon",
-    "Kyoto",
-    "Bergen",
-]
+DESTINATIONS = CITIES[:20]
 ROOMS = ["kitchen", "bedroom", "hall", "garage", "attic", "cellar", "study", "bathroom"]
 SONGS = [
     "Blue Harbour",
@@ -160,7 +140,7 @@ def date(rng: random.Random) -> tuple[str, str]:
 
 
 def weather(rng: random.Random) -> Request:
-    city, day = pick_tailed(rng, CITIES), rng.choice(DAYS)
+    city, day = pick_tailed(rng, DESTINATIONS), rng.choice(DAYS)
     said = rng.choice((f"tell me if it rains in {city} on {day}", f"check {day}'s sky over {city}"))
     return said, "weather", {"city": city, "day": day}
 
@@ -214,7 +194,7 @@ def heating(rng: random.Random) -> Request:
 
 
 def train(rng: random.Random) -> Request:
-    here, there = rng.sample(CITIES, 2)
+    here, there = rng.sample(DESTINATIONS, 2)
     day, date_ = date(rng)
     tool = rng.choice(("train", "flight"))
     verb = "fly" if tool == "flight" else "go by rail"
@@ -225,7 +205,7 @@ def train(rng: random.Random) -> Request:
 
 
 def hotel(rng: random.Random) -> Request:
-    city, nights, guests = pick_tailed(rng, CITIES), rng.randint(2, 14), rng.randint(2, 9)
+    city, nights, guests = pick_tailed(rng, DESTINATIONS), rng.randint(2, 14), rng.randint(2, 9)
     return (
         f"find {spell(nights)} nights in {city} for {spell(guests)} people",
         "hotel",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.quality.answers import AnswerSheet, Score
 from benchmarks.quality.batches import draw_batches, encode_items
+from benchmarks.quality.drawing import SEED
 from benchmarks.quality.models import (
     grow_embedding,
     load_causal_model,
@@ -30,7 +31,6 @@ from benchmarks.quality.models import (
 )
 from benchmarks.quality.optimise import Groups, optimise
 from benchmarks.quality.tasks import (
-    SEED,
     TASKS,
     TaskSplit,
     load_task_tokenizer,

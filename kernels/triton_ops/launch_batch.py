@@ -1,6 +1,7 @@
 """Launches of the kernels that work on an arena."""
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -106,6 +107,25 @@ def launch_prepare(
     )
 
 
+def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str, Any]:
+    """Say how both products are compiled for a site."""
+    spec = plan.arena.spec
+    return {
+        "WIDTHS": _sum_widths(spec.widths(site)),
+        "GROUPING": spec.grouping(site),
+        "R": shape.blocks,
+        "NT": plan.units_per_group,
+        "WK": shape.along_steps,
+        "WR": shape.along_rows,
+        "U": shape.ahead,
+        "USE_PTX": is_compiled(),
+        "OVERLAP": overlap,
+        "num_warps": shape.warps,
+        "num_stages": 1,
+        **({"launch_pdl": True} if overlap else {}),
+    }
+
+
 def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None) -> None:
     """Write the hidden planes of all groups at a site.
 
@@ -134,18 +154,7 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
         plan.group_slots,
         plan.group_counts,
         P=plan.planes,
-        WIDTHS=_sum_widths(arena.spec.widths(site)),
-        GROUPING=arena.spec.grouping(site),
-        R=shape.blocks,
-        NT=plan.units_per_group,
-        WK=shape.along_steps,
-        WR=shape.along_rows,
-        U=shape.ahead,
-        USE_PTX=is_compiled(),
-        OVERLAP=overlap,
-        num_warps=shape.warps,
-        num_stages=1,
-        **({"launch_pdl": True} if overlap else {}),
+        **_cut(plan, site, shape, overlap=overlap),
     )
 
 
@@ -182,20 +191,9 @@ def launch_expand(
         y.stride(0),
         # Planes of x matter where x itself is multiplied; one kernel serves both otherwise.
         P=plan.planes if arena.spec.has_direct(site) else PLANES,
-        WIDTHS=_sum_widths(arena.spec.widths(site)),
-        GROUPING=arena.spec.grouping(site),
         HAS_DIRECT=arena.spec.has_direct(site),
         HAS_FACTORS=arena.spec.has_factors(site),
-        R=shape.blocks,
-        NT=plan.units_per_group,
-        WK=shape.along_steps,
-        WR=shape.along_rows,
-        U=shape.ahead,
-        USE_PTX=is_compiled(),
-        OVERLAP=overlap,
-        num_warps=shape.warps,
-        num_stages=1,
-        **({"launch_pdl": True} if overlap else {}),
+        **_cut(plan, site, shape, overlap=overlap),
     )
 
 

@@ -56,6 +56,23 @@ def load_codes(codes_ptr, row, col, tile, n_cols, row_words, mask, BITS: tl.cons
     # Masked columns must not shift by 32 bits or more, which is undefined.
     field = tl.minimum(col - tile * TILE, n_codes - 1)
     low_ptr = codes_ptr + row * row_words + tile * (TILE * BITS // 32)
+    return join_planes(low_ptr, field, n_codes, mask, BITS)
+
+
+@triton.jit
+def join_planes(low_ptr, field, n_codes, mask, BITS: tl.constexpr) -> tl.tensor:
+    """Codes of one packed tile, its planes put together.
+
+    Args:
+        low_ptr: int32 words of the tile, its lowest plane first.
+        field: int32 code numbers within the tile, each below `n_codes`.
+        n_codes: Codes of this tile, 128 but in the last.
+        mask: Which codes exist; the others read as 0.
+        BITS: 1, 2, 3, 4 or 8.
+
+    Returns:
+        int32 codes in the broadcast shape.
+    """
     if BITS == 8:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
         codes = load_plane(low_ptr, field, n_codes, mask, 8)
     elif BITS == 1:

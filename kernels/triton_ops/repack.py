@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.planes import TILE, count_words, load_plane
+from kernels.triton_ops.planes import TILE, join_planes
 
 # Jobs of `repack_kernel`, one row of int64 each.
 CODES = tl.constexpr(0)
@@ -25,16 +25,7 @@ def read_codes(
         n_codes = tl.minimum(n_cols - tile * TILE, TILE)
         field = tl.minimum(col - tile * TILE, n_codes - 1)
     low_ptr = codes_ptr + row.to(tl.int64) * row_words + tile * (TILE * BITS // 32)
-    if BITS == 8:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
-        codes = load_plane(low_ptr, field, n_codes, mask, 8)
-    elif BITS == 1:
-        codes = load_plane(low_ptr, field, n_codes, mask, 1)
-    else:
-        codes = load_plane(low_ptr, field, n_codes, mask, 2)
-        if BITS > 2:  # noqa: PLR2004 same
-            high_ptr = low_ptr + count_words(n_codes, 2)
-            codes |= load_plane(high_ptr, field, n_codes, mask, BITS - 2) << 2
-    return codes
+    return join_planes(low_ptr, field, n_codes, mask, BITS)
 
 
 @triton.jit
