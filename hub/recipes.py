@@ -3,9 +3,9 @@
 from deltacome_core.recipe import PRESETS
 
 LABELS = {
-    "hub": "Bits fitted to the spectrum, every direction keeps its strength, calibrated",
+    "hub": "Bits by spectrum, calibrated",
     "come": "Delta-CoMe, 8 + 3 + 2 bit bands, calibrated",
-    "datafree": "Like hub, without calibration data",
+    "datafree": "Bits by spectrum, no calibration data",
     "lowrank": "One band of 8 bits: plain low rank, for comparison",
     "bitdelta": "BitDelta, signs and one scale per matrix, not distilled",
     "bitdelta-row": "BitDelta with one scale per row, not distilled",
