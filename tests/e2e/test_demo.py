@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,11 +21,13 @@ STEPS = ["ingest", "compress", "verify", "evaluate", "publish"]
 END_TIMEOUT_S = 20
 
 
+@contextmanager
 def start_demo(*arguments):
+    """Run the demo; it ends with the test, also where the test fails."""
     # The settings of the tests stay here: a person's shell has none.
     ours = ("DJANGO_SETTINGS_MODULE", "SECRET_KEY", "DATABASE_URL", "DELTACOME_DATA_DIR")
     env = {key: value for key, value in os.environ.items() if key not in ours}
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "manage.py", "demo", *arguments],
         cwd=ROOT,
         env=env,
@@ -33,7 +35,12 @@ def start_demo(*arguments):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    )
+    ) as demo:
+        try:
+            yield demo
+        finally:
+            # Its children end themselves, as the test of SIGKILL shows.
+            demo.kill()
 
 
 def test_the_headless_demo_does_the_main_job():

@@ -51,8 +51,9 @@ class Command(BaseCommand):
 
     def handle(self, *_args: Any, **options: Any) -> None:
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        # Like Ctrl-C: `kill` and a closed terminal end the children too.
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        # Like Ctrl-C: `kill` and a closed terminal end the children too. SIGINT is named as well:
+        # what a script starts in the background inherits it ignored.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, _interrupt)
         try:
             if options["check"]:
