@@ -30,7 +30,7 @@ from deltacome_core.delta import (
 )
 from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
 from deltacome_core.errors import UserError
-from deltacome_core.factorise import NamedDelta, factorise_rows
+from deltacome_core.factorise import NamedDelta
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.layout import RankBand
 from deltacome_core.lossless import ZSTD_VERSION
@@ -50,6 +50,7 @@ from deltacome_core.parts import read_part, write_delta, write_part
 from deltacome_core.recipe import Recipe
 from deltacome_core.slices import SlicedTensor, slice_tensor
 from deltacome_core.texts import DEFAULT_CALIBRATION
+from deltacome_core.vocabulary import pack_vocabulary
 
 _MATRIX_DIMENSIONS = 2
 CALIBRATION_NAMES = ("calibration.jsonl", "calibration.txt")
@@ -403,7 +404,7 @@ def _code_unit(work: _Work, unit: _Unit, spool: CodedSpool) -> _Compressed:
 
 def _pack_whole(pair: TensorPair, work: _Work) -> PackedTensor:
     if pair.kind is TensorKind.ROWS and pair.base is not None:
-        return factorise_rows(pair.name, pair.base, pair.tuned, work.recipe, device=work.device)
+        return pack_vocabulary(pair.name, pair.base, pair.tuned, work.recipe, device=work.device)
     return ExactTensor(name=pair.name, value=pair.tuned)
 
 

@@ -110,7 +110,11 @@ class DirectEntry(_Matrices):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsEntry:
-    """An embedding or output head: quantised changes of old rows, new rows exact."""
+    """An embedding or output head: quantised changes of old rows, new rows exact.
+
+    rank: the codes of a row are its coordinates in a basis of so many rows, which lies behind them;
+    None: they are the change itself.
+    """
 
     name: str
     dtype: str
@@ -120,6 +124,7 @@ class RowsEntry:
     bits: int
     group_rows: Group
     symmetric: bool
+    rank: int | None = None
 
     @property
     def n_new(self) -> int:
@@ -134,6 +139,7 @@ class RowsEntry:
             bits=self.bits,
             group=self.group_rows,
             symmetric=self.symmetric,
+            rank=self.rank,
         )
 
 
@@ -337,7 +343,7 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
             "transposed": entry.transposed,
         }
     if isinstance(entry, RowsEntry):
-        return common | {
+        rows = {
             "kind": "rows",
             "base_rows": entry.base_rows,
             "n_changed": entry.n_changed,
@@ -345,6 +351,7 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
             "group_rows": list(entry.group_rows),
             "symmetric": entry.symmetric,
         }
+        return common | rows | ({} if entry.rank is None else {"rank": entry.rank})
     if isinstance(entry, CodedEntry):
         return common | {
             "kind": "coded",
@@ -423,16 +430,27 @@ def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
     base_rows = fields.natural("base_rows", limit=rows)
     if base_rows == 0:
         raise fields.invalid("base_rows is 0")
+    n_changed = fields.natural("n_changed", limit=base_rows)
     return RowsEntry(
         name=name,
         dtype=dtype,
         shape=(rows, cols),
         base_rows=base_rows,
-        n_changed=fields.natural("n_changed", limit=base_rows),
+        n_changed=n_changed,
         bits=_bits(fields),
         group_rows=_group(fields, "group_rows"),
         symmetric=fields.flag("symmetric"),
+        rank=_basis_rank(fields, cols if n_changed else 0),
     )
+
+
+def _basis_rank(fields: Fields, most: int) -> int | None:
+    if not fields.has("rank"):
+        return None
+    rank = fields.natural("rank", limit=most)
+    if rank == 0:
+        raise fields.invalid("rank is 0")
+    return rank
 
 
 def _any_shape(fields: Fields, dtype: str) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from deltacome_core.packed import (
     PackedFactor,
     PackedLinear,
     PackedMatrix,
-    PackedRows,
 )
 from deltacome_core.quantize import (
     QuantisedFactor,
@@ -26,9 +25,6 @@ from deltacome_core.quantize import (
 from deltacome_core.recipe import Recipe
 from deltacome_core.svd import truncated_svd
 from deltacome_core.vectors import prepare_columns, quantise_columns, quantise_rows
-
-# Rows of a vocabulary widened to float32 at once: 8192 rows of 4096 take 128 MiB a copy.
-_ROWS_AT_ONCE = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,63 +304,4 @@ def pack_factor(factor: QuantisedFactor, bits: int, group_size: int) -> PackedFa
         rows=rows,
         cols=cols,
         group=(1, group_size),
-    )
-
-
-def factorise_rows(
-    name: str, base: torch.Tensor, tuned: torch.Tensor, recipe: Recipe, *, device: torch.device
-) -> PackedRows:
-    """Quantise the rows of a vocabulary that changed; rows the backbone lacks stay exact.
-
-    Args:
-        name: tensor name.
-        base: float [base rows, cols] in its own dtype.
-        tuned: float [rows, cols] in its own dtype, rows >= base rows.
-        recipe: gives the bits and the group size.
-        device: where the quantiser runs.
-
-    Returns:
-        The packed rows, on the host.
-    """
-    rows, cols = base.shape
-    old = tuned[:rows]
-    changed = torch.cat(
-        [
-            (ours != theirs.to(ours.dtype)).any(dim=1)
-            for ours, theirs in zip(
-                torch.split(old, _ROWS_AT_ONCE), torch.split(base, _ROWS_AT_ONCE), strict=True
-            )
-        ]
-    )
-    pieces: list[PackedFactor] = []
-    for index in torch.split(changed.nonzero()[:, 0], _ROWS_AT_ONCE):
-        if index.numel() == 0:
-            continue
-        delta = old[index].to(device).float() - base[index].to(device).float()
-        top = largest_codes(recipe.embedding_bits, index.numel(), device)
-        factor = round_to_nearest(delta, top, group_size=recipe.group_size, clip_search=True)
-        pieces.append(pack_factor(factor, recipe.embedding_bits, recipe.group_size))
-    return PackedRows(
-        name=name,
-        rows=rows,
-        cols=cols,
-        changed=changed,
-        factor=_stack(pieces),
-        new_rows=tuned[rows:].clone() if tuned.shape[0] > rows else None,
-    )
-
-
-def _stack(pieces: Sequence[PackedFactor]) -> PackedFactor | None:
-    if not pieces:
-        return None
-    first = pieces[0]
-    zeros = [piece.zero for piece in pieces if piece.zero is not None]
-    return PackedFactor(
-        codes=torch.cat([piece.codes for piece in pieces]),
-        scale=torch.cat([piece.scale for piece in pieces]),
-        zero=torch.cat(zeros) if zeros else None,
-        bits=first.bits,
-        rows=sum(piece.rows for piece in pieces),
-        cols=first.cols,
-        group=first.group,
     )

@@ -48,6 +48,10 @@ class Fields:
         self._taken.add(key)
         return self._value[key]
 
+    def has(self, key: str) -> bool:
+        """Tell whether a field that may be absent is there."""
+        return key in self._value
+
     def done(self) -> None:
         unknown = sorted(self._value.keys() - self._taken)
         if unknown:

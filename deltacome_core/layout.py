@@ -12,8 +12,8 @@ WORD_BITS = 32
 MATRIX_ALIGNMENT_BYTES = 256
 SECTION_ALIGNMENT_BYTES = 16
 
-SectionDtype = Literal["F32", "F16", "U32", "U8"]
-ITEM_BYTES: dict[SectionDtype, int] = {"F32": 4, "F16": 2, "U32": 4, "U8": 1}
+SectionDtype = Literal["F32", "F16", "BF16", "U32", "U8"]
+ITEM_BYTES: dict[SectionDtype, int] = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
 
 Group = tuple[int, int]
 
@@ -248,7 +248,14 @@ def direct_payload(
 
 
 def rows_payload(
-    base_rows: int, cols: int, *, n_changed: int, bits: int, group: Group, symmetric: bool
+    base_rows: int,
+    cols: int,
+    *,
+    n_changed: int,
+    bits: int,
+    group: Group,
+    symmetric: bool,
+    rank: int | None = None,
 ) -> Payload:
     """Place the sections of a quantised row delta.
 
@@ -257,18 +264,26 @@ def rows_payload(
         cols: columns of the tensor.
         n_changed: rows that carry codes.
         bits: 1, 2, 3, 4 or 8.
-        group: scale group of the codes [n_changed, cols].
+        group: scale group of the codes [n_changed, rank or cols].
         symmetric: whether zero points are absent.
+        rank: of the basis that the codes are coordinates in; None: they are the rows themselves.
 
     Returns:
-        Sections "changed" (one bit per base row), then codes, scale and zero.
+        Sections "changed" (one bit per base row), then codes, scale and zero, then the basis.
     """
     factor = FactorShape(
-        key="rows", rows=n_changed, cols=cols, bits=bits, group=group, symmetric=symmetric
+        key="rows",
+        rows=n_changed,
+        cols=cols if rank is None else rank,
+        bits=bits,
+        group=group,
+        symmetric=symmetric,
     )
 
     def arrays() -> Iterator[tuple[str, SectionDtype, tuple[int, ...]]]:
         yield "changed", "U8", (-(-base_rows // 8),)
         yield from factor.arrays()
+        if rank is not None:
+            yield "basis", "BF16", (rank, cols)
 
     return _place(arrays())

@@ -264,7 +264,8 @@ class PackedRows:
 
     rows and cols are those of the backbone; changed bool [rows] marks the rows that carry codes;
     factor [n_changed, cols] or None when no row changed; new_rows [n_new, cols] are vocabulary
-    rows the backbone lacks, exact in the fine-tune's dtype.
+    rows the backbone lacks, exact in the fine-tune's dtype. With a basis bf16 [rank, cols] the
+    factor is [n_changed, rank]: coordinates in it.
     """
 
     name: str
@@ -273,13 +274,15 @@ class PackedRows:
     changed: torch.Tensor
     factor: PackedFactor | None
     new_rows: torch.Tensor | None
+    basis: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.changed.shape) != (self.rows,) or self.changed.dtype != torch.bool:
             raise InternalError(f"{self.name}: the row map is {tuple(self.changed.shape)}")
         n_changed = int(self.changed.sum())
-        packed = (0, self.cols) if self.factor is None else (self.factor.rows, self.factor.cols)
-        if packed != (n_changed, self.cols):
+        width = self.cols if self.basis is None else len(self.basis)
+        packed = (0, width) if self.factor is None else (self.factor.rows, self.factor.cols)
+        if packed != (n_changed, width):
             raise InternalError(f"{self.name}: {n_changed} rows changed, {packed} are packed")
         if self.new_rows is not None and self.new_rows.shape[1:] != (self.cols,):
             raise InternalError(f"{self.name}: new rows are {tuple(self.new_rows.shape)}")
@@ -288,7 +291,8 @@ class PackedRows:
     def size_bytes(self) -> int:
         factor = 0 if self.factor is None else self.factor.size_bytes
         new = 0 if self.new_rows is None else self.new_rows.numel() * self.new_rows.element_size()
-        return -(-self.rows // 8) + factor + new
+        basis = 0 if self.basis is None else self.basis.numel() * self.basis.element_size()
+        return -(-self.rows // 8) + factor + basis + new
 
     def to(self, device: torch.device | str) -> "PackedRows":
         return replace(
@@ -296,7 +300,23 @@ class PackedRows:
             changed=self.changed.to(device),
             factor=None if self.factor is None else self.factor.to(device),
             new_rows=None if self.new_rows is None else self.new_rows.to(device),
+            basis=None if self.basis is None else self.basis.to(device),
         )
+
+    def dequantise_changed(self) -> torch.Tensor:
+        """Give the delta of the rows that changed; the same bits on every machine and device.
+
+        Returns:
+            f32 [n_changed, cols].
+
+        Source: docs/format.md, "Payload of rows".
+        """
+        if self.factor is None:
+            return torch.zeros((0, self.cols), device=self.changed.device)
+        coordinates = self.factor.dequantise()
+        if self.basis is None:
+            return coordinates
+        return multiply_factors(coordinates.double(), self.basis.double())
 
     def dequantise(self) -> torch.Tensor:
         """Give the delta of the rows the backbone has.
@@ -305,8 +325,7 @@ class PackedRows:
             f32 [rows, cols], zero where nothing changed.
         """
         delta = torch.zeros((self.rows, self.cols), device=self.changed.device)
-        if self.factor is not None:
-            delta[self.changed] = self.factor.dequantise()
+        delta[self.changed] = self.dequantise_changed()
         return delta
 
 

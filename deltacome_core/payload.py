@@ -30,7 +30,13 @@ from deltacome_core.tensors import tensor_bytes
 
 # With the largest half as scale, 255 steps and 2^31 ranks the delta stays below the largest float.
 MAX_SIGMA = 2.0**40
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "U32": torch.int32, "U8": torch.uint8}
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.int32,
+    "U8": torch.uint8,
+}
 
 
 def _assemble(payload: Payload, arrays: dict[str, torch.Tensor]) -> bytes:
@@ -86,6 +92,8 @@ def rows_to_payload(entry: RowsEntry, rows: PackedRows) -> bytes:
         arrays |= dict.fromkeys(("rows.codes", "rows.scale", "rows.zero"), empty)
     else:
         arrays |= dict(_factor_arrays("rows", rows.factor))
+    if rows.basis is not None:
+        arrays["basis"] = rows.basis
     return _assemble(entry.payload, arrays)
 
 
@@ -208,7 +216,7 @@ def rows_from_payload(
     shape = FactorShape(
         key="rows",
         rows=entry.n_changed,
-        cols=entry.shape[1],
+        cols=entry.shape[1] if entry.rank is None else entry.rank,
         bits=entry.bits,
         group=entry.group_rows,
         symmetric=entry.symmetric,
@@ -220,6 +228,7 @@ def rows_from_payload(
         changed=changed[: entry.base_rows],
         factor=_factor(views, shape) if entry.n_changed else None,
         new_rows=new_rows,
+        basis=views.get("basis"),
     )
 
 
@@ -255,8 +264,8 @@ def check_packed(packed: PackedLinear | PackedRows, payload: torch.Tensor, layou
 
     Raises:
         UserError: delta_invalid for a scale or singular value that is negative or not finite, a
-            singular value above MAX_SIGMA, a zero point outside the codes, or a bit set that
-            belongs to nothing.
+            singular value above MAX_SIGMA, a number of a basis beyond it, a zero point outside the
+            codes, or a bit set that belongs to nothing.
     """
     factors: Iterable[PackedFactor | None]
     if isinstance(packed, PackedMatrix):
@@ -265,6 +274,10 @@ def check_packed(packed: PackedLinear | PackedRows, payload: torch.Tensor, layou
         factors = [factor for band in packed.bands for factor in (band.v, band.u)]
     else:
         factors = [packed.factor]
+    basis = packed.basis if isinstance(packed, PackedRows) else None
+    # A comparison with NaN is false.
+    if basis is not None and not bool((basis.abs() <= MAX_SIGMA).all()):
+        raise invalid(f"{packed.name}: a number of the basis is too large or not finite")
     for factor in factors:
         if factor is not None:
             _check_factor(packed.name, factor)

@@ -30,7 +30,9 @@ class Recipe:
     counted; where signs are kept it is 1, beside the scales, and no other size can be asked for.
     `dropped_loss` is what losing a direction costs, in units of the same energy as noise, where
     bands are fitted to the spectrum. `headroom` widens the grid of V beyond the one of least
-    squared error, so that error feedback has room.
+    squared error, so that error feedback has room. Changed rows of a vocabulary take
+    `embedding_bits` a code; if that is more than `vocabulary_bits` per parameter of the vocabulary,
+    they become coordinates in a basis that fits, of rank `vocabulary_rank` at least.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Recipe:
     headroom: float = 1.0
     matrix_bits: float = 1.0
     embedding_bits: int = 4
+    vocabulary_bits: float | None = None
+    vocabulary_rank: int = 64
     group_size: int = 128
     damping: float = 0.01
     calibrated: bool = True
@@ -55,6 +59,11 @@ class Recipe:
         if self.embedding_bits not in _EMBEDDING_BITS:
             reason = f"embedding bits is {self.embedding_bits}, not 2, 3, 4 or 8"
             raise UserError("recipe_invalid", reason=reason)
+        if self.vocabulary_bits is not None and not 0 < self.vocabulary_bits <= MAX_MATRIX_BITS:
+            reason = f"bits of vocabularies is {self.vocabulary_bits:g}, outside 0 to 8"
+            raise UserError("recipe_invalid", reason=reason)
+        if self.vocabulary_rank < 1:
+            raise UserError("recipe_invalid", reason=f"rank is {self.vocabulary_rank}, below 1")
         if not (self.dropped_loss > 0 and self.headroom > 0):
             reason = f"loss {self.dropped_loss:g} and headroom {self.headroom:g} must be above 0"
             raise UserError("recipe_invalid", reason=reason)

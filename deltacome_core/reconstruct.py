@@ -88,7 +88,7 @@ def apply_entry(
         return _add_slices(base, packed, target, device)
     result = base.to(target, copy=True)
     if packed.factor is not None:
-        delta = packed.factor.to(device).dequantise().cpu()
+        delta = packed.to(device).dequantise_changed().cpu()
         result[packed.changed] = (as_float32(base[packed.changed]) + delta).to(target)
     return result if packed.new_rows is None else torch.cat([result, packed.new_rows.to(target)])
 

@@ -3,7 +3,7 @@ import torch
 
 from deltacome_core.bands import plan_bands
 from deltacome_core.errors import InternalError
-from deltacome_core.factorise import NamedDelta, factorise_matrices, factorise_rows
+from deltacome_core.factorise import NamedDelta, factorise_matrices
 from deltacome_core.recipe import get_recipe
 
 CPU = torch.device("cpu")
@@ -103,30 +103,3 @@ def test_a_matrix_without_a_band_is_no_business_of_the_factoriser():
     recipe = get_recipe("come", matrix_bits=0.05)
     with pytest.raises(InternalError, match=r"too small for 0\.05 bits"):
         factorise_matrices([NamedDelta(name="w", delta=draw(40, 40))], recipe, hessian=None)
-
-
-def test_only_changed_rows_are_quantised():
-    base = draw(300, 64)
-    tuned = base.clone()
-    tuned[[3, 7, 299]] += 0.1 * draw(3, 64, seed=4)
-    rows = factorise_rows("embed", base, tuned, COME, device=CPU)
-    assert rows.changed.nonzero().flatten().tolist() == [3, 7, 299]
-    assert rows.factor.rows == 3
-    assert rows.new_rows is None
-    # 4 bits over the full range of a Gaussian group leave about 9 % of the norm.
-    error = torch.linalg.norm(rows.dequantise() - (tuned - base)) / torch.linalg.norm(tuned - base)
-    assert error < 0.12
-
-
-def test_new_rows_are_exact_and_in_their_own_dtype():
-    base, tuned = draw(50, 64).bfloat16(), draw(53, 64, seed=2).bfloat16()
-    rows = factorise_rows("embed", base, tuned, COME, device=CPU)
-    assert torch.equal(rows.new_rows, tuned[50:])
-    assert rows.changed.all()
-
-
-def test_untouched_rows_with_new_ones_cost_no_codes():
-    base = draw(50, 64)
-    rows = factorise_rows("embed", base, torch.cat([base, draw(2, 64)]), COME, device=CPU)
-    assert rows.factor is None
-    assert not rows.changed.any()

@@ -1,0 +1,103 @@
+"""How the rows of a vocabulary are kept, and what that costs, without torch."""
+
+from deltacome_core.layout import Group, rows_payload
+from deltacome_core.recipe import Recipe
+
+# Width of a coordinate in a basis.
+BASIS_BITS = 4
+# Coordinates of a row share a scale up to here: rows of rare tokens are a thousand times smaller.
+BASIS_GROUP: Group = (1, 128)
+# Ranks that leave no unused bits in the planes of a code of 4 bits.
+_RANK_STEP = 16
+
+
+def plain_bytes(rows: int, cols: int, n_changed: int, recipe: Recipe) -> int:
+    """Count the bytes of changed rows kept as they are.
+
+    Args:
+        rows: of the backbone's tensor.
+        cols: of the tensor.
+        n_changed: rows that carry codes.
+        recipe: gives bits and group size.
+
+    Returns:
+        Bytes of map, codes, scales and zero points, new rows not counted.
+    """
+    return rows_payload(
+        rows,
+        cols,
+        n_changed=n_changed,
+        bits=recipe.embedding_bits,
+        group=(1, recipe.group_size),
+        symmetric=False,
+    ).size_bytes
+
+
+def basis_bytes(rows: int, cols: int, n_changed: int, rank: int) -> int:
+    """Count the bytes of changed rows kept as coordinates in a basis.
+
+    Args:
+        rows: of the backbone's tensor.
+        cols: of the tensor.
+        n_changed: rows that carry codes.
+        rank: of the basis.
+
+    Returns:
+        Bytes of map, codes, scales and basis, new rows not counted.
+    """
+    return rows_payload(
+        rows,
+        cols,
+        n_changed=n_changed,
+        bits=BASIS_BITS,
+        group=BASIS_GROUP,
+        symmetric=True,
+        rank=rank,
+    ).size_bytes
+
+
+def choose_rank(rows: int, cols: int, n_changed: int, recipe: Recipe) -> int | None:
+    """Choose how a vocabulary is kept within the recipe's budget for it.
+
+    Args:
+        rows: of the backbone's tensor.
+        cols: of the tensor.
+        n_changed: rows that carry codes.
+        recipe: gives the budget, and the rank that is never gone below.
+
+    Returns:
+        None: rows as they are, because they fit or a basis would take more; else the largest rank
+        within the budget, in steps of 16.
+    """
+    plain = plain_bytes(rows, cols, n_changed, recipe)
+    if recipe.vocabulary_bits is None or not n_changed:
+        return None
+    limit = int(recipe.vocabulary_bits * rows * cols / 8)
+    if plain <= limit:
+        return None
+    rank = recipe.vocabulary_rank
+    while rank + _RANK_STEP <= cols and (
+        basis_bytes(rows, cols, n_changed, rank + _RANK_STEP) <= limit
+    ):
+        rank += _RANK_STEP
+    if rank > cols or basis_bytes(rows, cols, n_changed, rank) >= plain:
+        return None
+    return rank
+
+
+def vocabulary_bytes(rows: int, cols: int, n_changed: int, recipe: Recipe) -> int:
+    """Count the bytes that a vocabulary will take.
+
+    Args:
+        rows: of the backbone's tensor.
+        cols: of the tensor.
+        n_changed: rows that carry codes.
+        recipe: how it will be packed.
+
+    Returns:
+        Bytes of its payload, new rows not counted.
+    """
+    rank = choose_rank(rows, cols, n_changed, recipe)
+    if rank is None:
+        return plain_bytes(rows, cols, n_changed, recipe)
+    return basis_bytes(rows, cols, n_changed, rank)

@@ -1,0 +1,193 @@
+"""The delta of an embedding or output head: its rows as they are, or as coordinates in a basis."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltacome_core.bitpack import pack_codes
+from deltacome_core.factorise import pack_factor
+from deltacome_core.packed import PackedFactor, PackedRows
+from deltacome_core.quantize import largest_codes, round_to_nearest
+from deltacome_core.recipe import Recipe
+from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank
+
+# Rows widened to float32 at once: 8192 rows of 4096 take 128 MiB a copy.
+_ROWS_AT_ONCE = 8192
+# Share of the mean count that every token is given, seen or not.
+_UNSEEN = 0.05
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyUse:
+    """How a vocabulary is used on the calibration text.
+
+    counts: float32 [rows of the fine-tune], how often each token occurs; hessian: float32
+    [cols, cols], mean of x x^T over what the rows are multiplied with, None for a table that is
+    only looked up.
+    """
+
+    counts: torch.Tensor
+    hessian: torch.Tensor | None
+
+
+def pack_vocabulary(
+    name: str,
+    base: torch.Tensor,
+    tuned: torch.Tensor,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    use: VocabularyUse | None = None,
+) -> PackedRows:
+    """Quantise the rows of a vocabulary that changed; rows the backbone lacks stay exact.
+
+    Args:
+        name: tensor name.
+        base: float [base rows, cols] in its own dtype.
+        tuned: float [rows, cols] in its own dtype, rows >= base rows.
+        recipe: gives the bits and the budget.
+        device: where the work is done.
+        use: makes a basis fit what is looked up and multiplied; without it all rows count alike.
+
+    Returns:
+        The packed rows, on the host.
+    """
+    rows, cols = base.shape
+    changed = _find_changed(base, tuned[:rows])
+    rank = choose_rank(rows, cols, int(changed.sum()), recipe)
+    basis = None
+    if rank is None:
+        pieces = [
+            _round_rows(delta, recipe) for delta, _ in _changed_rows(base, tuned, changed, device)
+        ]
+    else:
+        basis, pieces = _fit_basis(base, tuned, changed, rank=rank, device=device, use=use)
+    return PackedRows(
+        name=name,
+        rows=rows,
+        cols=cols,
+        changed=changed,
+        factor=_stack(pieces),
+        new_rows=tuned[rows:].clone() if tuned.shape[0] > rows else None,
+        basis=basis,
+    )
+
+
+def _find_changed(base: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    pairs = zip(torch.split(old, _ROWS_AT_ONCE), torch.split(base, _ROWS_AT_ONCE), strict=True)
+    return torch.cat([(ours != theirs.to(ours.dtype)).any(dim=1) for ours, theirs in pairs])
+
+
+def _changed_rows(
+    base: torch.Tensor, tuned: torch.Tensor, changed: torch.Tensor, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield float32 deltas of changed rows on the device, and which rows they are."""
+    for index in torch.split(changed.nonzero()[:, 0], _ROWS_AT_ONCE):
+        if index.numel():
+            yield tuned[index].to(device).float() - base[index].to(device).float(), index
+
+
+def _round_rows(delta: torch.Tensor, recipe: Recipe) -> PackedFactor:
+    top = largest_codes(recipe.embedding_bits, len(delta), delta.device)
+    factor = round_to_nearest(delta, top, group_size=recipe.group_size, clip_search=True)
+    return pack_factor(factor, recipe.embedding_bits, recipe.group_size)
+
+
+def _fit_basis(
+    base: torch.Tensor,
+    tuned: torch.Tensor,
+    changed: torch.Tensor,
+    *,
+    rank: int,
+    device: torch.device,
+    use: VocabularyUse | None,
+) -> tuple[torch.Tensor, list[PackedFactor]]:
+    """Find the directions that matter most and round each row's coordinates in them.
+
+    Rows are weighted by the fourth root of their counts and directions by H^(1/4): half of the
+    logarithm of what plain and fully whitened decompositions do; each won on some fine-tunes.
+    """
+    cols = base.shape[1]
+    whiten = None if use is None or use.hessian is None else _root(use.hessian.to(device))
+    weights = _row_weights(use, device)
+    gram = torch.zeros((cols, cols), dtype=torch.float64, device=device)
+    total = 0.0
+    for delta, index in _changed_rows(base, tuned, changed, device):
+        rows = delta.double() if whiten is None else delta.double() @ whiten[0]
+        if weights is not None:
+            rows *= weights[index.to(device)][:, None]
+            total += float(weights[index.to(device)].square().sum())
+        else:
+            total += len(index)
+        gram += rows.T @ rows
+    energies, directions = torch.linalg.eigh(gram)
+    directions = directions[:, -rank:].flip(1)  # [cols, rank]
+    # Coordinates of size one in every direction, so that a row's share one scale.
+    size = (energies[-rank:].flip(0).clamp_min(0.0) / total).sqrt().clamp_min(1e-30)
+    reading = directions if whiten is None else whiten[0] @ directions
+    writing = directions.T if whiten is None else directions.T @ whiten[1]
+    reading = (reading / size).float()
+    pieces = [
+        _round_coordinates(delta @ reading)
+        for delta, _ in _changed_rows(base, tuned, changed, device)
+    ]
+    return (writing * size[:, None]).to(torch.bfloat16).cpu(), pieces
+
+
+def _root(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return H^(1/4) and its inverse, float64, H damped."""
+    exact = hessian.double()
+    exact = exact + _DAMPING * exact.diagonal().mean() * torch.eye(
+        len(exact), dtype=torch.float64, device=exact.device
+    )
+    energies, vectors = torch.linalg.eigh(exact)
+    roots = energies.clamp_min(1e-300) ** 0.25
+    return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+
+
+def _row_weights(use: VocabularyUse | None, device: torch.device) -> torch.Tensor | None:
+    if use is None:
+        return None
+    counts = use.counts.to(device).double()
+    weights: torch.Tensor = (counts / counts.mean().clamp_min(1e-30) + _UNSEEN) ** 0.25
+    return weights
+
+
+def _round_coordinates(coordinates: torch.Tensor) -> PackedFactor:
+    rows, rank = coordinates.shape
+    group = BASIS_GROUP[1]
+    n_groups = -(-rank // group)
+    padded = torch.nn.functional.pad(coordinates, (0, n_groups * group - rank))
+    largest = padded.view(rows, n_groups, group).abs().amax(dim=2)
+    top = (1 << BASIS_BITS) - 1
+    scale = (largest * 2 / top).half()
+    spread = scale.float().repeat_interleave(group, dim=1)[:, :rank]
+    codes = coordinates / torch.where(spread > 0, spread, 1.0) + top / 2
+    codes = codes.round_().clamp_(0, top).to(torch.uint8)
+    return PackedFactor(
+        codes=pack_codes(codes, BASIS_BITS).cpu(),
+        scale=scale.cpu(),
+        zero=None,
+        bits=BASIS_BITS,
+        rows=rows,
+        cols=rank,
+        group=BASIS_GROUP,
+    )
+
+
+def _stack(pieces: Sequence[PackedFactor]) -> PackedFactor | None:
+    if not pieces:
+        return None
+    first = pieces[0]
+    zeros = [piece.zero for piece in pieces if piece.zero is not None]
+    return PackedFactor(
+        codes=torch.cat([piece.codes for piece in pieces]),
+        scale=torch.cat([piece.scale for piece in pieces]),
+        zero=torch.cat(zeros) if zeros else None,
+        bits=first.bits,
+        rows=sum(piece.rows for piece in pieces),
+        cols=first.cols,
+        group=first.group,
+    )

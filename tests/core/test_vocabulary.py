@@ -1,0 +1,150 @@
+"""The rows of embeddings and heads: as they are, or as coordinates in a basis."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from deltacome_core.errors import UserError
+from deltacome_core.recipe import get_recipe
+from deltacome_core.rows import basis_bytes, choose_rank, plain_bytes, vocabulary_bytes
+from deltacome_core.vocabulary import VocabularyUse, pack_vocabulary
+
+COME = get_recipe("come")
+CPU = torch.device("cpu")
+SMALL = replace(COME, vocabulary_bits=0.5, vocabulary_rank=16)
+
+
+def draw(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(rows, base, tuned):
+    delta = tuned - base
+    return float(torch.linalg.norm(rows.dequantise() - delta) / torch.linalg.norm(delta))
+
+
+def draw_pair(rows=2000, cols=256):
+    """A delta of falling spectrum, rows of very different size, and its backbone."""
+    base = draw(rows, cols)
+    sizes = torch.logspace(-3, 0, rows)[:, None]
+    spectrum = torch.logspace(0, -5, cols)
+    delta = sizes * ((draw(rows, cols, seed=3) * spectrum) @ draw(cols, cols, seed=4))
+    return base, base + 0.01 * delta
+
+
+def test_only_changed_rows_are_quantised():
+    base = draw(300, 64)
+    tuned = base.clone()
+    tuned[[3, 7, 299]] += 0.1 * draw(3, 64, seed=4)
+    rows = pack_vocabulary("embed", base, tuned, COME, device=CPU)
+    assert rows.changed.nonzero().flatten().tolist() == [3, 7, 299]
+    assert rows.factor.rows == 3
+    assert rows.new_rows is None
+    # 4 bits over the full range of a Gaussian group leave about 9 % of the norm.
+    error = torch.linalg.norm(rows.dequantise() - (tuned - base)) / torch.linalg.norm(tuned - base)
+    assert error < 0.12
+
+
+def test_new_rows_are_exact_and_in_their_own_dtype():
+    base, tuned = draw(50, 64).bfloat16(), draw(53, 64, seed=2).bfloat16()
+    rows = pack_vocabulary("embed", base, tuned, COME, device=CPU)
+    assert torch.equal(rows.new_rows, tuned[50:])
+    assert rows.changed.all()
+
+
+def test_untouched_rows_with_new_ones_cost_no_codes():
+    base = draw(50, 64)
+    rows = pack_vocabulary("embed", base, torch.cat([base, draw(2, 64)]), COME, device=CPU)
+    assert rows.factor is None
+    assert not rows.changed.any()
+
+
+def test_a_budget_below_four_bits_makes_a_basis_within_it():
+    base, tuned = draw_pair()
+    rows = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
+    assert rows.basis.dtype == torch.bfloat16
+    assert rows.basis.shape == (choose_rank(2000, 256, 2000, SMALL), 256)
+    assert vocabulary_bytes(2000, 256, 2000, SMALL) <= 0.5 * base.numel() / 8
+    assert relative_error(rows, base, tuned) < 0.5
+
+
+def test_a_larger_budget_is_used_and_loses_less():
+    base, tuned = draw_pair()
+    errors, sizes = [], []
+    for bits in (0.5, 1.0, 2.0):
+        recipe = replace(SMALL, vocabulary_bits=bits)
+        rows = pack_vocabulary("embed", base, tuned, recipe, device=CPU)
+        errors.append(relative_error(rows, base, tuned))
+        sizes.append(vocabulary_bytes(2000, 256, 2000, recipe))
+        # One more step of the rank would be 64 bits a row.
+        assert 0 <= bits * base.numel() / 8 - sizes[-1] < 64 * 2000 / 8 + 16 * 256 * 2 + 256
+    assert errors[0] > 1.5 * errors[1] > 2 * errors[2]
+
+
+def test_rows_that_fit_the_budget_stay_rows():
+    base = draw(400, 128)
+    tuned = base.clone()
+    tuned[:20] += draw(20, 128, seed=2)
+    rows = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
+    assert rows.basis is None
+    assert plain_bytes(400, 128, 20, SMALL) <= 0.5 * base.numel() / 8
+
+
+def test_a_basis_is_never_larger_than_the_rows():
+    narrow = replace(SMALL, vocabulary_rank=64)
+    assert choose_rank(500, 64, 500, narrow) is None
+    assert basis_bytes(500, 64, 500, 64) >= plain_bytes(500, 64, 500, narrow)
+
+
+def test_a_basis_beside_unchanged_and_new_rows():
+    base, tuned = draw_pair()
+    tuned[100:200] = base[100:200]
+    grown = torch.cat([tuned, draw(3, 256, seed=9)])
+    rows = pack_vocabulary("embed", base, grown, SMALL, device=CPU)
+    assert not rows.dequantise()[100:200].any()
+    assert torch.equal(rows.new_rows, grown[2000:])
+    assert relative_error(rows, base, tuned) < 0.5
+
+
+def test_a_basis_follows_what_is_read():
+    """Directions that the head reads strongly, and rows of frequent tokens, lose less."""
+    base, tuned = draw_pair()
+    scales = torch.ones(256)
+    scales[200:] = 30.0
+    mixing = torch.linalg.qr(draw(256, 256, seed=5)).Q
+    hessian = mixing.T @ torch.diag(scales) @ mixing
+    counts = torch.zeros(2000)
+    counts[:50] = 100.0
+    plain = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
+    use = VocabularyUse(counts=counts, hessian=hessian)
+    fitted = pack_vocabulary("embed", base, tuned, SMALL, device=CPU, use=use)
+    delta = tuned - base
+
+    def read_error(rows, these):
+        lost = (rows.dequantise() - delta)[these]
+        return float(torch.einsum("ri,ij,rj->", lost, hessian, lost))
+
+    everything = slice(None)
+    assert read_error(fitted, everything) < 0.9 * read_error(plain, everything)
+    only_counts = VocabularyUse(counts=counts, hessian=None)
+    counted = pack_vocabulary("embed", base, tuned, SMALL, device=CPU, use=only_counts)
+    assert read_error(counted, slice(50)) < read_error(plain, slice(50))
+
+
+def test_the_product_with_the_basis_is_exact():
+    base, tuned = draw_pair(rows=300)
+    rows = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
+    wanted = rows.factor.dequantise().double() @ rows.basis.double()
+    assert torch.allclose(
+        rows.dequantise().double(), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max()
+    )
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert torch.equal(rows.dequantise(), rows.dequantise())
+
+
+@pytest.mark.parametrize("bits", [0.0, 9.0])
+def test_bits_of_vocabularies_have_limits(bits):
+    with pytest.raises(UserError, match="bits of vocabularies"):
+        replace(COME, vocabulary_bits=bits)
