@@ -113,13 +113,22 @@ def test_passing_a_layer_by_does_not_change_the_next(tmp_path):
 def test_weights_are_in_memory_for_one_layer_at_a_time(tmp_path):
     folder = finetunes.save(finetunes.make_model(num_hidden_layers=4), tmp_path / "m")
     calibrator = LayerCalibrator(folder, read(tmp_path), CPU)
-    for index, _ in enumerate(calibrator.layers(lambda _names: True)):
-        loaded = [
+
+    def loaded():
+        return [
             i
             for i, layer in enumerate(calibrator._layers)
             if any(p.device.type != "meta" for p in layer.parameters())
         ]
-        assert loaded == [index]
+
+    seen = []
+    for layer in calibrator._layers:
+        layer.register_forward_pre_hook(lambda _module, _inputs: seen.append(loaded()))
+    for index, _ in enumerate(calibrator.layers(lambda _names: True)):
+        assert seen
+        assert all(found == [index] for found in seen)
+        assert loaded() == []
+        seen.clear()
 
 
 def test_overflowing_activations_are_reported(tmp_path):
