@@ -57,7 +57,7 @@ Token = Annotated[
 
 
 @app.command()
-def compress(
+def compress(  # noqa: PLR0913 - one parameter for each option
     *,
     base: Base,
     tuned: Tuned,

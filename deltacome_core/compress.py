@@ -64,13 +64,13 @@ CALIBRATION_NAMES = ("calibration.jsonl", "calibration.txt")
 class CompressReport:
     """What a compression made and what it cost; sizes count the whole delta.
 
-    mode is "calibrated", "data-free" or "lossless". stages are seconds by stage; several run at once, so they do not add up to `seconds`: scan,
-    calibrate, matrices (of which `wait` for reading), write, join. peak_host_bytes is anonymous
-    memory: mapped files belong to the page cache. peak_gpu_bytes is what tensors took on the
-    fullest device, peak_gpu_reserved_bytes what torch took from it for them; a CUDA context, about
-    half a gigabyte, comes on top. n_matrices counts the quantised matrices, each slice of a stack
-    as one; with_feedback of them were quantised with the Hessian of their input, the others by
-    rounding alone.
+    mode is "calibrated", "data-free" or "lossless". stages are seconds by stage: scan, calibrate,
+    matrices (of which `wait` for reading), write, join; some run at once, so they do not add up.
+    peak_host_bytes is anonymous memory: mapped files belong to the page cache. peak_gpu_bytes is
+    what tensors took on the fullest device, peak_gpu_reserved_bytes what torch took from it for
+    them; a CUDA context comes on top. n_matrices counts the quantised matrices, each slice of a
+    stack as one; with_feedback of them were quantised with the Hessian of their input, the others
+    by rounding alone.
     """
 
     out: Path
@@ -197,15 +197,9 @@ def compress_checkpoint(
         stages=stages,
         host=host,
         devices=devices,
-        mode=_mode(recipe),
+        mode=recipe.mode,
         resumed_layers=resumed,
     )
-
-
-def _mode(recipe: Recipe) -> str:
-    if recipe.method == "lossless":
-        return "lossless"
-    return "calibrated" if recipe.calibrated else "data-free"
 
 
 def _read_tokens(
