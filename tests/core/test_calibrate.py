@@ -7,6 +7,8 @@ import torch
 from deltacome_core.calibrate import LayerCalibrator, read_calibration
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
+from deltacome_core.moments import LayerMoments
+from deltacome_core.parameters import Piece
 
 CPU = torch.device("cpu")
 
@@ -175,3 +177,15 @@ def test_other_token_ids_give_another_digest(tmp_path):
     first, second = read(tmp_path, "a" * 600), read(tmp_path, "b" * 600)
     assert first.digest != second.digest
     assert first.sha256 != second.sha256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_on_a_cpu_are_sums_of_float32_products(dtype):
+    layer = torch.nn.Linear(48, 16, bias=False).to(dtype)
+    rows = torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    moments = LayerMoments(layer, {"weight": (Piece(tensor="w"),)})
+    with torch.no_grad(), moments:
+        layer(rows)
+    (found,) = moments.finish()
+    assert found.hessian.dtype is torch.float32
+    assert torch.equal(found.hessian, (rows.float().T @ rows.float()) / 200)
