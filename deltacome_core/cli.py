@@ -14,7 +14,7 @@ from deltacome_core.errors import UserError
 from deltacome_core.recipe import DEFAULT_RECIPE, PRESETS
 
 if TYPE_CHECKING:
-    from deltacome_core.compress import LayerDone
+    from deltacome_core.units import LayerDone
 
 EXIT_FAILURE = 1
 EXIT_INTEGRITY = 7
@@ -57,7 +57,7 @@ Token = Annotated[
 
 
 @app.command()
-def compress(
+def compress(  # noqa: PLR0913 - one parameter for each option
     *,
     base: Base,
     tuned: Tuned,
@@ -70,6 +70,9 @@ def compress(
         Path | None, typer.Option(help="Text (.txt or .jsonl) of the kind the fine-tune is for.")
     ] = None,
     device: Device = "cpu",
+    devices: Annotated[
+        str | None, typer.Option(help="CUDA devices that share the layers, for example 0,1.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress a fine-tune into a delta; a killed run continues where it stopped."""
@@ -82,7 +85,7 @@ def compress(
         out,
         get_recipe(recipe, matrix_bits=bits_per_param),
         calibration=calibration,
-        device=device,
+        device=device if devices is None else [f"cuda:{name}" for name in devices.split(",")],
         on_layer=_tell_layer,
     )
     _tell(

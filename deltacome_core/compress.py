@@ -1,25 +1,20 @@
 """Compress a fine-tune into a delta, layer by layer, resuming where a killed run stopped."""
 
 import hashlib
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deltacome_core import __version__, strict_json
-from deltacome_core.calibrate import (
-    SEQUENCE_TOKENS,
-    CalibrationTokens,
-    LayerCalibrator,
-    read_calibration,
-)
+from deltacome_core.calibrate import SEQUENCE_TOKENS, CalibrationTokens, read_calibration
 from deltacome_core.checkpoint import Checkpoint, open_checkpoint
+from deltacome_core.costs import HostPeak, Stages
 from deltacome_core.delta import (
     ScannedCheckpoint,
     TensorKind,
@@ -28,13 +23,13 @@ from deltacome_core.delta import (
     load_pair,
     scan_checkpoint,
 )
-from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
+from deltacome_core.entries import UnchangedEntry
 from deltacome_core.errors import UserError
 from deltacome_core.factorise import NamedDelta
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.layout import RankBand
 from deltacome_core.lossless import ZSTD_VERSION
-from deltacome_core.lossless_spool import CodedSpool, code_tensor, open_spool
+from deltacome_core.lossless_spool import CodedSpool, code_tensor
 from deltacome_core.manifest import (
     BackboneRecord,
     CalibrationRecord,
@@ -43,44 +38,49 @@ from deltacome_core.manifest import (
     RecipeRecord,
 )
 from deltacome_core.matrices import is_quantised, plan_stack, quantise_matrices
-from deltacome_core.models import find_max_positions, load_tokenizer, resolve_device
+from deltacome_core.models import find_max_positions, load_tokenizer, resolve_devices
 from deltacome_core.moments import SharedHessian
 from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
-from deltacome_core.parts import read_part, write_delta, write_part
+from deltacome_core.parts import read_part, write_delta
+from deltacome_core.pipeline import read_ahead
 from deltacome_core.recipe import Recipe
 from deltacome_core.slices import SlicedTensor, slice_tensor
 from deltacome_core.texts import DEFAULT_CALIBRATION
+from deltacome_core.units import (
+    Compressed,
+    LayerDone,
+    Makers,
+    Unit,
+    Work,
+    plan_units,
+    read_order,
+    write_parts,
+)
 from deltacome_core.vocabulary import pack_vocabulary
 
-_MATRIX_DIMENSIONS = 2
 CALIBRATION_NAMES = ("calibration.jsonl", "calibration.txt")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerDone:
-    """Progress: one layer is on disk; relative_error is the mean over its low-rank matrices."""
-
-    group: str
-    index: int
-    n_layers: int
-    n_matrices: int
-    relative_error: float
-    seconds: float
-    resumed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressReport:
     """What a compression made and what it cost; sizes count the whole delta.
 
-    n_matrices counts the quantised matrices, each slice of a stack as one; with_feedback of them
-    were quantised with the Hessian of their input, the others by rounding alone.
+    mode is "calibrated", "data-free" or "lossless". stages are seconds by stage: scan, calibrate,
+    matrices (of which `wait` for reading), write, join; some run at once, so they do not add up.
+    peak_host_bytes is anonymous memory: mapped files belong to the page cache. peak_gpu_bytes is
+    what tensors took on the fullest device, peak_gpu_reserved_bytes what torch took from it for
+    them; a CUDA context comes on top. n_matrices counts the quantised matrices, each slice of a
+    stack as one; with_feedback of them were quantised with the Hessian of their input, the others
+    by rounding alone.
     """
 
     out: Path
+    mode: str
     seconds: float
+    stages: dict[str, float]
     peak_host_bytes: int
     peak_gpu_bytes: int
+    peak_gpu_reserved_bytes: int
     total_bytes: int
     ratio: float
     bits_per_param: float
@@ -93,32 +93,6 @@ class CompressReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Unit:
-    """The tensors of one part: a decoder layer, or everything outside the layers."""
-
-    group: str
-    names: tuple[str, ...]
-    path: Path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    base: ScannedCheckpoint
-    tuned: ScannedCheckpoint
-    recipe: Recipe
-    device: torch.device
-    fingerprint: str
-
-    def is_unchanged(self, name: str) -> bool:
-        same_type = self.base.checkpoint.layout.get(name) == self.tuned.checkpoint.layout[name]
-        return same_type and self.base.hashes[name] == self.tuned.hashes[name]
-
-    def is_changed_matrix(self, name: str) -> bool:
-        _, shape = self.tuned.checkpoint.layout[name]
-        return len(shape) >= _MATRIX_DIMENSIONS and not self.is_unchanged(name)
 
 
 def find_calibration(tuned_dir: Path) -> Path:
@@ -153,14 +127,15 @@ def compress_checkpoint(
     recipe: Recipe,
     *,
     calibration: Path | None = None,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     on_layer: Callable[[LayerDone], None] | None = None,
 ) -> CompressReport:
     """Compress a fine-tune into a delta folder.
 
     Finished layers are kept beside out_dir, under a fingerprint of both checkpoints, the recipe,
-    the calibration text, the device and the versions. A run that was killed continues after the
-    last of them and writes the bytes an undisturbed run would have written.
+    the calibration text, the type of device and the versions. A run that was killed continues after
+    the last of them and writes the bytes an undisturbed run would have written, on any number of
+    devices.
 
     Args:
         base_dir: checkpoint folder of the backbone.
@@ -168,8 +143,8 @@ def compress_checkpoint(
         out_dir: folder to create; it appears whole or not at all.
         recipe: rank bands and quantiser.
         calibration: .txt or .jsonl file; by default the fine-tune's own, else the built-in text.
-        device: "cpu" or "cuda".
-        on_layer: told about each layer once it is on disk.
+        device: "cpu" or "cuda", or several of one type, over which the layers are spread.
+        on_layer: told about each layer once it is on disk, by one thread at a time.
 
     Returns:
         Sizes, time and peak memory.
@@ -180,30 +155,52 @@ def compress_checkpoint(
 
     Source: Delta-CoMe (arXiv 2406.08903).
     """
-    started = time.monotonic()
-    target = resolve_device(device)
+    started, stages = time.monotonic(), Stages()
+    devices = resolve_devices(device)
     if out_dir.exists():
         raise UserError("output_exists", path=str(out_dir))
-    base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
-    check_backbone(base, tuned)
-    tokens = _read_tokens(base, tuned, calibration) if recipe.calibrated else None
-    if target.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(target)
-    scanned = scan_checkpoint(base), scan_checkpoint(tuned)
-    fingerprint = _fingerprint(*scanned, recipe=recipe, tokens=tokens, device=target)
-    work = _Work(
-        base=scanned[0], tuned=scanned[1], recipe=recipe, device=target, fingerprint=fingerprint
-    )
-    folder = parts_folder(out_dir)
-    units = _plan_units(tuned, _open_parts(folder, fingerprint))
-    resumed = _write_parts(work, units, tokens, on_layer or (lambda _done: None))
-    parts = [unit.path for unit in units]
-    with_feedback = sum(read_part(path).with_feedback for path in parts)
-    head = _head(work, tokens, with_feedback)
-    write_delta(out_dir, parts, head=head, sidecars=tuned.sidecars)
-    shutil.rmtree(folder)
+    with HostPeak() as host:
+        for each in devices:
+            if each.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(each)
+        base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
+        check_backbone(base, tuned)
+        tokens = _read_tokens(base, tuned, calibration) if recipe.calibrated else None
+        with stages.measure("scan"):
+            scanned = scan_checkpoint(base), scan_checkpoint(tuned)
+        work = Work(
+            base=scanned[0],
+            tuned=scanned[1],
+            recipe=recipe,
+            device=devices[0],
+            fingerprint=_fingerprint(*scanned, recipe=recipe, tokens=tokens, device=devices[0]),
+            stages=stages,
+        )
+        folder = parts_folder(out_dir)
+        units = plan_units(tuned, _open_parts(folder, work.fingerprint))
+        resumed = write_parts(
+            work,
+            units,
+            tokens,
+            devices=devices,
+            makers=Makers(compress=_compress_unit, code=_code_unit),
+            on_layer=on_layer or (lambda _done: None),
+        )
+        with stages.measure("join"):
+            parts = [unit.path for unit in units]
+            head = _head(work, tokens, sum(read_part(path).with_feedback for path in parts))
+            write_delta(out_dir, parts, head=head, sidecars=tuned.sidecars)
+            shutil.rmtree(folder)
     seconds = time.monotonic() - started
-    return _report(out_dir, seconds=seconds, device=target, resumed_layers=resumed)
+    return _report(
+        out_dir,
+        seconds=seconds,
+        stages=stages,
+        host=host,
+        devices=devices,
+        mode=recipe.mode,
+        resumed_layers=resumed,
+    )
 
 
 def _read_tokens(
@@ -251,147 +248,75 @@ def _open_parts(folder: Path, fingerprint: str) -> Path:
     return own
 
 
-def _plan_units(tuned: Checkpoint, folder: Path) -> list[_Unit]:
-    groups: dict[str, list[str]] = {}
-    for name in sorted(tuned.tensors):
-        groups.setdefault(group_of(name), []).append(name)
-
-    def layer_order(group: str) -> tuple[str, int]:
-        prefix, _, number = group.rpartition(".")
-        return (prefix, int(number)) if number.isdigit() else (group, -1)
-
-    return [
-        _Unit(group=group, names=tuple(groups[group]), path=folder / f"{index:05d}.safetensors")
-        for index, group in enumerate(sorted(groups, key=layer_order))
-    ]
+def _compress_unit(work: Work, unit: Unit, hessians: Sequence[SharedHessian]) -> Compressed:
+    """Pack a unit, some tensors at a time: those that share an input, then the others."""
+    made = Compressed(tensors=[], errors=[], with_feedback=0)
+    changed = [name for name in unit.names if not work.is_unchanged(name)]
+    rows = read_order(changed, hessians)
+    pairs = read_ahead((name for row in rows for name in row), partial(_load_pair, work))
+    for row in rows:
+        made = made.join(_compress_tensors(work, row, pairs, hessians))
+    made.tensors.extend(_unchanged(work, name) for name in unit.names if work.is_unchanged(name))
+    return made
 
 
-def _write_parts(
-    work: _Work,
-    units: Sequence[_Unit],
-    tokens: CalibrationTokens | None,
-    on_layer: Callable[[LayerDone], None],
-) -> int:
-    """Write the parts that are missing, calibrated layers first; return how many were there."""
-    place = {unit.group: index for index, unit in enumerate(units)}
-    pending = {unit.group: unit for unit in units if not unit.path.is_file()}
-
-    def announce(unit: _Unit, errors: Sequence[float], started: float, *, resumed: bool) -> None:
-        on_layer(
-            LayerDone(
-                group=unit.group,
-                index=place[unit.group],
-                n_layers=len(units),
-                n_matrices=len(errors),
-                relative_error=sum(errors) / len(errors) if errors else 0.0,
-                seconds=time.monotonic() - started,
-                resumed=resumed,
-            )
-        )
-
-    def write(unit: _Unit, hessians: Sequence[SharedHessian]) -> None:
-        started = time.monotonic()
-        with open_spool(unit.path.parent) as spool:
-            if work.recipe.method == "lossless":
-                made = _code_unit(work, unit, spool)
-            else:
-                made = _compress_unit(work, unit, hessians)
-            write_part(
-                unit.path,
-                made.tensors,
-                layout=work.tuned.checkpoint.layout,
-                fingerprint=work.fingerprint,
-                with_feedback=made.with_feedback,
-            )
-        del pending[unit.group]
-        announce(unit, made.errors, started, resumed=False)
-
-    resumed = [unit for unit in units if unit.group not in pending]
-    for unit in resumed:
-        read_part(unit.path)
-        announce(unit, (), time.monotonic(), resumed=True)
-    for group, hessians in _walk_layers(work, pending, tokens):
-        write(pending[group], hessians)
-    for unit in list(pending.values()):
-        write(unit, ())
-    return len(resumed)
+def _load_pair(work: Work, name: str) -> tuple[TensorPair, TensorKind]:
+    pair = load_pair(work.base.checkpoint, work.tuned.checkpoint, name)
+    return pair, pair.kind
 
 
-def _walk_layers(
-    work: _Work, pending: dict[str, _Unit], tokens: CalibrationTokens | None
-) -> Iterator[tuple[str, tuple[SharedHessian, ...]]]:
-    """Yield the Hessians of each layer that is pending and changed, then stop the model early."""
-    matrices = {
-        group
-        for group, unit in pending.items()
-        if group != REST_GROUP and any(work.is_changed_matrix(name) for name in unit.names)
-    }
-    if tokens is None or not matrices:
-        return
-    calibrator = LayerCalibrator(work.tuned.checkpoint.path, tokens, work.device)
-
-    def is_wanted(names: set[str]) -> bool:
-        return any(group_of(name) in matrices for name in names)
-
-    for hessians in calibrator.layers(is_wanted):
-        groups = {group_of(name) for shared in hessians for name in shared.weights}
-        for group in sorted(groups & matrices):
-            yield group, hessians
-        matrices -= groups
-        if not matrices:
-            return
+def _unchanged(work: Work, name: str) -> UnchangedEntry:
+    dtype, shape = work.tuned.checkpoint.layout[name]
+    return UnchangedEntry(name=name, dtype=dtype, shape=shape)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Compressed:
-    tensors: list[PackedTensor | UnchangedEntry]
-    errors: list[float]
-    with_feedback: int
-
-
-def _compress_unit(work: _Work, unit: _Unit, hessians: Sequence[SharedHessian]) -> _Compressed:
+def _compress_tensors(
+    work: Work,
+    names: Sequence[str],
+    pairs: Iterator[tuple[TensorPair, TensorKind]],
+    hessians: Sequence[SharedHessian],
+) -> Compressed:
     packed: list[PackedTensor | UnchangedEntry] = []
     sliced: list[SlicedTensor] = []
     deltas: dict[str, NamedDelta] = {}
     bands: dict[str, tuple[RankBand, ...]] = {}
     flipped = {name for shared in hessians if shared.transposed for name in shared.weights}
-    for name in unit.names:
-        dtype, shape = work.tuned.checkpoint.layout[name]
-        unchanged = UnchangedEntry(name=name, dtype=dtype, shape=shape)
-        if work.is_unchanged(name):
-            packed.append(unchanged)
-            continue
-        pair = load_pair(work.base.checkpoint, work.tuned.checkpoint, name)
-        kind = pair.kind
+    for name in names:
+        _, shape = work.tuned.checkpoint.layout[name]
+        with work.stages.measure("wait"):
+            pair, kind = next(pairs)
         if kind is TensorKind.LOWRANK:
             tensor = slice_tensor(name, shape, flipped)
             if is_quantised(tensor.matrix_shape, work.recipe):
                 sliced.append(tensor)
-                slices = tensor.split(pair.difference())
+                slices = tensor.split(pair.to(work.device).difference())
                 deltas |= {each.name: each for each in slices}
                 if len(slices) > 1:
                     bands |= _plan_slices(slices, work)
                 continue
-        packed.append(unchanged if kind is TensorKind.UNCHANGED else _pack_whole(pair, work))
+        packed.append(
+            _unchanged(work, name) if kind is TensorKind.UNCHANGED else _pack_whole(pair, work)
+        )
     matrices: dict[str, PackedLinear] = {}
     errors: list[float] = []
     with_feedback = 0
-    for names, hessian in _share_inputs(tuple(deltas), hessians):
-        members = [deltas.pop(name).to(work.device) for name in names]
-        with_feedback += 0 if hessian is None else len(members)
-        for made in quantise_matrices(members, work.recipe, hessian=hessian, bands=bands):
+    for members, hessian in _share_inputs(tuple(deltas), hessians):
+        sources = [deltas.pop(name) for name in members]
+        own = None if hessian is None else hessian.to(work.device)
+        with_feedback += 0 if hessian is None else len(sources)
+        for made in quantise_matrices(sources, work.recipe, hessian=own, bands=bands):
             matrices[made.packed.name] = made.packed
             errors.append(made.relative_error)
     packed += [tensor.join(matrices) for tensor in sliced]
-    return _Compressed(tensors=packed, errors=errors, with_feedback=with_feedback)
+    return Compressed(tensors=packed, errors=errors, with_feedback=with_feedback)
 
 
-def _plan_slices(slices: Sequence[NamedDelta], work: _Work) -> dict[str, tuple[RankBand, ...]]:
-    plan = plan_stack([each.delta.to(work.device) for each in slices], work.recipe)
+def _plan_slices(slices: Sequence[NamedDelta], work: Work) -> dict[str, tuple[RankBand, ...]]:
+    plan = plan_stack([each.delta for each in slices], work.recipe)
     return {} if plan is None else {each.name: plan for each in slices}
 
 
-def _code_unit(work: _Work, unit: _Unit, spool: CodedSpool) -> _Compressed:
+def _code_unit(work: Work, unit: Unit, spool: CodedSpool) -> Compressed:
     base, tuned = work.base.checkpoint, work.tuned.checkpoint
     coded: list[PackedTensor | UnchangedEntry] = [
         UnchangedEntry(name=name, dtype=tuned.layout[name][0], shape=tuned.layout[name][1])
@@ -399,10 +324,10 @@ def _code_unit(work: _Work, unit: _Unit, spool: CodedSpool) -> _Compressed:
         else code_tensor(spool, base, tuned, name, sha256=work.tuned.hashes[name])
         for name in unit.names
     ]
-    return _Compressed(tensors=coded, errors=[], with_feedback=0)
+    return Compressed(tensors=coded, errors=[], with_feedback=0)
 
 
-def _pack_whole(pair: TensorPair, work: _Work) -> PackedTensor:
+def _pack_whole(pair: TensorPair, work: Work) -> PackedTensor:
     if pair.kind is TensorKind.ROWS and pair.base is not None:
         return pack_vocabulary(pair.name, pair.base, pair.tuned, work.recipe, device=work.device)
     return ExactTensor(name=pair.name, value=pair.tuned)
@@ -423,7 +348,7 @@ def _share_inputs(
         yield [name], None
 
 
-def _head(work: _Work, tokens: CalibrationTokens | None, with_feedback: int) -> DeltaManifest:
+def _head(work: Work, tokens: CalibrationTokens | None, with_feedback: int) -> DeltaManifest:
     tuned = work.tuned.checkpoint
     return DeltaManifest(
         recipe=RecipeRecord(name=work.recipe.name, settings=work.recipe.settings),
@@ -443,18 +368,26 @@ def _head(work: _Work, tokens: CalibrationTokens | None, with_feedback: int) -> 
 
 
 def _report(
-    out_dir: Path, *, seconds: float, device: torch.device, resumed_layers: int
+    out_dir: Path,
+    *,
+    seconds: float,
+    stages: Stages,
+    host: HostPeak,
+    devices: Sequence[torch.device],
+    mode: str,
+    resumed_layers: int,
 ) -> CompressReport:
     inspected = inspect_delta(out_dir)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    is_cuda = device.type == "cuda"
+    cards = [device for device in devices if device.type == "cuda"]
     calibration = inspected.manifest.calibration
     return CompressReport(
         out=out_dir,
+        mode=mode,
         seconds=seconds,
-        # Linux counts in KiB, macOS in bytes.
-        peak_host_bytes=peak if sys.platform == "darwin" else peak * 1024,
-        peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if is_cuda else 0,
+        stages=stages.seconds,
+        peak_host_bytes=host.bytes,
+        peak_gpu_bytes=max(map(torch.cuda.max_memory_allocated, cards), default=0),
+        peak_gpu_reserved_bytes=max(map(torch.cuda.max_memory_reserved, cards), default=0),
         total_bytes=inspected.total_bytes,
         ratio=inspected.ratio,
         bits_per_param=inspected.bits_per_param,

@@ -10,6 +10,10 @@ from deltacome_core.quantize import QuantisedFactor, encode, fit_grid, invert_sc
 # Damping grows tenfold per retry: 0.01 of the mean diagonal reaches 1e6 times it, where any finite
 # symmetric matrix of rounding-level indefiniteness has become positive definite.
 _DAMPING_RETRIES = 8
+# Wider Hessians (28672 columns in a 70B model) are factored in single precision, which leaves an
+# error far below the damping: twice 6.6 GB would not fit beside the layer.
+_EXACT_COLUMNS = 16384
+_PANEL = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +65,7 @@ def prepare_feedback(hessian: torch.Tensor, *, group_size: int, damping: float) 
 
 
 def upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Factor the inverse of a damped Hessian.
+    """Factor the inverse of a damped Hessian, in double precision up to 16384 columns.
 
     Args:
         hessian: float [cols, cols], symmetric; not changed.
@@ -73,24 +77,50 @@ def upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     Raises:
         InternalError: the Hessian is not finite, or no damping made it positive definite.
     """
+    diagonal = hessian.diagonal().double()
     if not bool(torch.isfinite(hessian).all()):
         raise InternalError("A Hessian with NaN or infinity reached the quantiser.")
-    hessian = hessian.double().clone()
-    diagonal = hessian.diagonal()
     # A column that was never active keeps a unit diagonal: it is rounded alone and spreads nothing.
-    diagonal[diagonal <= 0] = 1.0
+    diagonal = torch.where(diagonal > 0, diagonal, 1.0)
     step = damping * diagonal.mean()
+    exact = len(hessian) <= _EXACT_COLUMNS
     for attempt in range(_DAMPING_RETRIES):
-        damped = hessian.clone()
-        damped.diagonal().add_(step * 10.0**attempt)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper: torch.Tensor
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(failed) == 0:
-                return upper.float()
+        factor = hessian.to(torch.float64 if exact else torch.float32, copy=True)
+        factor.diagonal().copy_(diagonal + step * 10.0**attempt)
+        if _factor_inverse(factor):
+            return factor.float()
     raise InternalError("No damping made the Hessian positive definite.")
+
+
+def _factor_inverse(matrix: torch.Tensor) -> bool:
+    """Turn a matrix in place into R, upper, with R^T R its inverse; False: not positive definite.
+
+    With the columns in reverse order the Cholesky factor of H itself becomes an upper U, H = U U^T,
+    and R = U^-1: one factorisation and no explicit inverse. Panels keep all but a sliver of the
+    work in matrix products, and the memory at one matrix.
+    """
+    n = len(matrix)
+    starts = range(0, n, _PANEL)
+    failures = []
+    for start in reversed(starts):
+        stop = min(start + _PANEL, n)
+        own, above = slice(start, stop), matrix[:start, start:stop]
+        lower, failed = torch.linalg.cholesky_ex(matrix[own, own].double().flip(0, 1))
+        failures.append(failed)
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+        matrix[own, own] = inverse
+        if start:
+            above.copy_(above @ matrix[own, own].T)
+            matrix[:start, :start].addmm_(above, above.T, alpha=-1)
+    for start in starts:
+        stop = min(start + _PANEL, n)
+        own = slice(start, stop)
+        matrix[stop:, own] = 0
+        if start:
+            above = matrix[:start, :start] @ matrix[:start, own]
+            matrix[:start, own] = above.neg_() @ matrix[own, own]
+    return not bool(torch.stack(failures).any())
 
 
 def quantise_with_feedback(

@@ -1,7 +1,7 @@
 """Loading transformers models, whole or as a skeleton filled layer by layer."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,29 @@ def resolve_device(device: str) -> torch.device:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise UserError("device_unavailable", device=device) from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError("device_unavailable", device=device)
     if resolved.type not in {"cpu", "cuda"}:
         raise UserError("device_unavailable", device=device)
     return resolved
+
+
+def resolve_devices(device: str | Sequence[str]) -> tuple[torch.device, ...]:
+    """Return one device or several of one type, checked to exist.
+
+    Raises:
+        UserError: device_unavailable.
+    """
+    names = (device,) if isinstance(device, str) else tuple(device)
+    devices = tuple(resolve_device(name) for name in names)
+    if any(each.type == "cuda" for each in devices):
+        current = torch.cuda.current_device()
+        devices = tuple(
+            torch.device("cuda", current if each.index is None else each.index) for each in devices
+        )
+    if len({each.type for each in devices}) != 1:
+        raise UserError("device_unavailable", device=", ".join(names) or "none")
+    return devices
 
 
 def parse_dtype(name: str) -> torch.dtype:

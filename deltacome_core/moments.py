@@ -13,6 +13,9 @@ from deltacome_core.entries import slice_name
 from deltacome_core.parameters import Piece
 
 _MATRIX, _STACK = 2, 3
+_HALF = (torch.bfloat16, torch.float16)
+# Rows of a moment added at once: of one 28672 wide, 0.5 GB instead of 3.3.
+_COLUMNS_AT_ONCE = 4096
 # Where the factors stand in the arguments of each product; only `linear` reads [out, in].
 _PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
     functional.linear: (0, 1),
@@ -118,11 +121,12 @@ class LayerMoments(TorchFunctionMode):
                 self._last = (key, x)
         if self._leader[key] != key:
             return
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = x.detach().reshape(-1, x.shape[-1])
         if key not in self._sums:
-            self._sums[key] = rows.new_zeros((rows.shape[1], rows.shape[1]))
+            shape = rows.shape[1], rows.shape[1]
+            self._sums[key] = torch.zeros(shape, dtype=torch.float32, device=rows.device)
             self._tokens[key] = 0
-        self._sums[key].addmm_(rows.T, rows)
+        _add_moment(self._sums[key], rows)
         self._tokens[key] += rows.shape[0]
 
     def finish(self) -> tuple[SharedHessian, ...]:
@@ -147,6 +151,18 @@ class LayerMoments(TorchFunctionMode):
                 for transposed, names in weights.items()
             ]
         return tuple(found)
+
+
+def _add_moment(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add rows^T rows to a sum in float32."""
+    if rows.is_cuda and rows.dtype in _HALF:
+        # Products of half-width numbers are exact in float32, where matrix units add them up.
+        for start in range(0, len(total), _COLUMNS_AT_ONCE):
+            some = slice(start, start + _COLUMNS_AT_ONCE)
+            total[some] += torch.mm(rows[:, some].T, rows, out_dtype=torch.float32)
+        return
+    wide = rows.float()
+    total.addmm_(wide.T, wide)
 
 
 def _find_sites(parameter: torch.Tensor, pieces: tuple[Piece, ...]) -> dict[int, _Site]:

@@ -78,6 +78,13 @@ class Recipe:
         return {key: value for key, value in asdict(self).items() if key != "name"}
 
     @property
+    def mode(self) -> str:
+        """What is needed and what is lost, in a word."""
+        if self.method == "lossless":
+            return "lossless"
+        return "calibrated" if self.calibrated else "data-free"
+
+    @property
     def is_symmetric(self) -> bool:
         """Whether U and V have no zero points."""
         return self.grid == "vector"

@@ -4,12 +4,13 @@ Everything here works on a batch of matrices side by side: many small steps cost
 large ones, on a GPU most of all.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from deltacome_core.gptq import upper_inverse_factor
+from deltacome_core.replay import record
 
 # Spacing of the uniform grid of 2^b levels around zero with the least squared error on a unit
 # Gaussian (Max 1960, table II; 8 bits numerically).
@@ -64,16 +65,31 @@ class VectorGrids:
         """
         size = torch.linalg.vector_norm(values, dim=-1) * values.shape[-1] ** -0.5
         clipping = size * self.spacing * headroom
-        covering = values.abs().amax(dim=-1) * (2 * _RANGE_MARGIN) / self.top
+        largest = torch.linalg.vector_norm(values, ord=torch.inf, dim=-1)
+        covering = largest * (2 * _RANGE_MARGIN) / self.top
         return torch.where(self.full_range, covering, clipping).half().float()
 
-    def columns(self, index: torch.Tensor) -> "VectorGrids":
-        """Take one vector of each batch element: index int64 [batch, 1]."""
+    def ordered(self, order: torch.Tensor) -> "VectorGrids":
+        """Put the vectors in another order: int64 [batch, vectors]."""
         return VectorGrids(
-            top=self.top.gather(1, index),
-            spacing=self.spacing.gather(1, index),
-            full_range=self.full_range.gather(1, index),
+            top=self.top.gather(1, order),
+            spacing=self.spacing.gather(1, order),
+            full_range=self.full_range.gather(1, order),
         )
+
+    def columns(self, start: int, stop: int) -> "VectorGrids":
+        """Take a run of vectors of each batch element; views."""
+        return VectorGrids(
+            top=self.top[:, start:stop],
+            spacing=self.spacing[:, start:stop],
+            full_range=self.full_range[:, start:stop],
+        )
+
+    def copy_from(self, other: "VectorGrids") -> None:
+        """Take over the numbers of as many vectors."""
+        self.top.copy_(other.top)
+        self.spacing.copy_(other.spacing)
+        self.full_range.copy_(other.full_range)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +105,13 @@ class QuantisedVectors:
 class ColumnFeedback:
     """How errors spread over columns.
 
-    order int64 [batch, cols]; inverse float32 [batch, cols, cols] is the upper Cholesky factor of
-    the inverse of the permuted Hessian.
+    order int64 [batch, cols]; spread float32 [batch, cols, cols] is the upper Cholesky factor of
+    the inverse of the permuted Hessian, each row divided by its diagonal: what an error of one
+    takes from each later column.
     """
 
     order: torch.Tensor
-    inverse: torch.Tensor
+    spread: torch.Tensor
 
 
 def prepare_columns(hessian: torch.Tensor, *, damping: float) -> ColumnFeedback:
@@ -113,13 +130,14 @@ def prepare_columns(hessian: torch.Tensor, *, damping: float) -> ColumnFeedback:
     Source: GPTQ (arXiv 2210.17323), act-order; free here, since no scale belongs to a column group.
     """
     order = torch.argsort(hessian.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
-    inverse = torch.stack(
-        [
-            upper_inverse_factor(each[permutation][:, permutation], damping)
-            for each, permutation in zip(hessian, order, strict=True)
-        ]
-    )
-    return ColumnFeedback(order=order, inverse=inverse)
+    factors = [
+        upper_inverse_factor(each[permutation][:, permutation], damping)
+        for each, permutation in zip(hessian, order, strict=True)
+    ]
+    # A stack of one is a view: the factor of a wide layer takes gigabytes.
+    spread = factors[0][None] if len(factors) == 1 else torch.stack(factors)
+    spread.div_(spread.diagonal(dim1=1, dim2=2)[..., None].clone())
+    return ColumnFeedback(order=order, spread=spread)
 
 
 def _encode(x: torch.Tensor, inverse: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
@@ -154,16 +172,16 @@ def quantise_rows(
     """
     grids = VectorGrids.of(bits)
     scale = grids.scale(values, headroom=headroom if feedback is not None else 1.0)
-    inverse = _invert(scale)
+    inverse, top = _invert(scale), grids.top
     if feedback is None:
-        codes = _encode(values, inverse[..., None], grids.top[..., None])
+        codes = _encode(values, inverse[..., None], top[..., None])
     else:
         codes = _walk_columns(
-            values,
+            torch.addcmul(top[..., None] / 2, values, inverse[..., None]),
             feedback,
-            lambda x, _column: (_encode(x, inverse, grids.top), scale, grids.top),
+            _CodesOfRows(top),
         )
-    decoded = (codes - grids.top[..., None] / 2) * scale[..., None]
+    decoded = (codes - top[..., None] / 2) * scale[..., None]
     return QuantisedVectors(codes=codes.to(torch.uint8), scale=scale, values=decoded)
 
 
@@ -188,50 +206,133 @@ def quantise_columns(
         scale = grids.scale(values.mT)
         codes = _encode(values, _invert(scale)[:, None], grids.top[:, None])
     else:
-        scale = torch.zeros_like(grids.top)
-
-        def encode(
-            x: torch.Tensor, column: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            own = grids.columns(column)
-            fitted = own.scale(x[:, None])
-            scale.scatter_(1, column, fitted)
-            top = own.top.expand_as(x)
-            return _encode(x, _invert(fitted), top), fitted, top
-
-        codes = _walk_columns(values, feedback, encode)
+        encoder = _CodesOfColumns(grids.ordered(feedback.order))
+        codes = _walk_columns(values, feedback, encoder)
+        scale = torch.empty_like(grids.top).scatter_(1, feedback.order, encoder.scale)
     decoded = (codes - grids.top[:, None] / 2) * scale[:, None]
     return QuantisedVectors(codes=codes.to(torch.uint8), scale=scale, values=decoded)
 
 
-_Encoder = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+class _CodesOfRows:
+    """Codes of V, whose values come in units of their row's scale, counted from its lowest level.
+
+    The error of a row stays in the row, so it needs no other unit.
+    """
+
+    def __init__(self, top: torch.Tensor) -> None:
+        self._top, self._zero = top, torch.zeros_like(top)
+
+    def start_block(self, start: int, stop: int) -> None:
+        """Nothing to prepare: the rows are the same in every block."""
+
+    def end_block(self, start: int, stop: int) -> None:
+        """Nothing to keep."""
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        at: int,  # noqa: ARG002 - every column is alike
+        *,
+        code: torch.Tensor,
+        error: torch.Tensor,
+    ) -> None:
+        torch.round(x, out=code)
+        torch.clamp(code, self._zero, self._top, out=code)
+        torch.sub(x, code, out=error)
 
 
-def _walk_columns(values: torch.Tensor, feedback: ColumnFeedback, encode: _Encoder) -> torch.Tensor:
+class _CodesOfColumns:
+    """Codes of U: the grid of a column is fitted when its turn comes.
+
+    scale float32 [batch, cols] in the order of the walk.
+    """
+
+    def __init__(self, grids: VectorGrids) -> None:
+        self._grids = grids
+        self.scale = torch.zeros_like(grids.top)
+        self._block = VectorGrids.of(grids.top.new_ones(len(grids.top), _BLOCK, dtype=torch.int64))
+        self._scale = torch.zeros_like(self._block.top)
+        self._zero = torch.zeros_like(self._block.top[:, :1])
+
+    def start_block(self, start: int, stop: int) -> None:
+        self._block.columns(0, stop - start).copy_from(self._grids.columns(start, stop))
+
+    def end_block(self, start: int, stop: int) -> None:
+        self.scale[:, start:stop] = self._scale[:, : stop - start]
+
+    def encode(self, x: torch.Tensor, at: int, *, code: torch.Tensor, error: torch.Tensor) -> None:
+        grid, scale = self._block.columns(at, at + 1), self._scale[:, at : at + 1]
+        scale.copy_(grid.scale(x[:, None]))
+        places = torch.addcmul(grid.top / 2, x, _invert(scale))
+        torch.round(places, out=code)
+        torch.clamp(code, self._zero, grid.top, out=code)
+        torch.mul(places - code, scale, out=error)
+
+
+class _Encoder(Protocol):
+    """Gives the codes of one column float32 [batch, rows] after another.
+
+    `encode` writes code and error of the column `at` of its block, both of x's shape, in place.
+    """
+
+    def start_block(self, start: int, stop: int) -> None: ...
+    def end_block(self, start: int, stop: int) -> None: ...
+    def encode(
+        self, x: torch.Tensor, at: int, *, code: torch.Tensor, error: torch.Tensor
+    ) -> None: ...
+
+
+class _Block:
+    """The columns whose turn it is, [batch, columns, rows], in memory that stays where it is."""
+
+    def __init__(self, like: torch.Tensor, encoder: _Encoder) -> None:
+        batch, _, rows = like.shape
+        self.values, self.codes, self.errors = (
+            like.new_zeros((batch, _BLOCK, rows)) for _ in range(3)
+        )
+        self.spread = like.new_zeros((batch, _BLOCK, _BLOCK))
+        self._encoder = encoder
+        self._run = record(self._steps, like.device)
+
+    def _steps(self) -> None:
+        for at in range(_BLOCK):
+            error = self.errors[:, at]
+            self._encoder.encode(self.values[:, at], at, code=self.codes[:, at], error=error)
+            spread = self.spread[:, at, at + 1 :, None]
+            self.values[:, at + 1 :].addcmul_(spread, error[:, None], value=-1)
+
+    def walk(self, values: torch.Tensor, spread: torch.Tensor) -> int:
+        """Do the columns values [batch, n, rows] with spread [batch, n, n]; return n."""
+        n = values.shape[1]
+        if n < _BLOCK:
+            self.values.zero_()
+            self.spread.zero_()
+        self.values[:, :n] = values
+        self.spread[:, :n, :n] = spread
+        self._run()
+        return n
+
+
+def _walk_columns(
+    values: torch.Tensor, feedback: ColumnFeedback, encoder: _Encoder
+) -> torch.Tensor:
     """Encode column by column, moving each error to the columns that follow.
 
-    `encode` is given a column float32 [batch, rows] and its index int64 [batch, 1]; it returns
-    codes, scale and top, which broadcast to each other. Returns codes as float32 of values' shape.
+    Returns codes as float32 of values' shape [batch, rows, cols].
     """
     batch, rows, cols = values.shape
     order = feedback.order[:, :, None].expand(batch, cols, rows)
     # Transposed, so that a column of the paper is contiguous here.
-    pending = values.mT.gather(1, order).contiguous()
+    pending = values.mT.gather(1, order)
     codes = torch.empty_like(pending)
-    pivots = 1.0 / feedback.inverse.diagonal(dim1=1, dim2=2)
+    block = _Block(pending, encoder)
     for start in range(0, cols, _BLOCK):
         stop = min(start + _BLOCK, cols)
-        block = pending[:, start:stop]
-        errors = torch.empty_like(block)
-        for at in range(stop - start):
-            column = start + at
-            x = block[:, at]
-            code, scale, top = encode(x, feedback.order[:, column : column + 1])
-            codes[:, column] = code
-            error = (x - (code - top / 2) * scale) * pivots[:, column : column + 1]
-            errors[:, at] = error
-            spread = feedback.inverse[:, column, column + 1 : stop]
-            block[:, at + 1 :].addcmul_(spread[:, :, None], error[:, None], value=-1)
-        pending[:, stop:] -= feedback.inverse[:, start:stop, stop:].mT @ errors
-    restored = torch.empty_like(codes)
-    return restored.scatter_(1, order, codes).mT
+        encoder.start_block(start, stop)
+        n = block.walk(pending[:, start:stop], feedback.spread[:, start:stop, start:stop])
+        encoder.end_block(start, stop)
+        codes[:, start:stop] = block.codes[:, :n]
+        if stop < cols:
+            spread = feedback.spread[:, start:stop, stop:].mT
+            pending[:, stop:].baddbmm_(spread, block.errors[:, :n], alpha=-1)
+    return pending.scatter_(1, order, codes).mT

@@ -4,10 +4,11 @@ import shutil
 from itertools import count
 from typing import Any
 
-from deltacome_core.compress import LayerDone, compress_checkpoint
+from deltacome_core.compress import compress_checkpoint
 from deltacome_core.errors import UserError
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.recipe import get_recipe
+from deltacome_core.units import LayerDone
 from workers.devices import pick_device
 from workers.report import Report
 from workers.spec import StepSpec

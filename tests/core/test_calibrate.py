@@ -7,6 +7,8 @@ import torch
 from deltacome_core.calibrate import LayerCalibrator, read_calibration
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
+from deltacome_core.moments import LayerMoments
+from deltacome_core.parameters import Piece
 
 CPU = torch.device("cpu")
 
@@ -113,13 +115,22 @@ def test_passing_a_layer_by_does_not_change_the_next(tmp_path):
 def test_weights_are_in_memory_for_one_layer_at_a_time(tmp_path):
     folder = finetunes.save(finetunes.make_model(num_hidden_layers=4), tmp_path / "m")
     calibrator = LayerCalibrator(folder, read(tmp_path), CPU)
-    for index, _ in enumerate(calibrator.layers(lambda _names: True)):
-        loaded = [
+
+    def loaded():
+        return [
             i
             for i, layer in enumerate(calibrator._layers)
             if any(p.device.type != "meta" for p in layer.parameters())
         ]
-        assert loaded == [index]
+
+    seen = []
+    for layer in calibrator._layers:
+        layer.register_forward_pre_hook(lambda _module, _inputs: seen.append(loaded()))
+    for index, _ in enumerate(calibrator.layers(lambda _names: True)):
+        assert seen
+        assert all(found == [index] for found in seen)
+        assert loaded() == []
+        seen.clear()
 
 
 def test_overflowing_activations_are_reported(tmp_path):
@@ -166,3 +177,15 @@ def test_other_token_ids_give_another_digest(tmp_path):
     first, second = read(tmp_path, "a" * 600), read(tmp_path, "b" * 600)
     assert first.digest != second.digest
     assert first.sha256 != second.sha256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_moments_on_a_cpu_are_sums_of_float32_products(dtype):
+    layer = torch.nn.Linear(48, 16, bias=False).to(dtype)
+    rows = torch.randn(200, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    moments = LayerMoments(layer, {"weight": (Piece(tensor="w"),)})
+    with torch.no_grad(), moments:
+        layer(rows)
+    (found,) = moments.finish()
+    assert found.hessian.dtype is torch.float32
+    assert torch.equal(found.hessian, (rows.float().T @ rows.float()) / 200)

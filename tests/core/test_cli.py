@@ -65,7 +65,17 @@ def test_compress_prints_one_json_object_and_talks_on_stderr(run, trained_pair, 
     assert report.keys() >= {
         "seconds", "peak_host_bytes", "peak_gpu_bytes", "total_bytes", "ratio", "bits_per_param"
     }  # fmt: skip
+    assert report["mode"] == "calibrated"
+    assert report["stages"].keys() == {"scan", "calibrate", "matrices", "wait", "write", "join"}
+    assert all(0 < seconds < report["seconds"] for seconds in report["stages"].values())
     assert "layer 1/3 model.layers.0: 7 matrices" in err
+
+
+def test_devices_that_are_not_there_are_refused(run, trained_pair, tmp_path):
+    options = [*pair_options(trained_pair), "--out", tmp_path / "d", "--devices", "0,99"]
+    code, out, _ = run("compress", *options, "--json")
+    assert code == 1
+    assert json.loads(out)["error"]["code"] == "device_unavailable"
 
 
 def test_without_json_stdout_stays_empty(run, trained_pair, tmp_path):

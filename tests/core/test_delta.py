@@ -2,9 +2,11 @@ import finetunes
 import pytest
 import torch
 
-from deltacome_core.checkpoint import open_checkpoint
+from deltacome_core.checkpoint import hash_tensors, open_checkpoint
 from deltacome_core.delta import TensorKind, TensorPair, check_backbone, load_pair, scan_checkpoint
 from deltacome_core.errors import UserError
+from deltacome_core.safetensors_file import write_safetensors
+from deltacome_core.tensors import dtype_name, tensor_bytes
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,40 @@ def test_a_number_that_is_not_finite_is_named_with_its_file(tmp_path, poison):
     assert caught.value.params["tensors"] == [
         "model.layers.1.mlp.up_proj.weight (model.safetensors)"
     ]
+
+
+def save_tensor(folder, tensor):
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    source = ("a.weight", dtype_name(tensor.dtype), tuple(tensor.shape), tensor_bytes(tensor))
+    write_safetensors(folder / "model.safetensors", [source], {})
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float8_e5m2,
+        torch.float8_e4m3fn,
+    ],
+    ids=str,
+)
+def test_every_float_type_is_scanned_for_what_is_not_finite(tmp_path, dtype):
+    largest = torch.finfo(dtype).max
+    values = torch.tensor([0.0, -0.0, 1.0, largest, -largest], dtype=torch.float64).to(dtype)
+    checkpoint = save_tensor(tmp_path / "fine", values)
+    assert scan_checkpoint(checkpoint).hashes == hash_tensors(checkpoint)
+    for number, poison in enumerate(("nan", "inf")):
+        if poison == "inf" and dtype is torch.float8_e4m3fn:
+            continue
+        broken = torch.cat([values, torch.tensor([float(poison)]).to(dtype)])
+        with pytest.raises(UserError) as caught:
+            scan_checkpoint(save_tensor(tmp_path / f"broken{number}", broken))
+        assert caught.value.code == "nan_weights"
 
 
 def test_another_shape_is_named_with_both_shapes(tmp_path):

@@ -103,3 +103,25 @@ def test_a_matrix_without_a_band_is_no_business_of_the_factoriser():
     recipe = get_recipe("come", matrix_bits=0.05)
     with pytest.raises(InternalError, match=r"too small for 0\.05 bits"):
         factorise_matrices([NamedDelta(name="w", delta=draw(40, 40))], recipe, hessian=None)
+
+
+@pytest.mark.parametrize("name", ["hub", "datafree", "come"])
+def test_matrices_that_share_an_input_give_what_each_gives_alone(name):
+    recipe = get_recipe(name, matrix_bits=2.0)
+    x = torch.randn(900, 192, generator=torch.Generator().manual_seed(3))
+    hessian = x.T @ x / len(x) if recipe.calibrated else None
+    sources = [
+        NamedDelta(
+            name=f"w{rows}",
+            delta=torch.randn(rows, 192, generator=torch.Generator().manual_seed(rows)),
+        )
+        for rows in (64, 128, 192)
+    ]
+    together = factorise_matrices(sources, recipe, hessian=hessian)
+    for source, made in zip(sources, together, strict=True):
+        (alone,) = factorise_matrices([source], recipe, hessian=hessian)
+        assert torch.equal(alone.packed.sigma, made.packed.sigma)
+        for one, other in zip(alone.packed.bands, made.packed.bands, strict=True):
+            for a, b in ((one.u, other.u), (one.v, other.v)):
+                assert torch.equal(a.codes, b.codes)
+                assert torch.equal(a.scale, b.scale)

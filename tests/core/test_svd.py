@@ -61,3 +61,14 @@ def test_a_delta_of_tiny_numbers_keeps_its_directions():
 def test_the_same_delta_gives_the_same_bytes():
     first, second = truncated_svd(draw(64, 64), 9), truncated_svd(draw(64, 64), 9)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_long_tail_is_decomposed_as_the_library_does_it():
+    strengths = torch.arange(1, 161, dtype=torch.float32) ** -0.6
+    delta = torch.linalg.qr(draw(160, 160)).Q * strengths @ torch.linalg.qr(draw(320, 160)).Q.T
+    left, sigma, right = truncated_svd(delta, 80)
+    truth = torch.linalg.svd(delta.double(), full_matrices=False)
+    assert torch.allclose(sigma.double(), truth.S[:80], rtol=1e-6)
+    for ours, theirs in ((left.T, truth.U[:, :80].T), (right, truth.Vh[:80])):
+        cosines = (ours.double() * theirs).sum(dim=1).abs()
+        assert torch.allclose(cosines, torch.ones(80, dtype=torch.float64), atol=1e-6)

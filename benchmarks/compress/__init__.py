@@ -1,0 +1,1 @@
+"""How long compression takes and what memory it needs, on pairs as large as real ones."""

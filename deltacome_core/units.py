@@ -1,0 +1,256 @@
+"""The parts a delta is made of, one decoder layer each, and the loop that makes them."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from deltacome_core.calibrate import CalibrationTokens, LayerCalibrator
+from deltacome_core.checkpoint import Checkpoint
+from deltacome_core.costs import Stages
+from deltacome_core.delta import ScannedCheckpoint
+from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
+from deltacome_core.lossless_spool import CodedSpool, open_spool
+from deltacome_core.moments import SharedHessian
+from deltacome_core.packed import PackedTensor
+from deltacome_core.parts import read_part, write_part
+from deltacome_core.pipeline import run_jobs
+from deltacome_core.recipe import Recipe
+
+_MATRIX_DIMENSIONS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDone:
+    """Progress: one layer is on disk; relative_error is the mean over its low-rank matrices.
+
+    On several devices layers end in any order. seconds counts from the first read of the layer
+    until it is on disk, calibration apart; what overlaps with other layers is counted in both.
+    """
+
+    group: str
+    index: int
+    n_layers: int
+    n_matrices: int
+    relative_error: float
+    seconds: float
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """The tensors of one part: a decoder layer, or everything outside the layers."""
+
+    group: str
+    names: tuple[str, ...]
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What every unit is made from, and the device that makes it."""
+
+    base: ScannedCheckpoint
+    tuned: ScannedCheckpoint
+    recipe: Recipe
+    device: torch.device
+    fingerprint: str
+    stages: Stages
+
+    def is_unchanged(self, name: str) -> bool:
+        same_type = self.base.checkpoint.layout.get(name) == self.tuned.checkpoint.layout[name]
+        return same_type and self.base.hashes[name] == self.tuned.hashes[name]
+
+    def is_changed_matrix(self, name: str) -> bool:
+        _, shape = self.tuned.checkpoint.layout[name]
+        return len(shape) >= _MATRIX_DIMENSIONS and not self.is_unchanged(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compressed:
+    """The packed tensors of a unit, on the host."""
+
+    tensors: list[PackedTensor | UnchangedEntry]
+    errors: list[float]
+    with_feedback: int
+
+    def join(self, more: "Compressed") -> "Compressed":
+        """Put two halves of a unit together."""
+        return Compressed(
+            tensors=self.tensors + more.tensors,
+            errors=self.errors + more.errors,
+            with_feedback=self.with_feedback + more.with_feedback,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Makers:
+    """How a unit is made: by the device, or, bit for bit, while it is written."""
+
+    compress: Callable[[Work, Unit, Sequence[SharedHessian]], Compressed]
+    code: Callable[[Work, Unit, CodedSpool], Compressed]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    unit: Unit
+    hessians: tuple[SharedHessian, ...]
+
+
+def plan_units(tuned: Checkpoint, folder: Path) -> list[Unit]:
+    """Cut a checkpoint into units.
+
+    Args:
+        tuned: the fine-tune.
+        folder: where their parts go.
+
+    Returns:
+        What lies outside the layers first, then the layers in order.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in sorted(tuned.tensors):
+        groups.setdefault(group_of(name), []).append(name)
+
+    def layer_order(group: str) -> tuple[str, int]:
+        prefix, _, number = group.rpartition(".")
+        return (prefix, int(number)) if number.isdigit() else (group, -1)
+
+    return [
+        Unit(group=group, names=tuple(groups[group]), path=folder / f"{index:05d}.safetensors")
+        for index, group in enumerate(sorted(groups, key=layer_order))
+    ]
+
+
+def read_order(names: Sequence[str], hessians: Sequence[SharedHessian]) -> list[list[str]]:
+    """Decide which tensors of a unit are read and packed together.
+
+    Args:
+        names: changed tensors.
+        hessians: of the unit.
+
+    Returns:
+        Tensors that share an input in one row, each other tensor in a row of its own.
+    """
+    row_of = {name: [name] for name in names}
+    for shared in hessians:
+        tensors = dict.fromkeys(name.partition("[")[0] for name in shared.weights)
+        merged = dict.fromkeys(
+            member for name in tensors if name in row_of for member in row_of[name]
+        )
+        for name in merged:
+            row_of[name] = list(merged)
+    return [row for name, row in row_of.items() if row[0] == name]
+
+
+def write_parts(
+    work: Work,
+    units: Sequence[Unit],
+    tokens: CalibrationTokens | None,
+    *,
+    devices: Sequence[torch.device],
+    makers: Makers,
+    on_layer: Callable[[LayerDone], None],
+) -> int:
+    """Write the parts that are missing, calibrated layers first.
+
+    Args:
+        work: what they are made from; its device is not used.
+        units: all parts.
+        tokens: calibration text; None for recipes without.
+        devices: where units are made; the first also runs the model.
+        makers: how.
+        on_layer: called by one thread at a time, not always by the caller's.
+
+    Returns:
+        How many parts were there already.
+    """
+    place = {unit.group: index for index, unit in enumerate(units)}
+    pending = {unit.group: unit for unit in units if not unit.path.is_file()}
+
+    def announce(unit: Unit, errors: Sequence[float], seconds: float, *, resumed: bool) -> None:
+        on_layer(
+            LayerDone(
+                group=unit.group,
+                index=place[unit.group],
+                n_layers=len(units),
+                n_matrices=len(errors),
+                relative_error=sum(errors) / len(errors) if errors else 0.0,
+                seconds=seconds,
+                resumed=resumed,
+            )
+        )
+
+    def store(unit: Unit, made: Compressed, started: float) -> None:
+        with work.stages.measure("write"):
+            write_part(
+                unit.path,
+                made.tensors,
+                layout=work.tuned.checkpoint.layout,
+                fingerprint=work.fingerprint,
+                with_feedback=made.with_feedback,
+            )
+        announce(unit, made.errors, time.monotonic() - started, resumed=False)
+
+    def code_and_store(unit: Unit, started: float) -> None:
+        with open_spool(unit.path.parent) as spool:
+            store(unit, makers.code(work, unit, spool), started)
+
+    def prepare(job: _Job, device: torch.device) -> Callable[[], None]:
+        started = time.monotonic()
+        if work.recipe.method == "lossless":
+            return lambda: code_and_store(job.unit, started)
+        with work.stages.measure("matrices"):
+            made = makers.compress(replace(work, device=device), job.unit, job.hessians)
+        return lambda: store(job.unit, made, started)
+
+    resumed = [unit for unit in units if unit.group not in pending]
+    for unit in resumed:
+        read_part(unit.path)
+        announce(unit, (), 0.0, resumed=True)
+    jobs = _list_jobs(work, pending, tokens, devices[0])
+    run_jobs(jobs, prepare, devices=devices, made_on_first=tokens is not None)
+    return len(resumed)
+
+
+def _list_jobs(
+    work: Work, pending: dict[str, Unit], tokens: CalibrationTokens | None, device: torch.device
+) -> Iterator[_Job]:
+    left = dict(pending)
+    for group, hessians in _walk_layers(work, pending, tokens, device):
+        yield _Job(unit=left.pop(group), hessians=hessians)
+    for unit in left.values():
+        yield _Job(unit=unit, hessians=())
+
+
+def _walk_layers(
+    work: Work,
+    pending: dict[str, Unit],
+    tokens: CalibrationTokens | None,
+    device: torch.device,
+) -> Iterator[tuple[str, tuple[SharedHessian, ...]]]:
+    """Yield the Hessians of each layer that is pending and changed, then stop the model early."""
+    matrices = {
+        group
+        for group, unit in pending.items()
+        if group != REST_GROUP and any(work.is_changed_matrix(name) for name in unit.names)
+    }
+    if tokens is None or not matrices:
+        return
+
+    def is_wanted(names: set[str]) -> bool:
+        return any(group_of(name) in matrices for name in names)
+
+    with work.stages.measure("calibrate"):
+        calibrator = LayerCalibrator(work.tuned.checkpoint.path, tokens, device)
+    layers = calibrator.layers(is_wanted)
+    while matrices:
+        with work.stages.measure("calibrate"):
+            hessians = next(layers, None)
+        if hessians is None:
+            return
+        groups = {group_of(name) for shared in hessians for name in shared.weights}
+        for group in sorted(groups & matrices):
+            yield group, hessians
+        matrices -= groups
