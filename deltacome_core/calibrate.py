@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deltacome_core.checkpoint import open_checkpoint
-from deltacome_core.errors import UserError
+from deltacome_core.errors import InternalError, UserError
 from deltacome_core.manifest import CalibrationRecord
 from deltacome_core.models import (
     build_skeleton,
@@ -20,7 +20,7 @@ from deltacome_core.models import (
     load_model,
     running_on_text,
 )
-from deltacome_core.moments import LayerMoments, SharedHessian
+from deltacome_core.moments import LayerMoments, SharedHessian, add_moment
 from deltacome_core.parameters import empty_module, fill_parameters, locate_parameters
 from deltacome_core.texts import read_texts, render_text
 
@@ -51,6 +51,10 @@ class CalibrationTokens:
         """sha256 of the token ids: another tokenizer or length gives another one."""
         shape = repr(tuple(self.sequences.shape)).encode()
         return hashlib.sha256(shape + self.sequences.numpy().tobytes()).hexdigest()
+
+    def count(self, n_rows: int) -> torch.Tensor:
+        """Count each token of a vocabulary: float32 [n_rows]."""
+        return torch.bincount(self.sequences.flatten(), minlength=n_rows)[:n_rows].float()
 
     def record(self, *, n_matrices: int) -> CalibrationRecord:
         """Describe the text and the matrices it was used for."""
@@ -143,6 +147,22 @@ class _LayerInputs:
         return forward
 
 
+class _LayerOutputs:
+    """Stands in for the decoder layers once all of them ran: the first gives what the last gave."""
+
+    def __init__(self, layers: nn.ModuleList, states: torch.Tensor) -> None:
+        self._layers, self._states = layers, states
+
+    def __enter__(self) -> Self:
+        for layer in self._layers:
+            layer.forward = lambda *_args, **_options: self._states
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for layer in self._layers:
+            del layer.forward
+
+
 class LayerCalibrator:
     """Walks the fine-tuned model layer by layer; one layer's weights are in memory at a time.
 
@@ -179,6 +199,7 @@ class LayerCalibrator:
                 with suppress(_StopForwardError):
                     self._decoder.module(input_ids=sequence[None], use_cache=False)
         self._hidden, self._options = inputs.hidden, inputs.options
+        self._sequences = tokens.sequences
 
     def _fill(self, module: nn.Module, prefix: str, *, skip: str | None = None) -> None:
         fill_parameters(
@@ -232,3 +253,27 @@ class LayerCalibrator:
             is_finite &= torch.isfinite(output).all()
             self._hidden[number] = output.to(states.device)
         return bool(is_finite)
+
+    @torch.no_grad()
+    def head_hessian(self) -> torch.Tensor:
+        """Give the second moments of what the output head reads, once all layers ran.
+
+        Returns:
+            float32 [hidden, hidden], mean of x x^T over all tokens, x the decoder's last states.
+
+        Raises:
+            UserError: model_not_runnable.
+        """
+        total: torch.Tensor | None = None
+        for states, sequence in zip(self._hidden, self._sequences, strict=True):
+            given = states.to(self._device)
+            with running_on_text(), _LayerOutputs(self._layers, given):
+                ids = sequence[None].to(self._device)
+                last = self._decoder.module(input_ids=ids, use_cache=False).last_hidden_state
+            rows = last.flatten(0, 1)
+            if total is None:
+                total = torch.zeros((rows.shape[1],) * 2, device=self._device)
+            add_moment(total, rows)
+        if total is None:
+            raise InternalError("there is no calibration text")
+        return total / self._sequences.numel()

@@ -46,6 +46,7 @@ MAX_JSON_BYTES = 64 << 20
 _VOCABULARY_MODULES = frozenset(
     {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared"}
 )
+_HEAD_MODULES = frozenset({"lm_head", "embed_out"})
 _PLAIN_FILE = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})
 # Types a tensor may change between from a backbone to its fine-tune.
@@ -126,6 +127,20 @@ def is_vocabulary_tensor(name: str) -> bool:
     """
     parts = name.split(".")
     return len(parts) > 1 and parts[-1] == "weight" and parts[-2] in _VOCABULARY_MODULES
+
+
+def find_heads(layout: Layout) -> tuple[str, ...]:
+    """Say which tensors multiply the last hidden states to give logits.
+
+    Args:
+        layout: dtype and shape by tensor name.
+
+    Returns:
+        The output heads; where there is none, the one embedding that is tied to it.
+    """
+    names = tuple(name for name in layout if is_vocabulary_tensor(name))
+    heads = tuple(name for name in names if name.split(".")[-2] in _HEAD_MODULES)
+    return heads or (names if len(names) == 1 else ())
 
 
 def is_sidecar(name: str, patterns: Iterable[str] = SIDECAR_NAMES) -> bool:

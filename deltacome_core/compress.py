@@ -56,7 +56,7 @@ from deltacome_core.units import (
     read_order,
     write_parts,
 )
-from deltacome_core.vocabulary import pack_vocabulary
+from deltacome_core.vocabulary import VocabularyUse, pack_vocabulary
 
 CALIBRATION_NAMES = ("calibration.jsonl", "calibration.txt")
 
@@ -175,13 +175,13 @@ def compress_checkpoint(
             device=devices[0],
             fingerprint=_fingerprint(*scanned, recipe=recipe, tokens=tokens, device=devices[0]),
             stages=stages,
+            tokens=tokens,
         )
         folder = parts_folder(out_dir)
         units = plan_units(tuned, _open_parts(folder, work.fingerprint))
         resumed = write_parts(
             work,
             units,
-            tokens,
             devices=devices,
             makers=Makers(compress=_compress_unit, code=_code_unit),
             on_layer=on_layer or (lambda _done: None),
@@ -295,7 +295,9 @@ def _compress_tensors(
                     bands |= _plan_slices(slices, work)
                 continue
         packed.append(
-            _unchanged(work, name) if kind is TensorKind.UNCHANGED else _pack_whole(pair, work)
+            _unchanged(work, name)
+            if kind is TensorKind.UNCHANGED
+            else _pack_whole(pair, work, hessians)
         )
     matrices: dict[str, PackedLinear] = {}
     errors: list[float] = []
@@ -327,10 +329,17 @@ def _code_unit(work: Work, unit: Unit, spool: CodedSpool) -> Compressed:
     return Compressed(tensors=coded, errors=[], with_feedback=0)
 
 
-def _pack_whole(pair: TensorPair, work: Work) -> PackedTensor:
-    if pair.kind is TensorKind.ROWS and pair.base is not None:
-        return pack_vocabulary(pair.name, pair.base, pair.tuned, work.recipe, device=work.device)
-    return ExactTensor(name=pair.name, value=pair.tuned)
+def _pack_whole(pair: TensorPair, work: Work, hessians: Sequence[SharedHessian]) -> PackedTensor:
+    if pair.kind is not TensorKind.ROWS or pair.base is None:
+        return ExactTensor(name=pair.name, value=pair.tuned)
+    use = None
+    if work.tokens is not None:
+        own = [shared.hessian for shared in hessians if pair.name in shared.weights]
+        counts = work.tokens.count(len(pair.tuned))
+        use = VocabularyUse(counts=counts, hessian=own[0] if own else None)
+    return pack_vocabulary(
+        pair.name, pair.base, pair.tuned, work.recipe, device=work.device, use=use
+    )
 
 
 def _share_inputs(

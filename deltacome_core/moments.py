@@ -126,7 +126,7 @@ class LayerMoments(TorchFunctionMode):
             shape = rows.shape[1], rows.shape[1]
             self._sums[key] = torch.zeros(shape, dtype=torch.float32, device=rows.device)
             self._tokens[key] = 0
-        _add_moment(self._sums[key], rows)
+        add_moment(self._sums[key], rows)
         self._tokens[key] += rows.shape[0]
 
     def finish(self) -> tuple[SharedHessian, ...]:
@@ -153,8 +153,13 @@ class LayerMoments(TorchFunctionMode):
         return tuple(found)
 
 
-def _add_moment(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """Add rows^T rows to a sum in float32."""
+def add_moment(total: torch.Tensor, rows: torch.Tensor) -> None:
+    """Add up second moments.
+
+    Args:
+        total: float32 [cols, cols], changed in place.
+        rows: float [n, cols] on the same device.
+    """
     if rows.is_cuda and rows.dtype in _HALF:
         # Products of half-width numbers are exact in float32, where matrix units add them up.
         for start in range(0, len(total), _COLUMNS_AT_ONCE):

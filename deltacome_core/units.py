@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from deltacome_core.calibrate import CalibrationTokens, LayerCalibrator
-from deltacome_core.checkpoint import Checkpoint
+from deltacome_core.checkpoint import Checkpoint, find_heads
 from deltacome_core.costs import Stages
 from deltacome_core.delta import ScannedCheckpoint
 from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
@@ -18,6 +18,7 @@ from deltacome_core.packed import PackedTensor
 from deltacome_core.parts import read_part, write_part
 from deltacome_core.pipeline import run_jobs
 from deltacome_core.recipe import Recipe
+from deltacome_core.rows import choose_rank
 
 _MATRIX_DIMENSIONS = 2
 
@@ -58,6 +59,7 @@ class Work:
     device: torch.device
     fingerprint: str
     stages: Stages
+    tokens: CalibrationTokens | None
 
     def is_unchanged(self, name: str) -> bool:
         same_type = self.base.checkpoint.layout.get(name) == self.tuned.checkpoint.layout[name]
@@ -66,6 +68,14 @@ class Work:
     def is_changed_matrix(self, name: str) -> bool:
         _, shape = self.tuned.checkpoint.layout[name]
         return len(shape) >= _MATRIX_DIMENSIONS and not self.is_unchanged(name)
+
+    def needs_basis(self, name: str) -> bool:
+        """Whether a vocabulary is too large for the budget, should all of its rows have changed."""
+        _, shape = self.base.checkpoint.layout.get(name, ("", ()))
+        if len(shape) != _MATRIX_DIMENSIONS or self.is_unchanged(name):
+            return False
+        rows, cols = shape
+        return choose_rank(rows, cols, rows, self.recipe) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +157,6 @@ def read_order(names: Sequence[str], hessians: Sequence[SharedHessian]) -> list[
 def write_parts(
     work: Work,
     units: Sequence[Unit],
-    tokens: CalibrationTokens | None,
     *,
     devices: Sequence[torch.device],
     makers: Makers,
@@ -158,7 +167,6 @@ def write_parts(
     Args:
         work: what they are made from; its device is not used.
         units: all parts.
-        tokens: calibration text; None for recipes without.
         devices: where units are made; the first also runs the model.
         makers: how.
         on_layer: called by one thread at a time, not always by the caller's.
@@ -209,41 +217,41 @@ def write_parts(
     for unit in resumed:
         read_part(unit.path)
         announce(unit, (), 0.0, resumed=True)
-    jobs = _list_jobs(work, pending, tokens, devices[0])
-    run_jobs(jobs, prepare, devices=devices, made_on_first=tokens is not None)
+    jobs = _list_jobs(work, pending, devices[0])
+    run_jobs(jobs, prepare, devices=devices, made_on_first=work.tokens is not None)
     return len(resumed)
 
 
-def _list_jobs(
-    work: Work, pending: dict[str, Unit], tokens: CalibrationTokens | None, device: torch.device
-) -> Iterator[_Job]:
+def _list_jobs(work: Work, pending: dict[str, Unit], device: torch.device) -> Iterator[_Job]:
     left = dict(pending)
-    for group, hessians in _walk_layers(work, pending, tokens, device):
+    for group, hessians in _walk_layers(work, pending, device):
         yield _Job(unit=left.pop(group), hessians=hessians)
     for unit in left.values():
         yield _Job(unit=unit, hessians=())
 
 
 def _walk_layers(
-    work: Work,
-    pending: dict[str, Unit],
-    tokens: CalibrationTokens | None,
-    device: torch.device,
+    work: Work, pending: dict[str, Unit], device: torch.device
 ) -> Iterator[tuple[str, tuple[SharedHessian, ...]]]:
-    """Yield the Hessians of each layer that is pending and changed, then stop the model early."""
+    """Yield the Hessians of each layer that is pending and changed, then that of the head.
+
+    The model stops early where nothing more is wanted of it.
+    """
     matrices = {
         group
         for group, unit in pending.items()
         if group != REST_GROUP and any(work.is_changed_matrix(name) for name in unit.names)
     }
-    if tokens is None or not matrices:
+    heads = [name for name in find_heads(work.tuned.checkpoint.layout) if work.needs_basis(name)]
+    head_groups = {group_of(name) for name in heads} & pending.keys()
+    if work.tokens is None or not (matrices or head_groups):
         return
 
     def is_wanted(names: set[str]) -> bool:
         return any(group_of(name) in matrices for name in names)
 
     with work.stages.measure("calibrate"):
-        calibrator = LayerCalibrator(work.tuned.checkpoint.path, tokens, device)
+        calibrator = LayerCalibrator(work.tuned.checkpoint.path, work.tokens, device)
     layers = calibrator.layers(is_wanted)
     while matrices:
         with work.stages.measure("calibrate"):
@@ -254,3 +262,9 @@ def _walk_layers(
         for group in sorted(groups & matrices):
             yield group, hessians
         matrices -= groups
+    for group in head_groups:
+        with work.stages.measure("calibrate"):
+            for _ in layers:
+                continue
+            hessian = calibrator.head_hessian()
+        yield group, (SharedHessian(weights=tuple(heads), hessian=hessian),)

@@ -48,7 +48,8 @@ def test_streamed_hessians_equal_those_of_the_whole_model(tmp_path, family):
     tokens = read(tmp_path)
     truth = hook_hessians(folder, tokens)
     seen = set()
-    for layer in LayerCalibrator(folder, tokens, CPU).layers(lambda _names: True):
+    calibrator = LayerCalibrator(folder, tokens, CPU)
+    for layer in calibrator.layers(lambda _names: True):
         for shared in layer:
             for name in shared.weights:
                 expected = truth[name].float()
@@ -56,6 +57,9 @@ def test_streamed_hessians_equal_those_of_the_whole_model(tmp_path, family):
                 assert error < 1e-5
                 seen.add(name)
     assert seen == {name for name in truth if "layers" in name}
+    head = truth["lm_head.weight"].float()
+    error = torch.linalg.norm(calibrator.head_hessian() - head) / torch.linalg.norm(head)
+    assert error < 1e-5
 
 
 def test_projections_of_one_input_share_a_hessian(tmp_path):

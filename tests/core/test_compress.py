@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import finetunes
 import pytest
@@ -121,6 +122,26 @@ def test_a_grown_vocabulary_keeps_its_new_rows_exactly(tmp_path):
         assert torch.allclose(ours, truth, atol=0.02)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_over_its_budget_gets_a_basis(tmp_path, tied):
+    base, tuned = finetunes.save_pair(tmp_path, tie_word_embeddings=tied)
+    recipe = replace(get_recipe("hub", matrix_bits=3.0), vocabulary_rank=16)
+    compress_checkpoint(base, tuned, tmp_path / "delta", recipe)
+    delta = open_delta(tmp_path / "delta")
+    names = names_of(delta, RowsEntry)
+    assert names == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    reconstruct_checkpoint(base, tmp_path / "delta", tmp_path / "back")
+    for name in names:
+        rows = delta.load(name)
+        assert rows.basis.shape == (16, rows.cols)
+        before, truth, ours = (
+            load_tensor(open_checkpoint(folder), name)
+            for folder in (base, tuned, tmp_path / "back")
+        )
+        assert torch.linalg.norm(ours - truth) < 0.95 * torch.linalg.norm(before - truth)
+        assert torch.allclose(ours, before + rows.dequantise(), atol=1e-6)
+
+
 def test_only_rows_that_changed_are_packed(tmp_path):
     model = finetunes.make_model()
     base = finetunes.save(model, tmp_path / "base")
@@ -192,6 +213,17 @@ def test_a_stopped_run_goes_on_after_its_last_layer(tmp_path):
         ("rest", False),
     ]
     assert report.resumed_layers == 1
+
+
+def test_a_run_stopped_before_the_vocabulary_writes_the_same_bytes(tmp_path):
+    base, tuned = finetunes.save_pair(tmp_path, tie_word_embeddings=True)
+    recipe = replace(get_recipe("hub", matrix_bits=3.0), vocabulary_rank=16)
+    compress_checkpoint(base, tuned, tmp_path / "whole", recipe)
+    with pytest.raises(StopError):
+        compress_checkpoint(base, tuned, tmp_path / "delta", recipe, on_layer=stop_after(2))
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", recipe)
+    assert report.resumed_layers == 2
+    assert read_folder(tmp_path / "delta") == read_folder(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("change", ["recipe", "calibration", "fine-tune"])
