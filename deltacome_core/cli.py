@@ -10,8 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from deltacome_core.cli_options import (
+    AsJson,
+    Base,
+    BitsPerParam,
+    DeltaDir,
+    Device,
+    MatrixBits,
+    Ratio,
+    RecipeName,
+    Token,
+    TotalBytes,
+    Tuned,
+    Url,
+    read_budget,
+)
 from deltacome_core.errors import UserError
-from deltacome_core.recipe import DEFAULT_RECIPE, PRESETS
+from deltacome_core.recipe import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
     from deltacome_core.units import LayerDone
@@ -42,19 +57,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Base = Annotated[Path, typer.Option(help="Checkpoint folder of the backbone.")]
-Tuned = Annotated[Path, typer.Option(help="Checkpoint folder of the fine-tune.")]
-DeltaDir = Annotated[Path, typer.Option("--delta", help="Folder of the delta.")]
-RecipeName = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
-Url = Annotated[
-    str, typer.Option(envvar="DELTACOME_URL", help="Address of the hub.", show_default=False)
-]
-Token = Annotated[
-    str, typer.Option(envvar="DELTACOME_TOKEN", help="API token.", show_default=False)
-]
-
 
 @app.command()
 def compress(  # noqa: PLR0913 - one parameter for each option
@@ -63,9 +65,10 @@ def compress(  # noqa: PLR0913 - one parameter for each option
     tuned: Tuned,
     out: Annotated[Path, typer.Option(help="Folder to create.")],
     recipe: RecipeName = DEFAULT_RECIPE,
-    bits_per_param: Annotated[
-        float, typer.Option(help="Budget of the low-rank matrices, all overhead counted.")
-    ] = 1.0,
+    ratio: Ratio = None,
+    total_bytes: TotalBytes = None,
+    bits_per_param: BitsPerParam = None,
+    matrix_bits: MatrixBits = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Text (.txt or .jsonl) of the kind the fine-tune is for.")
     ] = None,
@@ -83,7 +86,8 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         base,
         tuned,
         out,
-        get_recipe(recipe, matrix_bits=bits_per_param),
+        get_recipe(recipe, matrix_bits=matrix_bits),
+        budget=read_budget(ratio, total_bytes, bits_per_param, matrix_bits),
         calibration=calibration,
         device=device if devices is None else [f"cuda:{name}" for name in devices.split(",")],
         on_layer=_tell_layer,

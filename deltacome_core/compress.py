@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deltacome_core import __version__, strict_json
+from deltacome_core.budget import Budget, fit_recipe
 from deltacome_core.calibrate import SEQUENCE_TOKENS, CalibrationTokens, read_calibration
 from deltacome_core.checkpoint import Checkpoint, open_checkpoint
 from deltacome_core.costs import HostPeak, Stages
@@ -20,6 +21,7 @@ from deltacome_core.delta import (
     TensorKind,
     TensorPair,
     check_backbone,
+    describe_subject,
     load_pair,
     scan_checkpoint,
 )
@@ -126,6 +128,7 @@ def compress_checkpoint(
     out_dir: Path,
     recipe: Recipe,
     *,
+    budget: Budget | None = None,
     calibration: Path | None = None,
     device: str | Sequence[str] = "cpu",
     on_layer: Callable[[LayerDone], None] | None = None,
@@ -142,6 +145,7 @@ def compress_checkpoint(
         tuned_dir: checkpoint folder of the fine-tune.
         out_dir: folder to create; it appears whole or not at all.
         recipe: rank bands and quantiser.
+        budget: of the whole delta, met within 1 % from below; by default the recipe's own sizes.
         calibration: .txt or .jsonl file; by default the fine-tune's own, else the built-in text.
         device: "cpu" or "cuda", or several of one type, over which the layers are spread.
         on_layer: told about each layer once it is on disk, by one thread at a time.
@@ -151,7 +155,8 @@ def compress_checkpoint(
 
     Raises:
         UserError: output_exists, backbone_mismatch, nan_weights, calibration_too_short,
-            model_not_runnable, device_unavailable, and what opening the checkpoints raises.
+            model_not_runnable, device_unavailable, budget_impossible, budget_fixed, and what
+            opening the checkpoints raises.
 
     Source: Delta-CoMe (arXiv 2406.08903).
     """
@@ -168,6 +173,8 @@ def compress_checkpoint(
         tokens = _read_tokens(base, tuned, calibration) if recipe.calibrated else None
         with stages.measure("scan"):
             scanned = scan_checkpoint(base), scan_checkpoint(tuned)
+        if budget is not None:
+            recipe = fit_recipe(describe_subject(*scanned), recipe, budget)
         work = Work(
             base=scanned[0],
             tuned=scanned[1],

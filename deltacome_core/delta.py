@@ -19,9 +19,12 @@ from deltacome_core.checkpoint import (
 )
 from deltacome_core.entries import is_lowrank_shape
 from deltacome_core.errors import UserError
+from deltacome_core.plan import Subject
 from deltacome_core.safetensors_file import read_chunks
 from deltacome_core.tensors import TORCH_DTYPES, as_float32, load_tensor
+from deltacome_core.vocabulary import count_changed_rows
 
+_MATRIX_DIMENSIONS = 2
 # Reading and hashing overlap; more threads than this only contend for memory bandwidth.
 _MAX_SCAN_THREADS = 16
 # The bits that are all set in NaN and infinity and in no number; e4m3fn has no infinity.
@@ -162,6 +165,35 @@ def _is_finite(chunk: bytes, dtype: torch.dtype) -> bool:
     words, exponent = _EXPONENTS[dtype]
     bits = np.frombuffer(chunk, dtype=words)
     return not bool(((bits & words(exponent)) == exponent).any())
+
+
+def describe_subject(base: ScannedCheckpoint, tuned: ScannedCheckpoint) -> Subject:
+    """Say what a plan can know of a fine-tune once both checkpoints were read.
+
+    Args:
+        base: the backbone.
+        tuned: the fine-tune.
+
+    Returns:
+        Shapes, tensors that are equal, and how many rows of each vocabulary differ.
+    """
+    ours, theirs = tuned.checkpoint, base.checkpoint
+    same = {name for name, place in ours.layout.items() if theirs.layout.get(name) == place}
+    unchanged = {name for name in same if base.hashes[name] == tuned.hashes[name]}
+    changed_rows = {
+        name: count_changed_rows(load_tensor(theirs, name), load_tensor(ours, name))
+        for name, (_, shape) in ours.layout.items()
+        if is_vocabulary_tensor(name) and len(shape) == _MATRIX_DIMENSIONS
+        if name in theirs.layout and name not in unchanged
+    }
+    return Subject(
+        layout=ours.layout,
+        source_bytes=ours.size_bytes,
+        backbone=theirs.layout,
+        unchanged=unchanged,
+        changed_rows=changed_rows,
+        sidecars=[path.name for path in ours.sidecars],
+    )
 
 
 def load_pair(base: Checkpoint, tuned: Checkpoint, name: str) -> TensorPair:

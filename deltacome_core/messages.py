@@ -62,8 +62,18 @@ MESSAGES: dict[str, Message] = {
     ),
     "budget_fixed": Message(
         title="The size of this recipe is fixed",
-        what="{name} keeps one bit per weight; {asked} bits per parameter were asked for.",
-        do="Leave the size out, or choose another recipe, which meets any size.",
+        what="{name} has one size, which follows from the fine-tune; {asked} was asked for.",
+        do="Leave the size out, or choose a recipe that meets a budget, such as hub.",
+    ),
+    "budget_impossible": Message(
+        title="The budget is too small for this fine-tune",
+        what="{asked} bytes were asked for; the smallest delta takes {smallest} bytes ({ratio}x).",
+        do="Ask for at least {smallest} bytes, or a ratio of at most {ratio}.",
+    ),
+    "budget_invalid": Message(
+        title="The budget is not one size",
+        what="A budget is one positive number: a ratio, bytes, or bits per parameter.",
+        do="Give exactly one of the three, above 0.",
     ),
     "calibration_too_short": Message(
         title="The calibration text is too short",

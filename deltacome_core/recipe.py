@@ -55,7 +55,11 @@ class Recipe:
             reason = f"bits per parameter of matrices is {self.matrix_bits:g}, outside 0.05 to 8"
             raise UserError("recipe_invalid", reason=reason)
         if self.method == "direct" and self.matrix_bits != 1:
-            raise UserError("budget_fixed", name=self.name, asked=f"{self.matrix_bits:g}")
+            raise UserError(
+                "budget_fixed",
+                name=self.name,
+                asked=f"{self.matrix_bits:g} bits per parameter of the matrices",
+            )
         if self.embedding_bits not in _EMBEDDING_BITS:
             reason = f"embedding bits is {self.embedding_bits}, not 2, 3, 4 or 8"
             raise UserError("recipe_invalid", reason=reason)

@@ -75,6 +75,19 @@ def pack_vocabulary(
     )
 
 
+def count_changed_rows(base: torch.Tensor, tuned: torch.Tensor) -> int:
+    """Count the rows of a vocabulary that carry codes.
+
+    Args:
+        base: float [base rows, cols].
+        tuned: float [rows, cols], rows >= base rows.
+
+    Returns:
+        How many of the backbone's rows differ.
+    """
+    return int(_find_changed(base, tuned[: len(base)]).sum())
+
+
 def _find_changed(base: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     pairs = zip(torch.split(old, _ROWS_AT_ONCE), torch.split(base, _ROWS_AT_ONCE), strict=True)
     return torch.cat([(ours != theirs.to(ours.dtype)).any(dim=1) for ours, theirs in pairs])
