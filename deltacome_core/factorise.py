@@ -24,7 +24,12 @@ from deltacome_core.quantize import (
 )
 from deltacome_core.recipe import Recipe
 from deltacome_core.svd import truncated_svd
-from deltacome_core.vectors import prepare_columns, quantise_columns, quantise_rows
+from deltacome_core.vectors import (
+    QuantisedVectors,
+    prepare_columns,
+    quantise_rows,
+    quantise_side_by_side,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,23 +192,30 @@ def _factorise_vectors(
         feedback,
         headroom=recipe.headroom,
     )
-    made = []
-    start = 0
-    for item, widths in zip(decomposed, bits, strict=True):
-        rows = slice(start, start + len(widths))
-        start += len(widths)
-        right = rights.values[0, rows]
-        made.append(
-            _finish_vectors(
-                item,
-                widths,
-                right,
-                packed_right=(rights.codes[0, rows], rights.scale[0, rows]),
-                hessian=hessian,
-                damping=recipe.damping,
-            )
-        )
-    return tuple(made)
+    counts = [len(widths) for widths in bits]
+    values = torch.split(rights.values[0], counts)
+    own = None
+    if hessian is not None:
+        readings = [
+            right * item.sigma[:, None] for item, right in zip(decomposed, values, strict=True)
+        ]
+        own = [
+            prepare_columns((reading @ hessian @ reading.T)[None], damping=recipe.damping)
+            for reading in readings
+        ]
+    lefts = quantise_side_by_side([item.left for item in decomposed], bits, own)
+    parts = zip(
+        decomposed,
+        lefts,
+        values,
+        torch.split(rights.codes[0], counts),
+        torch.split(rights.scale[0], counts),
+        strict=True,
+    )
+    return tuple(
+        _finish_vectors(item, left, right, packed_right=(codes, scale), hessian=hessian)
+        for item, left, right, codes, scale in parts
+    )
 
 
 def _bits_by_vector(bands: Sequence[RankBand], device: torch.device) -> torch.Tensor:
@@ -213,19 +225,13 @@ def _bits_by_vector(bands: Sequence[RankBand], device: torch.device) -> torch.Te
 
 def _finish_vectors(
     item: _Decomposed,
-    widths: torch.Tensor,
+    lefts: QuantisedVectors,
     right: torch.Tensor,
     *,
     packed_right: tuple[torch.Tensor, torch.Tensor],
     hessian: torch.Tensor | None,
-    damping: float,
 ) -> FactorisedMatrix:
-    feedback = None
-    if hessian is not None:
-        reading = right * item.sigma[:, None]  # [rank, in]
-        feedback = prepare_columns((reading @ hessian @ reading.T)[None], damping=damping)
-    lefts = quantise_columns(item.left[None], widths[None], feedback)
-    left = lefts.values[0]
+    left = lefts.values
     sigma = unbias_sigma(
         item.sigma,
         left=item.left,
@@ -242,7 +248,7 @@ def _finish_vectors(
         start += band.rank
         bands.append(
             PackedBand(
-                u=_pack_vectors(lefts.codes[0][:, at], lefts.scale[:1, at], band.bits, (0, 1)),
+                u=_pack_vectors(lefts.codes[:, at], lefts.scale[None, at], band.bits, (0, 1)),
                 v=_pack_vectors(right_codes[at], right_scale[at, None], band.bits, (1, 0)),
             )
         )

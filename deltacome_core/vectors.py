@@ -4,10 +4,12 @@ Everything here works on a batch of matrices side by side: many small steps cost
 large ones, on a GPU most of all.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn.functional import pad
 
 from deltacome_core.gptq import upper_inverse_factor
 from deltacome_core.replay import record
@@ -94,7 +96,7 @@ class VectorGrids:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantisedVectors:
-    """codes uint8 and values float32 [batch, rows, cols]; scale float32 [batch, vectors]."""
+    """codes uint8 and values float32 [..., rows, cols]; scale float32 [..., vectors]."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -211,6 +213,54 @@ def quantise_columns(
         scale = torch.empty_like(grids.top).scatter_(1, feedback.order, encoder.scale)
     decoded = (codes - grids.top[:, None] / 2) * scale[:, None]
     return QuantisedVectors(codes=codes.to(torch.uint8), scale=scale, values=decoded)
+
+
+def quantise_side_by_side(
+    lefts: Sequence[torch.Tensor],
+    bits: Sequence[torch.Tensor],
+    feedback: Sequence[ColumnFeedback] | None,
+) -> list[QuantisedVectors]:
+    """Quantise the U of several matrices, those of as many rows in one pass.
+
+    Args:
+        lefts: float32 [rows, cols] each.
+        bits: int64 [cols] each.
+        feedback: of each, a batch of one; None rounds to the nearest.
+
+    Returns:
+        codes and values [rows, cols] and scale [cols] of each, in order.
+    """
+    made: dict[int, QuantisedVectors] = {}
+    for n_rows in dict.fromkeys(len(left) for left in lefts):
+        places = [at for at, left in enumerate(lefts) if len(left) == n_rows]
+        widest = max(len(bits[at]) for at in places)
+        missing = {at: (0, widest - len(bits[at])) for at in places}
+        batch = quantise_columns(
+            torch.stack([pad(lefts[at], missing[at]) for at in places]),
+            torch.stack([pad(bits[at], missing[at], value=1) for at in places]),
+            _stack_feedback([feedback[at] for at in places], widest) if feedback else None,
+        )
+        for number, at in enumerate(places):
+            some = slice(len(bits[at]))
+            made[at] = QuantisedVectors(
+                codes=batch.codes[number, :, some],
+                scale=batch.scale[number, some],
+                values=batch.values[number, :, some],
+            )
+    return [made[at] for at in range(len(lefts))]
+
+
+def _stack_feedback(items: Sequence[ColumnFeedback], cols: int) -> ColumnFeedback:
+    """Put batches of one side by side; columns that one lacks come last and spread nothing."""
+    orders, spreads = [], []
+    for item in items:
+        have = item.order.shape[1]
+        more = torch.arange(have, cols, device=item.order.device)
+        orders.append(torch.cat([item.order[0], more]))
+        spread = torch.eye(cols, device=item.spread.device)
+        spread[:have, :have] = item.spread[0]
+        spreads.append(spread)
+    return ColumnFeedback(order=torch.stack(orders), spread=torch.stack(spreads))
 
 
 class _CodesOfRows:

@@ -279,7 +279,7 @@ def test_the_number_of_devices_does_not_change_a_byte(tmp_path, recipe):
     base, tuned = finetunes.save_pair(tmp_path, num_hidden_layers=3, dtype=torch.bfloat16)
     seen = []
     for devices in ("cpu", ["cpu", "cpu"], ["cpu", "cpu", "cpu"]):
-        out = tmp_path / f"on-{len(devices)}"
+        out = tmp_path / f"delta-{len(seen)}"
         done = []
         compress_checkpoint(base, tuned, out, recipe, device=devices, on_layer=done.append)
         assert sorted(layer.index for layer in done) == [0, 1, 2, 3]

@@ -4,7 +4,12 @@ import torch
 from deltacome_core.factorise import NamedDelta, factorise_matrices
 from deltacome_core.quantize import unbias_sigma
 from deltacome_core.recipe import get_recipe
-from deltacome_core.vectors import prepare_columns, quantise_columns, quantise_rows
+from deltacome_core.vectors import (
+    prepare_columns,
+    quantise_columns,
+    quantise_rows,
+    quantise_side_by_side,
+)
 
 
 def draw(*shape, seed=0):
@@ -61,6 +66,24 @@ def test_a_batch_gives_what_its_elements_give_alone():
         one = slice(at, at + 1)
         alone = quantise_rows(values[one], bits[one], prepare_columns(hessian[one], damping=0.01))
         assert torch.equal(whole.codes[one], alone.codes)
+
+
+@pytest.mark.parametrize("with_feedback", [True, False])
+def test_matrices_side_by_side_give_what_each_gives_alone(with_feedback):
+    shapes = [(40, 200), (24, 64), (40, 150)]
+    lefts = [draw(*shape, seed=at) for at, shape in enumerate(shapes)]
+    bits = [widths((4, 10), (2, 20), (1, cols - 30)) for _, cols in shapes]
+    feedback = [
+        prepare_columns(hessian_of(cols, seed)[None], damping=0.01)
+        for seed, (_, cols) in enumerate(shapes)
+    ]
+    together = quantise_side_by_side(lefts, bits, feedback if with_feedback else None)
+    for at, made in enumerate(together):
+        alone = quantise_columns(
+            lefts[at][None], bits[at][None], feedback[at] if with_feedback else None
+        )
+        assert torch.equal(made.codes, alone.codes[0])
+        assert torch.equal(made.scale, alone.scale[0])
 
 
 def test_codes_stay_on_their_grids():
