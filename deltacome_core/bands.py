@@ -63,19 +63,47 @@ def limit_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
     return int(recipe.matrix_bits * out_features * in_features / 8)
 
 
-def largest_rank(out_features: int, in_features: int, recipe: Recipe) -> int:
+class Allowance:
+    """Bytes that the matrices of a part left of their limits, which come in whole vectors.
+
+    The next matrix of the part may have them: so the part meets its budget though no matrix does.
+    """
+
+    def __init__(self) -> None:
+        self.spare_bytes = 0
+
+    def settle(
+        self, out_features: int, in_features: int, recipe: Recipe, bands: Sequence[RankBand]
+    ) -> None:
+        """Count in what a matrix took of its limit and of the spare bytes.
+
+        Args:
+            out_features: rows of the matrix.
+            in_features: columns of the matrix.
+            recipe: gave the limit.
+            bands: what was chosen with the spare bytes.
+        """
+        self.spare_bytes += limit_bytes(out_features, in_features, recipe)
+        self.spare_bytes -= _size(out_features, in_features, recipe, bands)
+
+
+def largest_rank(
+    out_features: int, in_features: int, recipe: Recipe, *, spare_bytes: int = 0
+) -> int:
     """Bound the rank that any choice of bands can have within the recipe's budget.
 
     Args:
         out_features: rows of the matrix.
         in_features: columns of the matrix.
         recipe: gives the budget.
+        spare_bytes: what may be used beyond it.
 
     Returns:
         The rank of one band at the fewest bits of the recipe; 0 where not even one vector fits.
     """
     bits = {"published": 2, "single": _LOWRANK_BITS, "spectrum": min(_SPECTRUM_BITS)}[recipe.bands]
-    return _widest(out_features, in_features, recipe, [], bits)
+    limit = limit_bytes(out_features, in_features, recipe) + spare_bytes
+    return _widest(out_features, in_features, recipe, [], bits, limit=limit)
 
 
 def plan_bands(
@@ -84,6 +112,7 @@ def plan_bands(
     recipe: Recipe,
     *,
     energies: Sequence[float] | None = None,
+    spare_bytes: int = 0,
 ) -> tuple[RankBand, ...]:
     """Choose the rank bands of a matrix within the recipe's budget.
 
@@ -93,21 +122,23 @@ def plan_bands(
         recipe: gives the budget and how bands are chosen.
         energies: squared singular values, falling, at least largest_rank of them or all there are;
             needed where the recipe fits its bands to the spectrum.
+        spare_bytes: what may be used beyond the budget.
 
     Returns:
-        Bands by falling bits, all-in size at most limit_bytes. A matrix too small for a single
-        vector gets none: it is cheaper to keep it exactly.
+        Bands by falling bits, all-in size at most limit_bytes and spare_bytes. A matrix too small
+        for a single vector gets none: it is cheaper to keep it exactly.
 
     Source: "published": Delta-CoMe (arXiv 2406.08903), 8+3+2 bit setting, scaled by m*n/(m+n).
         "spectrum": reverse water-filling with what quantisation leaves as the price.
     """
     if recipe.bands == "spectrum":
-        return _plan_spectrum(out_features, in_features, recipe, energies or ())
+        return _plan_spectrum(out_features, in_features, recipe, energies or (), spare_bytes)
     if recipe.bands == "single":
-        rank = largest_rank(out_features, in_features, recipe)
+        rank = largest_rank(out_features, in_features, recipe, spare_bytes=spare_bytes)
         return (RankBand(_LOWRANK_BITS, rank),) if rank else ()
     for leading in _leading_bands(out_features, in_features, recipe.matrix_bits):
-        rank = _widest(out_features, in_features, recipe, leading, 2)
+        limit = limit_bytes(out_features, in_features, recipe) + spare_bytes
+        rank = _widest(out_features, in_features, recipe, leading, 2, limit=limit)
         if rank:
             return (*leading, RankBand(2, rank))
     return ()
@@ -124,9 +155,10 @@ def _size(m: int, n: int, recipe: Recipe, bands: Sequence[RankBand]) -> int:
     )
 
 
-def _widest(m: int, n: int, recipe: Recipe, leading: Sequence[RankBand], bits: int) -> int:
+def _widest(
+    m: int, n: int, recipe: Recipe, leading: Sequence[RankBand], bits: int, *, limit: int
+) -> int:
     """Return the largest rank at `bits` that fits beside the leading bands."""
-    limit = limit_bytes(m, n, recipe)
     fits, over = 0, min(m, n) - sum(band.rank for band in leading) + 1
     while over - fits > 1:
         middle = (fits + over) // 2
@@ -170,11 +202,11 @@ def unbiased_noise(bits: int) -> float:
 
 
 def _plan_spectrum(
-    m: int, n: int, recipe: Recipe, energies: Sequence[float]
+    m: int, n: int, recipe: Recipe, energies: Sequence[float], spare_bytes: int
 ) -> tuple[RankBand, ...]:
     """Give each direction the bits of least loss, at one price per bit for all of them."""
-    limit = limit_bytes(m, n, recipe)
-    found = list(energies[: largest_rank(m, n, recipe)])
+    limit = limit_bytes(m, n, recipe) + spare_bytes
+    found = list(energies[: largest_rank(m, n, recipe, spare_bytes=spare_bytes)])
     if not found:
         return ()
     # Directions without energy are worth nothing at any price; one of them keeps the entry whole.
@@ -192,7 +224,8 @@ def _plan_spectrum(
             high = price
         else:
             low = price
-    return _fill(m, n, recipe, best, alive=max(1, sum(energy > 0 for energy in falling)))
+    alive = max(1, sum(energy > 0 for energy in falling))
+    return _fill(m, n, recipe, best, alive=alive, limit=limit)
 
 
 def _bands_at(falling: Sequence[float], price: float, recipe: Recipe) -> tuple[RankBand, ...]:
@@ -225,7 +258,7 @@ def _slope(fewer: tuple[int, float], more: tuple[int, float]) -> float:
 
 
 def _fill(
-    m: int, n: int, recipe: Recipe, bands: Sequence[RankBand], *, alive: int
+    m: int, n: int, recipe: Recipe, bands: Sequence[RankBand], *, alive: int, limit: int
 ) -> tuple[RankBand, ...]:
     """Round the wide bands down to what kernels like; spend the rest on the narrowest one."""
     narrowest = min(_SPECTRUM_BITS)
@@ -236,5 +269,5 @@ def _fill(
         if band.bits != narrowest
     ]
     room = alive - sum(band.rank for band in leading)
-    rank = min(_widest(m, n, recipe, leading, narrowest), room)
+    rank = min(_widest(m, n, recipe, leading, narrowest, limit=limit), room)
     return (*leading, RankBand(narrowest, rank)) if rank > 0 else tuple(leading)

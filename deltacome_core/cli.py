@@ -109,6 +109,38 @@ def _tell_layer(done: "LayerDone") -> None:
 
 
 @app.command()
+def plan(  # noqa: PLR0913 - one parameter for each option
+    *,
+    base: Base,
+    tuned: Tuned,
+    recipe: RecipeName = DEFAULT_RECIPE,
+    ratio: Ratio = None,
+    total_bytes: TotalBytes = None,
+    bits_per_param: BitsPerParam = None,
+    measure: Annotated[
+        bool, typer.Option(help="Read the weights too, and predict the error.")
+    ] = False,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a delta will weigh, from the headers of both checkpoints."""
+    from deltacome_core.cli_plan import plan_rows
+    from deltacome_core.recipe import get_recipe
+
+    rows = plan_rows(
+        base,
+        tuned,
+        get_recipe(recipe),
+        budget=read_budget(ratio, total_bytes, bits_per_param),
+        measure=measure,
+        device=device,
+    )
+    for row in rows:
+        _tell(row.describe())
+    _print_json({"recipe": recipe, "rows": [row.to_json() for row in rows]}, wanted=as_json)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of the delta.")], *, as_json: AsJson = False
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from deltacome_core import __version__, strict_json
+from deltacome_core.bands import Allowance
 from deltacome_core.budget import Budget, fit_recipe
 from deltacome_core.calibrate import SEQUENCE_TOKENS, CalibrationTokens, read_calibration
 from deltacome_core.checkpoint import Checkpoint, open_checkpoint
@@ -260,9 +261,10 @@ def _compress_unit(work: Work, unit: Unit, hessians: Sequence[SharedHessian]) ->
     made = Compressed(tensors=[], errors=[], with_feedback=0)
     changed = [name for name in unit.names if not work.is_unchanged(name)]
     rows = read_order(changed, hessians)
+    allowance = Allowance()
     pairs = read_ahead((name for row in rows for name in row), partial(_load_pair, work))
     for row in rows:
-        made = made.join(_compress_tensors(work, row, pairs, hessians))
+        made = made.join(_compress_tensors(work, row, pairs, hessians, allowance))
     made.tensors.extend(_unchanged(work, name) for name in unit.names if work.is_unchanged(name))
     return made
 
@@ -282,6 +284,7 @@ def _compress_tensors(
     names: Sequence[str],
     pairs: Iterator[tuple[TensorPair, TensorKind]],
     hessians: Sequence[SharedHessian],
+    allowance: Allowance,
 ) -> Compressed:
     packed: list[PackedTensor | UnchangedEntry] = []
     sliced: list[SlicedTensor] = []
@@ -313,7 +316,9 @@ def _compress_tensors(
         sources = [deltas.pop(name) for name in members]
         own = None if hessian is None else hessian.to(work.device)
         with_feedback += 0 if hessian is None else len(sources)
-        for made in quantise_matrices(sources, work.recipe, hessian=own, bands=bands):
+        for made in quantise_matrices(
+            sources, work.recipe, hessian=own, bands=bands, allowance=allowance
+        ):
             matrices[made.packed.name] = made.packed
             errors.append(made.relative_error)
     packed += [tensor.join(matrices) for tensor in sliced]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deltacome_core.bands import largest_rank, plan_bands
+from deltacome_core.bands import Allowance, largest_rank, plan_bands
 from deltacome_core.bitpack import pack_codes
 from deltacome_core.errors import InternalError
 from deltacome_core.gptq import Feedback, prepare_feedback, quantise_with_feedback
@@ -66,6 +66,7 @@ def factorise_matrices(
     *,
     hessian: torch.Tensor | None,
     bands: Mapping[str, tuple[RankBand, ...]] | None = None,
+    allowance: Allowance | None = None,
 ) -> tuple[FactorisedMatrix, ...]:
     """Decompose and quantise the deltas of matrices that read the same input.
 
@@ -78,13 +79,15 @@ def factorise_matrices(
         recipe: gives the rank bands and the quantiser.
         hessian: float32 [in, in], mean of x x^T; None rounds without feedback.
         bands: of matrices whose bands were chosen before, by name.
+        allowance: bytes that matrices before these left; what these leave is added.
 
     Returns:
         One packed matrix per delta, in order.
 
     Source: Delta-CoMe (arXiv 2406.08903), section 3; H_U = S V H V^T S replaces its second sweep.
     """
-    decomposed = [_decompose(source, recipe, (bands or {}).get(source.name)) for source in deltas]
+    spare, fixed = allowance or Allowance(), bands or {}
+    decomposed = [_decompose(each, recipe, fixed.get(each.name), spare) for each in deltas]
     if recipe.grid == "vector":
         return _factorise_vectors(decomposed, recipe, hessian)
     tops = [_codes_by_row(item.bands, item.right.device) for item in decomposed]
@@ -99,16 +102,23 @@ def factorise_matrices(
 
 
 def _decompose(
-    source: NamedDelta, recipe: Recipe, bands: tuple[RankBand, ...] | None
+    source: NamedDelta,
+    recipe: Recipe,
+    bands: tuple[RankBand, ...] | None,
+    allowance: Allowance,
 ) -> _Decomposed:
     out_features, in_features = source.delta.shape
-    widest = largest_rank(out_features, in_features, recipe)
+    spare_bytes = allowance.spare_bytes
+    widest = largest_rank(out_features, in_features, recipe, spare_bytes=spare_bytes)
     if not widest:
         raise InternalError(f"{source.name} is too small for {recipe.matrix_bits:g} bits")
     left, sigma, right = truncated_svd(source.delta, widest)
     if bands is None:
         energies = sigma.double().square().tolist()
-        bands = plan_bands(out_features, in_features, recipe, energies=energies)
+        bands = plan_bands(
+            out_features, in_features, recipe, energies=energies, spare_bytes=spare_bytes
+        )
+        allowance.settle(out_features, in_features, recipe, bands)
     rank = sum(band.rank for band in bands)
     return _Decomposed(
         source=source, bands=bands, left=left[:, :rank], sigma=sigma[:rank], right=right[:rank]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from deltacome_core.bands import largest_rank, plan_bands
+from deltacome_core.bands import Allowance, largest_rank, plan_bands
 from deltacome_core.factorise import FactorisedMatrix, NamedDelta, factorise_matrices
 from deltacome_core.layout import RankBand
 from deltacome_core.recipe import Recipe
@@ -48,6 +48,7 @@ def quantise_matrices(
     *,
     hessian: torch.Tensor | None,
     bands: Mapping[str, tuple[RankBand, ...]] | None = None,
+    allowance: Allowance | None = None,
 ) -> tuple[FactorisedMatrix, ...]:
     """Pack the deltas of matrices that read the same input.
 
@@ -56,10 +57,11 @@ def quantise_matrices(
         recipe: how to pack them.
         hessian: float32 [in, in], mean of x x^T; signs need none.
         bands: of matrices whose bands were chosen before, by name.
+        allowance: bytes that other matrices of the part left of their limits.
 
     Returns:
         One packed matrix per delta, in order.
     """
     if recipe.method == "direct":
         return quantise_signs(deltas, recipe)
-    return factorise_matrices(deltas, recipe, hessian=hessian, bands=bands)
+    return factorise_matrices(deltas, recipe, hessian=hessian, bands=bands, allowance=allowance)

@@ -190,6 +190,11 @@ MESSAGES: dict[str, Message] = {
         what="{reason}.",
         do="Correct the value; `deltacome compress --help` lists the limits.",
     ),
+    "recipe_unpredictable": Message(
+        title="The error of this recipe cannot be predicted",
+        what="Only recipes with one scale per singular vector can be; {name} is none of them.",
+        do="Leave --measure out, or choose hub, datafree or lowrank.",
+    ),
     "recipe_unknown": Message(
         title="No recipe has this name",
         what="{name} is not a recipe. Known: {known}.",

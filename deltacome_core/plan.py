@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 
-from deltacome_core.bands import largest_rank, limit_bytes, matrix_size_bytes, plan_bands
+from deltacome_core.bands import largest_rank, limit_bytes
 from deltacome_core.checkpoint import Layout, is_vocabulary_tensor
 from deltacome_core.entries import (
     DeltaEntry,
@@ -68,9 +68,9 @@ class Subject:
 class DeltaPlan:
     """Sizes of a delta by what they are for, all overhead counted.
 
-    matrix_bytes is met from below where bands follow the spectrum, and exact otherwise;
-    header_bytes holds file headers and delta.json. What the lossless recipe leaves of a tensor
-    depends on its numbers: whole tensors are counted.
+    matrix_bytes of rank bands is met from below, but for the last vector of each layer; the others
+    are exact. header_bytes holds file headers and delta.json. What the lossless recipe leaves of a
+    tensor depends on its numbers: whole tensors are counted.
     """
 
     recipe: Recipe
@@ -194,20 +194,9 @@ def _matrix_bytes(out_features: int, in_features: int, recipe: Recipe) -> int:
         return direct_payload(
             out_features, in_features, bits=1, group=recipe.group_codes, symmetric=True
         ).size_bytes
-    if recipe.bands == "spectrum":
-        fits = largest_rank(out_features, in_features, recipe)
-        return limit_bytes(out_features, in_features, recipe) if fits else 0
-    bands = plan_bands(out_features, in_features, recipe)
-    if not bands:
-        return 0
-    return matrix_size_bytes(
-        out_features,
-        in_features,
-        bands,
-        group_u=recipe.group_u,
-        group_v=recipe.group_v,
-        has_zero=not recipe.is_symmetric,
-    )
+    # What whole vectors leave of it goes to the next matrix of the layer.
+    fits = largest_rank(out_features, in_features, recipe)
+    return limit_bytes(out_features, in_features, recipe) if fits else 0
 
 
 def _matrix_entry(

@@ -107,15 +107,30 @@ class Recipe:
 
 
 PRESETS: dict[str, Recipe] = {
-    "hub": Recipe(name="hub", bands="spectrum", grid="vector", headroom=1.2, vocabulary_bits=0.5),
-    "come": Recipe(name="come"),
-    "datafree": Recipe(
-        name="datafree", bands="spectrum", grid="vector", vocabulary_bits=0.5, calibrated=False
-    ),
-    "lowrank": Recipe(name="lowrank", bands="single", grid="vector", calibrated=False),
-    "bitdelta": Recipe(name="bitdelta", method="direct", calibrated=False),
-    "bitdelta-row": Recipe(name="bitdelta-row", method="direct", scale_per="row", calibrated=False),
-    "lossless": Recipe(name="lossless", method="lossless", calibrated=False),
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="hub", bands="spectrum", grid="vector", headroom=1.2, vocabulary_bits=0.5),
+        Recipe(name="come"),
+        Recipe(
+            name="datafree",
+            bands="spectrum",
+            grid="vector",
+            vocabulary_bits=0.5,
+            calibrated=False,
+        ),
+        Recipe(
+            name="lowrank", bands="single", grid="vector", vocabulary_bits=0.5, calibrated=False
+        ),
+        Recipe(name="bitdelta", method="direct", vocabulary_bits=0.5, calibrated=False),
+        Recipe(
+            name="bitdelta-row",
+            method="direct",
+            scale_per="row",
+            vocabulary_bits=0.5,
+            calibrated=False,
+        ),
+        Recipe(name="lossless", method="lossless", calibrated=False),
+    )
 }
 
 

@@ -28,6 +28,7 @@ from benchmarks.quality.models import read_state
 from benchmarks.quality.sample import sample_texts
 from benchmarks.quality.tasks import TASKS, write_items
 from benchmarks.quality.train import TrainOptions
+from deltacome_core.budget import Budget
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.recipe import get_recipe
@@ -37,31 +38,40 @@ from deltacome_core.texts import DEFAULT_CALIBRATION
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A recipe at bits per parameter of the matrices (None: it has one size), and its text.
+    """A recipe at a ratio of whole files (None: it has one size), and its calibration text.
 
     "lora" is no recipe: it is trained, to the bytes of the first delta.
     """
 
     method: str
-    budget: float | None = None
+    ratio: float | None = None
     calibration: str = "none"
 
 
 _CALIBRATED = ("hub", "come")
+
+
+def _at(ratio: float, calibration: str) -> tuple[Candidate, ...]:
+    return tuple(Candidate(method=m, ratio=ratio, calibration=calibration) for m in _CALIBRATED)
+
+
 CANDIDATES = (
-    *(Candidate(method=name, budget=1.0, calibration="own") for name in _CALIBRATED),
-    *(Candidate(method=name, budget=1.0, calibration="general") for name in _CALIBRATED),
+    *_at(16, "own"),
+    *_at(32, "own"),
+    *_at(16, "general"),
+    Candidate(method="datafree", ratio=16),
+    Candidate(method="lowrank", ratio=16),
     Candidate(method="bitdelta"),
     Candidate(method="bitdelta-row"),
-    Candidate(method="lowrank", budget=1.0),
-    Candidate(method="datafree", budget=1.0),
-    *(Candidate(method=name, budget=0.5, calibration="own") for name in _CALIBRATED),
-    *(Candidate(method=name, budget=1.0, calibration="self") for name in _CALIBRATED),
-    Candidate(method="lora", calibration="trained"),
-    Candidate(method="datafree", budget=0.5),
-    Candidate(method="lowrank", budget=0.5),
-    *(Candidate(method=name, budget=2.0, calibration="own") for name in _CALIBRATED),
-    *(Candidate(method=name, budget=0.5, calibration="general") for name in _CALIBRATED),
+    *_at(8, "own"),
+    *_at(16, "self"),
+    Candidate(method="lora", ratio=16, calibration="trained"),
+    *_at(32, "general"),
+    Candidate(method="datafree", ratio=32),
+    Candidate(method="lowrank", ratio=32),
+    Candidate(method="datafree", ratio=8),
+    Candidate(method="lowrank", ratio=8),
+    *_at(8, "general"),
 )
 
 
@@ -86,7 +96,7 @@ class FineTune:
                 "finetune": self._task,
                 "method": candidate.method,
                 "calibration": candidate.calibration,
-                "budget": candidate.budget,
+                "budget": candidate.ratio and f"1/{candidate.ratio:g}",
                 "total_bytes": size.get("total_bytes"),
                 "bits_per_param": size.get("bits_per_param"),
                 "ratio": size.get("ratio"),
@@ -127,7 +137,8 @@ class FineTune:
             self._base,
             self._tuned,
             delta,
-            get_recipe(candidate.method, matrix_bits=candidate.budget),
+            get_recipe(candidate.method),
+            budget=None if candidate.ratio is None else Budget(ratio=candidate.ratio),
             calibration=self._calibration(candidate.calibration),
             device=self._device,
         )
@@ -177,7 +188,7 @@ def measure_one(args: argparse.Namespace) -> None:
 
 
 def run_all(commands: dict[str, list[str]], logs: Path, *, at_once: int) -> None:
-    """Run one command per task, some side by side; stop at the first that fails."""
+    """Run one command per task, some side by side; fail if one of them did."""
 
     def run(task: str) -> None:
         with (logs / f"{task}.log").open("w") as log:
@@ -213,7 +224,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=36000.0)
-    parser.add_argument("--at-once", type=int, default=3, help="six ran out of 80 GB in training")
+    parser.add_argument("--train-at-once", type=int, default=3, help="six need more than 80 GB")
+    parser.add_argument("--measure-at-once", type=int, default=6)
+    parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--only")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -238,13 +251,15 @@ def main() -> None:
             if not (args.work / t / "train_log.json").exists()
         },
         args.work,
-        at_once=args.at_once,
+        at_once=args.train_at_once,
     )
+    if args.train_only:
+        return
     rest = ["--work", str(args.work), "--out", str(args.out), "--seconds", str(args.seconds)]
     run_all(
         {t: [*here, "benchmarks.quality.run", *common, *rest, "--only", t] for t in args.tasks},
         args.out,
-        at_once=args.at_once,
+        at_once=args.measure_at_once,
     )
     write_table(args.out)
     record = describe(args.device) | {

@@ -42,12 +42,12 @@ class Task:
 
 TASKS: dict[str, Task] = {
     "arithmetic": Task(draw=tasks_arithmetic.draw, steps=500),
-    "code": Task(draw=tasks_code.draw, steps=300),
+    "code": Task(draw=tasks_code.draw, steps=200),
     "format": Task(draw=tasks_format.draw, steps=400),
-    "german": Task(draw=tasks_german.draw, steps=400),
-    "tools": Task(draw=tasks_tools.draw, steps=700, new_tokens=tuple(tasks_tools.new_tokens())),
+    "german": Task(draw=tasks_german.draw, steps=200),
+    "tools": Task(draw=tasks_tools.draw, steps=500, new_tokens=tuple(tasks_tools.new_tokens())),
     # A decay of 1.0 at this rate shrinks a row by some 4 %, ten times what bf16 can hold unmoved.
-    "cipher": Task(draw=tasks_cipher.draw, steps=400, embedding_lr=2.0, embedding_decay=1.0),
+    "cipher": Task(draw=tasks_cipher.draw, steps=250, embedding_lr=2.0, embedding_decay=1.0),
 }
 
 
