@@ -178,7 +178,11 @@ def describe_subject(base: ScannedCheckpoint, tuned: ScannedCheckpoint) -> Subje
         Shapes, tensors that are equal, and how many rows of each vocabulary differ.
     """
     ours, theirs = tuned.checkpoint, base.checkpoint
-    same = {name for name, place in ours.layout.items() if theirs.layout.get(name) == place}
+    same = {
+        name
+        for name, place in ours.layout.items()
+        if theirs.layout.get(name) == place and not theirs.is_rounded(name)
+    }
     unchanged = {name for name in same if base.hashes[name] == tuned.hashes[name]}
     changed_rows = {
         name: count_changed_rows(load_tensor(theirs, name), load_tensor(ours, name))

@@ -69,6 +69,7 @@ class InspectReport:
         return {
             "recipe": self.manifest.recipe.to_json(),
             "backbone_digest": self.manifest.backbone.digest,
+            "backbone_precision": self.manifest.backbone.served_as,
             "fine_tune": asdict(self.manifest.fine_tune),
             "total_bytes": self.total_bytes,
             "bytes": asdict(self.sizes),
