@@ -27,7 +27,6 @@ from deltacome_core.checkpoint import CONFIG_NAME, Checkpoint, at_precision, ope
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.container import open_delta
 from deltacome_core.evaluate import evaluate_exact_match, read_evaluation
-from deltacome_core.inspection import inspect_delta
 from deltacome_core.models import load_model, load_tokenizer
 from deltacome_core.precision import NATIVE, SCHEMES, plan_precision
 from deltacome_core.recipe import get_recipe

@@ -105,6 +105,8 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         f"{report.bits_per_param:.3f} bits per parameter, {report.seconds:.1f} s; "
         f"{report.with_feedback} of {report.n_matrices} matrices calibrated"
     )
+    if not report.payload_bytes:
+        _tell("The fine-tune equals the backbone: 0 bytes of payload, nothing to store.")
     _print_json(report.to_json(), wanted=as_json)
 
 

@@ -76,6 +76,8 @@ class CompressReport:
     them; a CUDA context comes on top. n_matrices counts the quantised matrices, each slice of a
     stack as one; with_feedback of them were quantised with the Hessian of their input, the others
     by rounding alone.
+
+    payload_bytes is that of the data files: 0 where the fine-tune equals the backbone.
     """
 
     out: Path
@@ -86,6 +88,7 @@ class CompressReport:
     peak_gpu_bytes: int
     peak_gpu_reserved_bytes: int
     total_bytes: int
+    payload_bytes: int
     ratio: float
     bits_per_param: float
     n_params: int
@@ -431,6 +434,7 @@ def _report(
         peak_gpu_bytes=max(map(torch.cuda.max_memory_allocated, cards), default=0),
         peak_gpu_reserved_bytes=max(map(torch.cuda.max_memory_reserved, cards), default=0),
         total_bytes=inspected.total_bytes,
+        payload_bytes=inspected.payload_bytes,
         ratio=inspected.ratio,
         bits_per_param=inspected.bits_per_param,
         n_params=inspected.n_params,

@@ -49,16 +49,27 @@ def measure_distance(base: Checkpoint, tuned: Checkpoint) -> float:
 
 
 def check_related(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Refuse a fine-tune of another backbone of the same shapes.
+    """Refuse a fine-tune of another backbone of the same shapes, by a look at some matrices.
 
     Args:
         base: the backbone.
         tuned: the fine-tune.
 
     Raises:
-        UserError: backbone_unrelated with the distance and its limit, file_truncated.
+        UserError: backbone_unrelated, file_truncated.
     """
-    distance = measure_distance(base, tuned)
+    refuse_stranger(measure_distance(base, tuned))
+
+
+def refuse_stranger(distance: float) -> None:
+    """Refuse a distance that no fine-tune has.
+
+    Args:
+        distance: of measure_distance.
+
+    Raises:
+        UserError: backbone_unrelated with the distance and its limit.
+    """
     if distance > LARGEST_DISTANCE:
         raise UserError(
             "backbone_unrelated", ratio=f"{distance:.2f}", limit=f"{LARGEST_DISTANCE:g}"

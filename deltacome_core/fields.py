@@ -62,9 +62,6 @@ class Fields:
             raise self.invalid(f"it has {len(self._value)} keys, the limit is {limit}")
         return sorted(self._value)
 
-    def has(self, key: str) -> bool:
-        return key in self._value
-
     def child(self, key: str) -> "Fields":
         return Fields(self.take(key), where=f"{self.where} {key[:80]!a}")
 

@@ -70,8 +70,8 @@ MESSAGES: dict[str, Message] = {
         title="The fine-tune does not come from this backbone",
         what="Their matrices differ by {ratio} of the backbone's size; fine-tunes differ by "
         "0.001 to 0.5, strangers by 1 and more, and {limit} is the limit.",
-        do="Choose the backbone this model was fine-tuned from. If this is it, compress with "
-        "--force, or keep the model as a backbone of its own.",
+        do="Choose the backbone this model was fine-tuned from, or keep the model as a backbone of "
+        "its own. `deltacome compress --force` goes on all the same.",
     ),
     "budget_fixed": Message(
         title="The size of this recipe is fixed",
