@@ -93,6 +93,13 @@ MESSAGES: dict[str, Message] = {
         what="It holds {n_tokens} tokens; {needed} are needed.",
         do="Add more text of the kind the fine-tune is used on, or choose the datafree recipe.",
     ),
+    "checkpoint_quantised": Message(
+        title="The weights are packed by a quantiser",
+        what="{tensors} hold codes or scales of {packer}, not weights.",
+        do="Give the checkpoint in bf16, fp16 or fp32. For a backbone that is served quantised, "
+        "save its dequantised weights as a checkpoint and name that, or name the original with "
+        "--backbone-precision.",
+    ),
     "config_unsafe": Message(
         title="The model asks for its own code",
         what="{file} holds {found}, which would run Python code that came with the model.",

@@ -13,6 +13,7 @@ from deltacome_core.checkpoint import (
 )
 from deltacome_core.delta import scan_checkpoint
 from deltacome_core.distance import measure_distance, refuse_stranger
+from deltacome_core.quantised import refuse_quantised
 from workers.report import Report
 from workers.spec import Candidate, StepSpec
 
@@ -27,6 +28,7 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
         UserError: whatever is wrong with the upload.
     """
     checkpoint = open_checkpoint(spec.tuned)
+    refuse_quantised(checkpoint.layout)
     for sidecar in sorted(spec.tuned.glob("*.json")):
         check_config(read_json_object(sidecar, code="not_a_checkpoint"), file=sidecar.name)
     report.log(f"reading {len(checkpoint.tensors)} tensors")
