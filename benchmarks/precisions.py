@@ -5,7 +5,7 @@
 
 Every subject is written as a plain checkpoint and held against the fine-tune by the functions that
 `deltacome verify` and `deltacome evaluate` use. `kl` is KL(fine-tune || subject) in nats a token on
-the answers of the fine-tune's evaluation.jsonl. `recovery` is 1 - kl / KL(fine-tune || stored
+the answers of up to 60 items of the fine-tune's evaluation.jsonl, `score` exact match on such. `recovery` is 1 - kl / KL(fine-tune || stored
 backbone) in every row, and `weight_error` ||subject - fine-tune|| / ||fine-tune - stored backbone||
 over the matrices of the decoder, so that rows of different precision can be compared.
 """
@@ -38,9 +38,8 @@ from deltacome_core.verify import compare_models, measure_recovery, read_scored_
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tiny-llama"
 STORED_DTYPES = ("BF16", "F16", "F32")
-DELTAS = (("datafree", 1.0), ("datafree", 2.0), ("hub", 1.0), ("bitdelta-row", 1.0))
+DELTAS = (("datafree", 1.0), ("datafree", 2.0), ("bitdelta-row", 1.0))
 MAX_ITEMS = 60
-MAX_NEW_TOKENS = 64
 
 
 class Judge:
@@ -52,7 +51,10 @@ class Judge:
         items = tuned.path / "evaluation.jsonl"
         found = read_evaluation(items)
         self._items = found[:: -(-len(found) // MAX_ITEMS)]
-        self._texts = read_scored_texts([items], self._tokenizer)
+        answers = [self._tokenizer.encode(item.answer) for item in self._items]
+        self._max_new_tokens = max(map(len, answers)) + 2
+        texts = read_scored_texts([items], self._tokenizer)
+        self._texts = texts[:: -(-len(texts) // MAX_ITEMS)]
         self._reference = load_model(tuned.path, device=device)
         precision = plan_precision("int4", base.layout)
         self._matrices = sorted(precision.tensors) if precision else []
@@ -65,7 +67,7 @@ class Judge:
         # The stored backbone is judged first, and sets the measure for all others.
         self._kl_backbone = self._kl_backbone or found.kl
         score = evaluate_exact_match(
-            model, self._tokenizer, self._items, max_new_tokens=MAX_NEW_TOKENS
+            model, self._tokenizer, self._items, max_new_tokens=self._max_new_tokens
         )
         return {
             "kl": found.kl,

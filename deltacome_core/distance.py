@@ -1,7 +1,7 @@
 """How far a fine-tune is from a backbone: tells a fine-tune of another one before the work."""
 
 import statistics
-from math import prod
+from math import isfinite, prod
 
 import torch
 
@@ -44,7 +44,8 @@ def measure_distance(base: Checkpoint, tuned: Checkpoint) -> float:
     ]
     step = max(1.0, len(shared) / COMPARED_MATRICES)
     chosen = [shared[int(index * step)] for index in range(min(len(shared), COMPARED_MATRICES))]
-    found = [_relative_difference(base, tuned, name) for name in chosen]
+    # NaN and infinity are the business of scan_checkpoint, which names them.
+    found = [d for name in chosen if isfinite(d := _relative_difference(base, tuned, name))]
     return statistics.median(found) if found else 0.0
 
 

@@ -111,6 +111,17 @@ def test_a_fine_tune_of_another_backbone_is_refused_before_any_work(strangers, t
     assert compress_checkpoint(*strangers, tmp_path / "delta", FREE, force=True).n_matrices == 14
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_left_to_the_check_that_names_them(tmp_path, poison):
+    base, tuned = layers(lambda _number, values: values * 1.01, n=3)
+    for values in tuned.values():
+        values[0, 0] = poison
+    pair = [write_checkpoint(tmp_path / side, each) for side, each in (("b", base), ("t", tuned))]
+    with pytest.raises(UserError) as caught:
+        compress_checkpoint(*pair, tmp_path / "delta", FREE)
+    assert caught.value.code == "nan_weights"
+
+
 def test_a_real_fine_tune_is_related(trained_pair):
     check_related(*map(open_checkpoint, trained_pair))
 
