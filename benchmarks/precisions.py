@@ -5,9 +5,10 @@
 
 Every subject is written as a plain checkpoint and held against the fine-tune by the functions that
 `deltacome verify` and `deltacome evaluate` use. `kl` is KL(fine-tune || subject) in nats a token on
-the answers of up to 60 items of the fine-tune's evaluation.jsonl, `score` exact match on such. `recovery` is 1 - kl / KL(fine-tune || stored
-backbone) in every row, and `weight_error` ||subject - fine-tune|| / ||fine-tune - stored backbone||
-over the matrices of the decoder, so that rows of different precision can be compared.
+the answers of up to 60 items of the fine-tune's evaluation.jsonl, `score` exact match on as many.
+`recovery` is 1 - kl / KL(fine-tune || stored backbone) in every row, and `weight_error`
+||subject - fine-tune|| / ||fine-tune - stored backbone|| over the matrices of the decoder, so that
+rows of different precision can be compared.
 """
 
 import argparse
