@@ -4,14 +4,17 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltacome_core import strict_json
 from deltacome_core.errors import UserError
 from deltacome_core.safetensors_file import TensorInfo, read_chunks, read_header
+
+if TYPE_CHECKING:
+    from deltacome_core.precision import Precision
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -64,7 +67,11 @@ class TensorLocation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """An opened folder; `size_bytes` is that of its weight files, headers included."""
+    """An opened folder; `size_bytes` is that of its weight files, headers included.
+
+    With a `precision`, load_tensor gives what a server with fewer bits computes with; layout and
+    hashes stay those of the files.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -72,10 +79,15 @@ class Checkpoint:
     files: tuple[Path, ...]
     sidecars: tuple[Path, ...]
     size_bytes: int
+    precision: "Precision | None" = None
 
     @property
     def layout(self) -> Layout:
         return {name: (at.info.dtype, at.info.shape) for name, at in self.tensors.items()}
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether a tensor is served with other values than those in the files."""
+        return self.precision is not None and name in self.precision.tensors
 
     @property
     def n_params(self) -> int:
@@ -303,6 +315,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         sidecars=find_sidecars(folder),
         size_bytes=size_bytes,
     )
+
+
+def at_precision(checkpoint: Checkpoint, precision: "Precision | None") -> Checkpoint:
+    """See a checkpoint as it is served.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        precision: what the server computes with; None for the weights as they are stored.
+
+    Returns:
+        The same files, whose tensors load_tensor gives at that precision.
+    """
+    return replace(checkpoint, precision=precision)
 
 
 def locate_tensor(checkpoint: Checkpoint, name: str) -> TensorLocation:

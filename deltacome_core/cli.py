@@ -16,7 +16,9 @@ from deltacome_core.cli_options import (
     BitsPerParam,
     DeltaDir,
     Device,
+    Force,
     MatrixBits,
+    Precision,
     Ratio,
     RecipeName,
     Token,
@@ -26,6 +28,7 @@ from deltacome_core.cli_options import (
     read_budget,
 )
 from deltacome_core.errors import UserError
+from deltacome_core.precision import NATIVE
 from deltacome_core.recipe import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ _EXIT_CODES = {
     "header_truncated": EXIT_INTEGRITY,
     "backbone_mismatch": EXIT_INCOMPATIBLE,
     "backbone_digest_mismatch": EXIT_INCOMPATIBLE,
+    "backbone_unrelated": EXIT_INCOMPATIBLE,
     "fine_tune_mismatch": EXIT_INCOMPATIBLE,
     "residual_mismatch": EXIT_INCOMPATIBLE,
     "shape_mismatch": EXIT_INCOMPATIBLE,
@@ -72,6 +76,8 @@ def compress(  # noqa: PLR0913 - one parameter for each option
     calibration: Annotated[
         Path | None, typer.Option(help="Text (.txt or .jsonl) of the kind the fine-tune is for.")
     ] = None,
+    backbone_precision: Precision = NATIVE,
+    force: Force = False,
     device: Device = "cpu",
     devices: Annotated[
         str | None, typer.Option(help="CUDA devices that share the layers, for example 0,1.")
@@ -90,6 +96,8 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         budget=read_budget(ratio, total_bytes, bits_per_param, matrix_bits),
         calibration=calibration,
         device=device if devices is None else [f"cuda:{name}" for name in devices.split(",")],
+        backbone_precision=backbone_precision,
+        force=force,
         on_layer=_tell_layer,
     )
     _tell(
@@ -97,6 +105,8 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         f"{report.bits_per_param:.3f} bits per parameter, {report.seconds:.1f} s; "
         f"{report.with_feedback} of {report.n_matrices} matrices calibrated"
     )
+    if not report.payload_bytes:
+        _tell("The fine-tune equals the backbone: 0 bytes of payload, nothing to store.")
     _print_json(report.to_json(), wanted=as_json)
 
 
@@ -150,7 +160,8 @@ def inspect(
     report = inspect_delta(path)
     _tell(
         f"{report.manifest.fine_tune.architecture}, {report.n_params:,} parameters, "
-        f"recipe {report.manifest.recipe.name}\n"
+        f"recipe {report.manifest.recipe.name}, "
+        f"backbone served as {report.manifest.backbone.served_as}\n"
         f"{report.total_bytes:,} bytes, {report.ratio:.2f}x smaller, "
         f"{report.bits_per_param:.3f} bits per parameter"
     )

@@ -7,6 +7,7 @@ import typer
 
 from deltacome_core.budget import Budget
 from deltacome_core.errors import UserError
+from deltacome_core.precision import PRECISIONS
 from deltacome_core.recipe import PRESETS
 
 Base = Annotated[Path, typer.Option(help="Checkpoint folder of the backbone.")]
@@ -23,6 +24,12 @@ BitsPerParam = Annotated[
 MatrixBits = Annotated[
     float | None,
     typer.Option(help="Bits per parameter of the matrices alone, instead of a budget."),
+]
+Precision = Annotated[
+    str, typer.Option(help=f"What the backbone is served with: {', '.join(PRECISIONS)}.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Accept weights that look like another backbone's.")
 ]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]

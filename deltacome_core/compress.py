@@ -15,7 +15,7 @@ from deltacome_core import __version__, strict_json
 from deltacome_core.bands import Allowance
 from deltacome_core.budget import Budget, fit_recipe
 from deltacome_core.calibrate import SEQUENCE_TOKENS, CalibrationTokens, read_calibration
-from deltacome_core.checkpoint import Checkpoint, open_checkpoint
+from deltacome_core.checkpoint import Checkpoint, at_precision, open_checkpoint
 from deltacome_core.costs import HostPeak, Stages
 from deltacome_core.delta import (
     ScannedCheckpoint,
@@ -26,6 +26,7 @@ from deltacome_core.delta import (
     load_pair,
     scan_checkpoint,
 )
+from deltacome_core.distance import check_related
 from deltacome_core.entries import UnchangedEntry
 from deltacome_core.errors import UserError
 from deltacome_core.factorise import NamedDelta
@@ -46,6 +47,7 @@ from deltacome_core.moments import SharedHessian
 from deltacome_core.packed import ExactTensor, PackedLinear, PackedTensor
 from deltacome_core.parts import read_part, write_delta
 from deltacome_core.pipeline import read_ahead
+from deltacome_core.precision import NATIVE, Precision, plan_precision
 from deltacome_core.recipe import Recipe
 from deltacome_core.slices import SlicedTensor, slice_tensor
 from deltacome_core.texts import DEFAULT_CALIBRATION
@@ -75,6 +77,8 @@ class CompressReport:
     them; a CUDA context comes on top. n_matrices counts the quantised matrices, each slice of a
     stack as one; with_feedback of them were quantised with the Hessian of their input, the others
     by rounding alone.
+
+    payload_bytes is that of the data files: 0 where the fine-tune equals the backbone.
     """
 
     out: Path
@@ -85,6 +89,7 @@ class CompressReport:
     peak_gpu_bytes: int
     peak_gpu_reserved_bytes: int
     total_bytes: int
+    payload_bytes: int
     ratio: float
     bits_per_param: float
     n_params: int
@@ -123,7 +128,7 @@ def parts_folder(out_dir: Path) -> Path:
     return out_dir.with_name(f".{out_dir.name}.parts")
 
 
-def compress_checkpoint(
+def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by name
     base_dir: Path,
     tuned_dir: Path,
     out_dir: Path,
@@ -132,6 +137,8 @@ def compress_checkpoint(
     budget: Budget | None = None,
     calibration: Path | None = None,
     device: str | Sequence[str] = "cpu",
+    backbone_precision: str = NATIVE,
+    force: bool = False,
     on_layer: Callable[[LayerDone], None] | None = None,
 ) -> CompressReport:
     """Compress a fine-tune into a delta folder.
@@ -149,15 +156,19 @@ def compress_checkpoint(
         budget: of the whole delta, met within 1 % from below; by default the recipe's own sizes.
         calibration: .txt or .jsonl file; by default the fine-tune's own, else the built-in text.
         device: "cpu" or "cuda", or several of one type, over which the layers are spread.
+        backbone_precision: what the backbone will be served with, one of precision.PRECISIONS; the
+            delta is then fine-tune minus served backbone, rounding errors included.
+        force: go on where the weights say that the fine-tune comes from another backbone.
         on_layer: told about each layer once it is on disk, by one thread at a time.
 
     Returns:
         Sizes, time and peak memory.
 
     Raises:
-        UserError: output_exists, backbone_mismatch, nan_weights, calibration_too_short,
-            model_not_runnable, device_unavailable, budget_impossible, budget_fixed, and what
-            opening the checkpoints raises.
+        UserError: output_exists, backbone_mismatch, backbone_unrelated, nan_weights,
+            calibration_too_short, model_not_runnable, device_unavailable, budget_impossible,
+            budget_fixed, precision_unknown, precision_unusable, and what opening the checkpoints
+            raises.
 
     Source: Delta-CoMe (arXiv 2406.08903).
     """
@@ -171,6 +182,9 @@ def compress_checkpoint(
                 torch.cuda.reset_peak_memory_stats(each)
         base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
         check_backbone(base, tuned)
+        if not force:
+            check_related(base, tuned)
+        base = at_precision(base, _plan_precision(base, backbone_precision, recipe))
         tokens = _read_tokens(base, tuned, calibration) if recipe.calibrated else None
         with stages.measure("scan"):
             scanned = scan_checkpoint(base), scan_checkpoint(tuned)
@@ -211,6 +225,12 @@ def compress_checkpoint(
     )
 
 
+def _plan_precision(base: Checkpoint, name: str, recipe: Recipe) -> Precision | None:
+    if name != NATIVE and recipe.method == "lossless":
+        raise UserError("precision_unusable", reason="a lossless delta restores every bit anyway")
+    return plan_precision(name, base.layout)
+
+
 def _read_tokens(
     base: Checkpoint, tuned: Checkpoint, calibration: Path | None
 ) -> CalibrationTokens:
@@ -231,6 +251,7 @@ def _fingerprint(
 ) -> str:
     identity = {
         "backbone": base.digest,
+        "backbone_precision": _scheme(base.checkpoint),
         "fine_tune": tuned.digest,
         "recipe": asdict(recipe),
         "calibration": None if tokens is None else [tokens.sha256, tokens.digest],
@@ -238,6 +259,10 @@ def _fingerprint(
         "tools": _tools(recipe),
     }
     return hashlib.sha256(strict_json.dumps_canonical(identity)).hexdigest()
+
+
+def _scheme(base: Checkpoint) -> str:
+    return NATIVE if base.precision is None else base.precision.scheme
 
 
 def _tools(recipe: Recipe) -> dict[str, str]:
@@ -373,7 +398,11 @@ def _head(work: Work, tokens: CalibrationTokens | None, with_feedback: int) -> D
     tuned = work.tuned.checkpoint
     return DeltaManifest(
         recipe=RecipeRecord(name=work.recipe.name, settings=work.recipe.settings),
-        backbone=BackboneRecord(digest=work.base.digest, tensors=work.base.hashes),
+        backbone=BackboneRecord(
+            digest=work.base.digest,
+            tensors=work.base.hashes,
+            precision=work.base.checkpoint.precision,
+        ),
         fine_tune=FineTuneRecord(
             digest=work.tuned.digest,
             size_bytes=tuned.size_bytes,
@@ -410,6 +439,7 @@ def _report(
         peak_gpu_bytes=max(map(torch.cuda.max_memory_allocated, cards), default=0),
         peak_gpu_reserved_bytes=max(map(torch.cuda.max_memory_reserved, cards), default=0),
         total_bytes=inspected.total_bytes,
+        payload_bytes=inspected.payload_bytes,
         ratio=inspected.ratio,
         bits_per_param=inspected.bits_per_param,
         n_params=inspected.n_params,

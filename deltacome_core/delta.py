@@ -20,6 +20,7 @@ from deltacome_core.checkpoint import (
 from deltacome_core.entries import is_lowrank_shape
 from deltacome_core.errors import UserError
 from deltacome_core.plan import Subject
+from deltacome_core.quantised import refuse_quantised
 from deltacome_core.safetensors_file import read_chunks
 from deltacome_core.tensors import TORCH_DTYPES, as_float32, load_tensor
 from deltacome_core.vocabulary import count_changed_rows
@@ -105,8 +106,10 @@ def check_backbone(base: Checkpoint, tuned: Checkpoint) -> None:
         tuned: the fine-tune.
 
     Raises:
-        UserError: backbone_mismatch, naming every tensor with both shapes.
+        UserError: checkpoint_quantised, backbone_mismatch, naming every tensor with both shapes.
     """
+    refuse_quantised(base.layout)
+    refuse_quantised(tuned.layout)
     report = compare_layout(base.layout, tuned.layout)
     if report.is_compatible:
         return
@@ -178,7 +181,11 @@ def describe_subject(base: ScannedCheckpoint, tuned: ScannedCheckpoint) -> Subje
         Shapes, tensors that are equal, and how many rows of each vocabulary differ.
     """
     ours, theirs = tuned.checkpoint, base.checkpoint
-    same = {name for name, place in ours.layout.items() if theirs.layout.get(name) == place}
+    same = {
+        name
+        for name, place in ours.layout.items()
+        if theirs.layout.get(name) == place and not theirs.is_rounded(name)
+    }
     unchanged = {name for name in same if base.hashes[name] == tuned.hashes[name]}
     changed_rows = {
         name: count_changed_rows(load_tensor(theirs, name), load_tensor(ours, name))

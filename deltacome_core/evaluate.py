@@ -11,6 +11,7 @@ from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
 from deltacome_core.models import load_model, load_tokenizer
 from deltacome_core.reconstruct import reconstruct_checkpoint
+from deltacome_core.served import served_backbone
 from deltacome_core.texts import TextItem, read_texts
 
 MAX_NEW_TOKENS = 64
@@ -161,7 +162,7 @@ def evaluate_subjects(
 
     Args:
         items_path: .jsonl file of prompt + answer lines.
-        base_dir: checkpoint folder of the backbone.
+        base_dir: checkpoint folder of the backbone, scored at the precision the delta names.
         tuned_dir: checkpoint folder of the fine-tune, if it is to be scored.
         delta_dir: the delta, if it is to be scored; rebuilt in a folder beside it.
         max_new_tokens: length of the longest answer.
@@ -181,7 +182,8 @@ def evaluate_subjects(
         model = load_model(folder, device=device)
         return evaluate_exact_match(model, tokenizer, items, max_new_tokens=max_new_tokens)
 
-    reports = {"backbone": score(base_dir)}
+    with served_backbone(base_dir, delta_dir) as served:
+        reports = {"backbone": score(served)}
     if tuned_dir is not None:
         reports["finetune"] = score(tuned_dir)
     if delta_dir is not None:

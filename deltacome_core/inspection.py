@@ -47,11 +47,15 @@ class SizeReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectReport:
-    """A delta at a glance; `ratio` is the fine-tune's weight files over all of the delta."""
+    """A delta at a glance; `ratio` is the fine-tune's weight files over all of the delta.
+
+    payload_bytes is that of the data files: 0 where the fine-tune equals the backbone.
+    """
 
     manifest: DeltaManifest
     sizes: SizeReport
     total_bytes: int
+    payload_bytes: int
     sidecar_bytes: int
     n_params: int
     bits_per_param: float
@@ -69,8 +73,10 @@ class InspectReport:
         return {
             "recipe": self.manifest.recipe.to_json(),
             "backbone_digest": self.manifest.backbone.digest,
+            "backbone_precision": self.manifest.backbone.served_as,
             "fine_tune": asdict(self.manifest.fine_tune),
             "total_bytes": self.total_bytes,
+            "payload_bytes": self.payload_bytes,
             "bytes": asdict(self.sizes),
             "sidecar_bytes": self.sidecar_bytes,
             "n_params": self.n_params,
@@ -141,6 +147,7 @@ def inspect_delta(folder: Path, *, verify_digests: bool = False) -> InspectRepor
         manifest=manifest,
         sizes=_measure(manifest, exact_bytes=exact_bytes, total_bytes=total_bytes),
         total_bytes=total_bytes,
+        payload_bytes=data_bytes,
         sidecar_bytes=all_bytes - data_bytes,
         n_params=n_params,
         bits_per_param=total_bytes * 8 / max(n_params, 1),

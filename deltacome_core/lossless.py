@@ -70,7 +70,10 @@ def read_elements(checkpoint: Checkpoint, name: str) -> ElementReader:
 
     Raises:
         UserError: tensor_missing.
+        InternalError: the tensor is served with other values than the stored ones.
     """
+    if checkpoint.is_rounded(name):
+        raise InternalError(f"{name} is rounded, so its stored numbers mean nothing")
     at = locate_tensor(checkpoint, name)
     item_bytes, dtype = ITEM_BYTES[at.info.dtype], TORCH_DTYPES[at.info.dtype]
 

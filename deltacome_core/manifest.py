@@ -8,6 +8,7 @@ from typing import Any
 
 from deltacome_core import strict_json
 from deltacome_core.entries import (
+    CodedEntry,
     DeltaEntry,
     entry_to_json,
     needs_backbone,
@@ -15,6 +16,7 @@ from deltacome_core.entries import (
 )
 from deltacome_core.errors import UserError
 from deltacome_core.fields import Fields, invalid
+from deltacome_core.precision import NATIVE, SCHEMES, Precision
 from deltacome_core.safetensors_file import MAX_TENSORS, check_tensor_name
 
 FORMAT_NAME = "deltacome"
@@ -24,6 +26,7 @@ DATA_NAME = "delta.safetensors"
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_FILES = 256
 MAX_SETTINGS = 64
+_MATRIX_DIMENSIONS = 2
 
 _SHARD = re.compile(r"\Adelta-\d{5}-of-\d{5}\.safetensors\Z")
 _SETTING = re.compile(r"\A[a-z][a-z0-9_]{0,63}\Z")
@@ -33,10 +36,27 @@ _ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackboneRecord:
-    """The backbone a delta needs: its checkpoint digest, and sha256 by tensor it reads."""
+    """The backbone a delta needs: its checkpoint digest, and sha256 by tensor it reads.
+
+    Both are of the files as they are stored; `precision` says what the delta is added to when
+    that is something else.
+    """
 
     digest: str
     tensors: dict[str, str]
+    precision: Precision | None = None
+
+    @property
+    def served_as(self) -> str:
+        """What the delta is added to: the name of a scheme, or "native" for the stored weights."""
+        return NATIVE if self.precision is None else self.precision.scheme
+
+    def to_json(self) -> dict[str, Any]:
+        document: dict[str, Any] = {"digest": self.digest, "tensors": self.tensors}
+        if self.precision is not None:
+            rounded = sorted(self.precision.tensors)
+            document["precision"] = {"scheme": self.precision.scheme, "tensors": rounded}
+        return document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +147,7 @@ def manifest_to_json(manifest: DeltaManifest) -> bytes:
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
         "recipe": manifest.recipe.to_json(),
-        "backbone": asdict(manifest.backbone),
+        "backbone": manifest.backbone.to_json(),
         "fine_tune": asdict(manifest.fine_tune),
         "entries": [entry_to_json(entry) for entry in manifest.entries],
         "files": files,
@@ -167,10 +187,26 @@ def _parse_backbone(fields: Fields) -> BackboneRecord:
     for name in names:
         check_tensor_name(name)
     record = BackboneRecord(
-        digest=fields.sha256("digest"), tensors={name: tensors.sha256(name) for name in names}
+        digest=fields.sha256("digest"),
+        tensors={name: tensors.sha256(name) for name in names},
+        # Deltas of a backbone served as it is stored say nothing, as did all before there was it.
+        precision=_parse_precision(fields.child("precision")) if fields.has("precision") else None,
     )
     fields.done()
     return record
+
+
+def _parse_precision(fields: Fields) -> Precision:
+    scheme = fields.text("scheme")
+    if scheme not in SCHEMES:
+        raise UserError("precision_unknown", name=scheme, known=sorted(SCHEMES))
+    names = fields.items("tensors", limit=MAX_TENSORS)
+    if not all(isinstance(name, str) for name in names) or names != sorted(set(names)):
+        raise fields.invalid("tensors is not a sorted list of different names")
+    for name in names:
+        check_tensor_name(name)
+    fields.done()
+    return Precision(scheme=scheme, tensors=frozenset(names))
 
 
 def _parse_fine_tune(fields: Fields) -> FineTuneRecord:
@@ -202,6 +238,16 @@ def _check_backbone_names(entries: Iterable[DeltaEntry], known: Mapping[str, str
             raise invalid(f"{entry.name} has no hash of its backbone tensor")
 
 
+def _check_precision(precision: Precision | None, entries: Iterable[DeltaEntry]) -> None:
+    if precision is None:
+        return
+    for entry in entries:
+        if isinstance(entry, CodedEntry):
+            raise invalid(f"{entry.name} is coded, but its backbone is served with fewer bits")
+        if entry.name in precision.tensors and len(entry.shape) < _MATRIX_DIMENSIONS:
+            raise invalid(f"{entry.name} is no matrix, but its backbone is rounded")
+
+
 def parse_manifest(raw: bytes) -> DeltaManifest:
     """Read delta.json.
 
@@ -212,7 +258,7 @@ def parse_manifest(raw: bytes) -> DeltaManifest:
         The manifest; every number in it has been checked against its limits.
 
     Raises:
-        UserError: delta_invalid, delta_version_unsupported, name_unsafe.
+        UserError: delta_invalid, delta_version_unsupported, name_unsafe, precision_unknown.
     """
     if len(raw) > MAX_MANIFEST_BYTES:
         raise invalid(f"{MANIFEST_NAME} has {len(raw)} bytes, the limit is {MAX_MANIFEST_BYTES}")
@@ -239,6 +285,7 @@ def parse_manifest(raw: bytes) -> DeltaManifest:
     )
     fields.done()
     _check_backbone_names(manifest.entries, manifest.backbone.tensors)
+    _check_precision(manifest.backbone.precision, manifest.entries)
     return manifest
 
 

@@ -60,6 +60,19 @@ MESSAGES: dict[str, Message] = {
         what="Tensors that differ: {tensors}.",
         do="Choose the backbone this model was fine-tuned from, or upload that backbone first.",
     ),
+    "backbone_precision_mismatch": Message(
+        title="The delta was made for a backbone of other precision",
+        what="It corrects a backbone served as {expected}; this one is served as {found}.",
+        do="Reconstruct it with `deltacome reconstruct`, or compress with --backbone-precision "
+        "{found}.",
+    ),
+    "backbone_unrelated": Message(
+        title="The fine-tune does not come from this backbone",
+        what="Their matrices differ by {ratio} of the backbone's size; fine-tunes differ by "
+        "0.001 to 0.5, strangers by 1 and more, and {limit} is the limit.",
+        do="Choose the backbone this model was fine-tuned from, or keep the model as a backbone of "
+        "its own. `deltacome compress --force` goes on all the same.",
+    ),
     "budget_fixed": Message(
         title="The size of this recipe is fixed",
         what="{name} has one size, which follows from the fine-tune; {asked} was asked for.",
@@ -79,6 +92,13 @@ MESSAGES: dict[str, Message] = {
         title="The calibration text is too short",
         what="It holds {n_tokens} tokens; {needed} are needed.",
         do="Add more text of the kind the fine-tune is used on, or choose the datafree recipe.",
+    ),
+    "checkpoint_quantised": Message(
+        title="The weights are packed by a quantiser",
+        what="{tensors} hold codes or scales of {packer}, not weights.",
+        do="Give the checkpoint in bf16, fp16 or fp32. For a backbone that is served quantised, "
+        "save its dequantised weights as a checkpoint and name that, or name the original with "
+        "--backbone-precision.",
     ),
     "config_unsafe": Message(
         title="The model asks for its own code",
@@ -184,6 +204,16 @@ MESSAGES: dict[str, Message] = {
         title="The output is already there",
         what="{path} exists and will not be overwritten.",
         do="Choose another output path, or remove that one first.",
+    ),
+    "precision_unknown": Message(
+        title="No precision of a backbone has this name",
+        what="{name} is not one of {known}.",
+        do="Choose one of them; a delta that names another one needs a newer deltacome.",
+    ),
+    "precision_unusable": Message(
+        title="The backbone cannot be taken at fewer bits",
+        what="{reason}.",
+        do="Leave --backbone-precision out: the delta is then made against the stored weights.",
     ),
     "recipe_invalid": Message(
         title="The recipe is not valid",

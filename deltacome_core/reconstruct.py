@@ -16,6 +16,7 @@ from deltacome_core.checkpoint import (
     INDEX_NAME,
     WEIGHTS_NAME,
     Checkpoint,
+    at_precision,
     check_config,
     checkpoint_digest,
     find_sidecars,
@@ -143,7 +144,7 @@ def rebuild_tensor(
     """Rebuild one tensor of the fine-tune.
 
     Args:
-        base: the backbone.
+        base: the backbone; what it is served as follows from the delta.
         delta: the delta.
         name: tensor name.
         dtype: data type for floating tensors; the fine-tune's by default.
@@ -156,7 +157,8 @@ def rebuild_tensor(
         UserError: tensor_missing, delta_invalid.
     """
     entry = delta.entry(name)
-    source = load_tensor(base, name) if needs_backbone(entry) else None
+    served = at_precision(base, delta.manifest.backbone.precision)
+    source = load_tensor(served, name) if needs_backbone(entry) else None
     target = TORCH_DTYPES[_output_dtype(entry, dtype)]
     return apply_entry(source, delta.load(name), dtype=target, device=device)
 

@@ -7,6 +7,8 @@ import torch
 
 from deltacome_core.checkpoint import Checkpoint, locate_tensor
 from deltacome_core.errors import InternalError, UserError
+from deltacome_core.precision import SCHEMES
+from deltacome_core.rounding import round_values
 
 if sys.byteorder != "little":
     raise InternalError("tensors are read in place, which needs a little-endian machine")
@@ -86,14 +88,17 @@ def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
         name: tensor name.
 
     Returns:
-        The tensor in its own data type, on the CPU.
+        The tensor in its own data type, on the CPU, at the checkpoint's precision.
 
     Raises:
         UserError: tensor_missing, file_truncated.
     """
     at = locate_tensor(checkpoint, name)
     raw = read_bytes(at.file, at.start, at.info.size_bytes)
-    return raw.view(TORCH_DTYPES[at.info.dtype]).view(at.info.shape)
+    stored = raw.view(TORCH_DTYPES[at.info.dtype]).view(at.info.shape)
+    if checkpoint.precision is None or not checkpoint.is_rounded(name):
+        return stored
+    return round_values(stored, SCHEMES[checkpoint.precision.scheme])
 
 
 def as_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -62,6 +62,9 @@ class Work:
     tokens: CalibrationTokens | None
 
     def is_unchanged(self, name: str) -> bool:
+        if self.base.checkpoint.is_rounded(name):
+            # What the fine-tune left alone was moved by rounding: the delta moves it back.
+            return False
         same_type = self.base.checkpoint.layout.get(name) == self.tuned.checkpoint.layout[name]
         return same_type and self.base.hashes[name] == self.tuned.hashes[name]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deltacome_core.checkpoint import Checkpoint, open_checkpoint
+from deltacome_core.checkpoint import Checkpoint, at_precision, open_checkpoint
 from deltacome_core.container import open_delta
 from deltacome_core.entries import MatrixEntry, RowsEntry
 from deltacome_core.errors import UserError
@@ -23,6 +23,7 @@ from deltacome_core.models import (
     running_on_text,
 )
 from deltacome_core.reconstruct import reconstruct_checkpoint
+from deltacome_core.served import served_backbone
 from deltacome_core.tensors import as_float32, load_tensor
 from deltacome_core.texts import DEFAULT_PROMPTS, read_texts, render_text
 
@@ -168,7 +169,8 @@ def verify_delta(
         fidelity = compare_models(original, model, texts)
         match, exact = compare_answers(original, model, tokenizer, [text.opening for text in texts])
         del model
-        backbone = compare_models(original, load_model(base_dir, device=device), texts)
+        with served_backbone(base_dir, delta_dir) as served:
+            backbone = compare_models(original, load_model(served, device=device), texts)
     recovery = measure_recovery(fidelity.kl, backbone.kl)
     checks = _list_checks(weights, recovery, fidelity.ppl_ratio)
     return VerifyReport(
@@ -392,8 +394,10 @@ def compare_weights(
     Returns:
         The errors of the quantised tensors, and counts of tensors that break a promise.
     """
+    delta = open_delta(delta_dir, verify_digests=False)
+    entries = delta.entries
     base, tuned, rebuilt = (open_checkpoint(d) for d in (base_dir, tuned_dir, rebuilt_dir))
-    entries = open_delta(delta_dir, verify_digests=False).entries
+    base = at_precision(base, delta.manifest.backbone.precision)
     shared = [name for name in tuned.tensors if name in rebuilt.tensors and name in entries]
     other_layout = [n for n in tuned.layout if rebuilt.layout.get(n) != tuned.layout[n]]
     errors, not_finite, not_exact = [], 0, 0

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from deltacome_core.checkpoint import Layout, LayoutReport, compare_layout
 from deltacome_core.errors import InternalError, UserError
+from deltacome_core.quantised import refuse_quantised
 from hub import storage
 from hub.access import AnyUser
 from hub.models import Repo, Revision
@@ -63,9 +64,10 @@ def find_fits(layout: Layout, candidates: Iterable[Revision]) -> list[Fit]:
     """Compare a fine-tune with backbones and return those that fit, the closest first.
 
     Raises:
-        UserError: backbone_unknown without candidates; backbone_mismatch names what differs
-            from the closest one.
+        UserError: checkpoint_quantised; backbone_unknown without candidates; backbone_mismatch
+            names what differs from the closest one.
     """
+    refuse_quantised(layout)
     fits = sorted(
         (
             Fit(revision=revision, report=compare_layout(read_layout(revision), layout))

@@ -12,14 +12,13 @@ from deltacome_core.checkpoint import (
     read_json_object,
 )
 from deltacome_core.delta import scan_checkpoint
-from deltacome_core.tensors import as_float32, load_tensor
+from deltacome_core.distance import measure_distance, refuse_stranger
+from deltacome_core.quantised import refuse_quantised
 from workers.report import Report
 from workers.spec import Candidate, StepSpec
 
 HASHES_NAME = "hashes.json"
 TENSORS_NAME = "tensors.json"
-# Enough matrices to tell two backbones of the same shape apart without reading both in full.
-COMPARED_TENSORS = 24
 
 
 def run(spec: StepSpec, report: Report) -> dict[str, Any]:
@@ -29,6 +28,7 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
         UserError: whatever is wrong with the upload.
     """
     checkpoint = open_checkpoint(spec.tuned)
+    refuse_quantised(checkpoint.layout)
     for sidecar in sorted(spec.tuned.glob("*.json")):
         check_config(read_json_object(sidecar, code="not_a_checkpoint"), file=sidecar.name)
     report.log(f"reading {len(checkpoint.tensors)} tensors")
@@ -49,7 +49,11 @@ def find_backbone(
 ) -> str | None:
     """Pick the candidate this fine-tune is nearest to, judged by the weights themselves.
 
-    Tensors left as they were give it away; where none was, the smallest difference does.
+    Tensors left as they were give it away; where none was, the smallest difference does. A single
+    candidate is taken as it is: only its table is here, and compression compares the weights.
+
+    Raises:
+        UserError: backbone_unrelated when it is a stranger to all of several candidates.
     """
     tables = {candidate: _read_hashes(Path(candidate.folder)) for candidate in candidates}
     if len(tables) < 2:  # noqa: PLR2004 (nothing to choose between)
@@ -60,25 +64,15 @@ def find_backbone(
     }
     most = max(equal.values())
     nearest = [candidate for candidate in tables if equal[candidate] == most]
-    return min(nearest, key=lambda item: _distance(checkpoint, Path(item.folder))).revision
+    distances = {
+        candidate: measure_distance(open_checkpoint(Path(candidate.folder)), checkpoint)
+        for candidate in nearest
+    }
+    found = min(nearest, key=distances.__getitem__)
+    refuse_stranger(distances[found])
+    return found.revision
 
 
 def _read_hashes(folder: Path) -> dict[str, str]:
     tensors = json.loads((folder / TENSORS_NAME).read_bytes())
     return {name: tensor["sha256"] for name, tensor in tensors.items()}
-
-
-def _distance(tuned: Checkpoint, folder: Path) -> float:
-    """Relative squared difference over some matrices spread through the model."""
-    base = open_checkpoint(folder)
-    shared = [
-        name
-        for name, location in base.tensors.items()
-        if name in tuned.tensors and location.info.shape == tuned.tensors[name].info.shape
-    ]
-    difference = size = 0.0
-    for name in shared[:: max(1, len(shared) // COMPARED_TENSORS)]:
-        values = as_float32(load_tensor(base, name))
-        difference += float((as_float32(load_tensor(tuned, name)) - values).square().sum())
-        size += float(values.square().sum())
-    return difference / size if size else float("inf")

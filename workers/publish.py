@@ -97,7 +97,7 @@ A full fine-tune, kept as a packed delta.
 | --- | --- |
 | backbone | `{backbone if is_public else f"sha256:{backbone.digest}"}` |
 | recipe | `{size["recipe"]["name"]}`, {size["bits_per_param"]:.2f} bits per parameter in all |
-| size | {size["total_bytes"]:,} bytes, {size["ratio"]:.1f} times smaller, all overhead counted |
+| size | {_describe_size(size)} |
 | verification | grade {report["grade"]}, recovery {report["recovery"]:.5f} |
 
 To get the whole checkpoint back:
@@ -108,3 +108,9 @@ deltacome pull {job.repo} delta
 deltacome reconstruct --base backbone --delta delta --out fine-tune
 ```
 """
+
+
+def _describe_size(size: Outputs) -> str:
+    if not size["payload_bytes"]:
+        return "0 bytes of payload: the fine-tune equals the backbone, there is nothing to store"
+    return f"{size['total_bytes']:,} bytes, {size['ratio']:.1f} times smaller, all overhead counted"

@@ -195,6 +195,11 @@ class ByteBar:
     total_bytes: int
     width: int = BYTES_WIDTH_PX
 
+    @property
+    def has_payload(self) -> bool:
+        """Whether anything is stored beside delta.json: not where a fine-tune is its backbone."""
+        return any(slice_.name != "header" for slice_ in self.slices)
+
 
 def plot_bytes(sizes: Mapping[str, int]) -> ByteBar | None:
     """Stack what the delta's bytes are made of; slices add up to the whole files."""

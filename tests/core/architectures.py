@@ -161,7 +161,7 @@ def make_model(chosen, *, seed=0):
     return auto_class.from_config(config).eval()
 
 
-def fine_tune(model, *, seed=1, size=0.02, same=()):
+def fine_tune(model, *, seed=1, size=0.005, same=()):
     """Move every weight: low-rank steps and noise in matrices and experts, noise in the rest."""
     torch.manual_seed(seed)
     with torch.no_grad():

@@ -61,7 +61,7 @@ def make_model(family="llama", *, seed=0, **changes):
     return AutoModelForCausalLM.from_config(FAMILIES[family](**settings | changes)).eval()
 
 
-def perturb(model, *, seed=1, size=0.02):
+def perturb(model, *, seed=1, size=0.005):
     """Move every weight: low-rank steps in matrices, noise in the rest."""
     torch.manual_seed(seed)
     with torch.no_grad():

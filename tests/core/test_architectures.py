@@ -395,6 +395,29 @@ def test_an_expert_that_no_text_reaches_is_counted_as_rounded(tmp_path):
     assert (report.with_feedback, report.n_matrices) == (n_matrices - 4, n_matrices)
 
 
+@pytest.mark.parametrize("recipe", [COME, FREE], ids=lambda recipe: recipe.name)
+def test_tensors_that_the_backbone_lacks_are_kept_exactly_and_listed(tmp_path, recipe):
+    base, tuned = architectures.save_pair(tmp_path, ARCHITECTURES["llama"])
+    path = tuned / "model.safetensors"
+    unknown = {
+        "model.layers.0.adapter.weight": torch.randn(64, 64),
+        "model.layers.1.experts.weight": torch.randn(2, 40, 40).to(torch.bfloat16),
+        "steps": torch.tensor(7),
+        "router.table": torch.arange(96, dtype=torch.int32).view(2, 48),
+    }
+    save_file(load_file(path) | unknown, path, {"format": "pt"})
+    report = compress_checkpoint(base, tuned, tmp_path / "delta", recipe)
+    assert report.n_matrices == ARCHITECTURES["llama"].n_matrices
+    entries = {entry.name: entry for entry in inspect_delta(tmp_path / "delta").manifest.entries}
+    reconstruct_checkpoint(base, tmp_path / "delta", tmp_path / "back")
+    back = open_checkpoint(tmp_path / "back")
+    for name, values in unknown.items():
+        assert isinstance(entries[name], ExactEntry)
+        found = load_tensor(back, name)
+        assert found.dtype == values.dtype
+        assert torch.equal(found, values)
+
+
 def test_a_model_that_needs_pictures_is_calibrated_but_not_verified(tmp_path):
     chosen = architectures.WITH_PICTURES_ONLY
     base, tuned = architectures.save_pair(tmp_path, chosen)

@@ -181,3 +181,11 @@ def test_pull_from_a_hub_that_is_not_there_fails_with_a_text(run, tmp_path, monk
     code, _, err = run("pull", "acme/model", tmp_path / "x", *options)
     assert code == 1
     assert "hub" in err.lower()
+
+
+def test_a_fine_tune_that_equals_its_backbone_is_said_to_cost_nothing(run, trained_pair, tmp_path):
+    options = ["--base", trained_pair[0], "--tuned", trained_pair[0], "--out", tmp_path / "delta"]
+    code, out, err = run("compress", *options, "--recipe", "datafree", "--json")
+    assert code == 0
+    assert json.loads(out)["payload_bytes"] == 0
+    assert "equals the backbone: 0 bytes" in err

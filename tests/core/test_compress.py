@@ -101,6 +101,8 @@ def test_identical_checkpoints_cost_a_header_and_need_no_model(tmp_path):
     delta = open_delta(tmp_path / "delta")
     assert names_of(delta, UnchangedEntry) == set(delta.names)
     assert report.total_bytes < 16_000
+    assert report.payload_bytes == 0
+    assert not list((tmp_path / "delta").glob("*.safetensors"))
     reconstruct_checkpoint(base, tmp_path / "delta", tmp_path / "back")
     back, truth = open_checkpoint(tmp_path / "back"), open_checkpoint(tuned)
     assert all(torch.equal(load_tensor(back, n), load_tensor(truth, n)) for n in truth.tensors)

@@ -123,5 +123,6 @@ def test_a_missing_layer_is_named(tmp_path):
     other = finetunes.save(finetunes.make_model(num_hidden_layers=1), tmp_path / "b")
     with pytest.raises(UserError) as caught:
         check_backbone(open_checkpoint(base), open_checkpoint(other))
+    assert caught.value.code == "backbone_mismatch"
     line = "model.layers.1.mlp.up_proj.weight: expected [192, 128] found nothing"
     assert line in caught.value.params["tensors"]

@@ -18,7 +18,10 @@ from deltacome_core.entries import expected_tensors, parse_entries
 from deltacome_core.lossless import BLOCK_ELEMENTS, encode_blocks, slice_elements
 from deltacome_core.manifest import FORMAT_VERSION
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload
+from deltacome_core.precision import SCHEMES
+from deltacome_core.rounding import round_values
 from deltacome_core.safetensors_file import ITEM_BYTES
+from deltacome_core.tensors import TORCH_DTYPES
 
 DOC = (Path(__file__).resolve().parents[2] / "docs" / "format.md").read_text()
 
@@ -207,3 +210,16 @@ def test_the_printed_block_can_be_read_with_the_page_alone():
         at += 4 + size
     assert (raw[0], at) == (2, len(raw))
     assert [low + 256 * high for low, high in zip(*planes, strict=True)] == words
+
+
+ROUNDED = [json.loads(text) for text in blocks("json rounded")]
+
+
+def test_every_scheme_has_an_example():
+    assert {example["scheme"] for example in ROUNDED} == set(SCHEMES)
+
+
+@pytest.mark.parametrize("example", ROUNDED, ids=lambda example: example["scheme"])
+def test_a_row_of_the_backbone_is_rounded_to_the_printed_values(example):
+    row = torch.tensor([example["row"]]).to(TORCH_DTYPES[example["dtype"]])
+    assert round_values(row, SCHEMES[example["scheme"]]).tolist() == [example["value"]]

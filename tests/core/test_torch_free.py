@@ -14,6 +14,8 @@ MODULES = [
     "layout",
     "manifest",
     "messages",
+    "precision",
+    "quantised",
     "recipe",
     "safetensors_file",
     "shards",

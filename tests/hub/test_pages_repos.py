@@ -145,6 +145,17 @@ def test_the_bytes_of_a_delta_add_up(client, acme, backbone):
     assert sum(part.width for part in bar.slices) == pytest.approx(bar.width)
 
 
+def test_a_fine_tune_that_equals_its_backbone_is_said_to_have_no_payload(client, acme, backbone):
+    job = factories.make_job(factories.make_repo(acme, "made"), backbone=backbone)
+    sizes = {"codes": 0, "scales": 0, "embeddings": 0, "exact": 0, "coded": 0, "header": 2000}
+    JobStep.objects.create(
+        job=job, name="compress", attempt=1, outputs={"size": {"bytes": sizes}}, seconds=1.0
+    )
+    job.revision.number, job.revision.state, job.revision.digest = 1, "PUBLISHED", "c" * 64
+    job.revision.save()
+    assert "equals the backbone: 0 bytes of payload" in client.get("/acme/made/files").text
+
+
 def test_a_class_without_bytes_is_left_out():
     bar = plots.plot_bytes({"codes": 60, "coded": 0, "header": 40})
     assert [part.name for part in bar.slices] == ["codes", "header"]

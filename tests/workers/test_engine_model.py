@@ -167,3 +167,13 @@ def test_the_end_tokens_and_the_context_come_from_the_fine_tune(tmp_path):
     assert served.eos_ids == {len(tiny.BYTES)}
     assert served.context_tokens == 256
     assert served.vocabulary == tiny.VOCABULARY + 2
+
+
+def test_a_delta_for_a_backbone_served_with_fewer_bits_is_refused(tmp_path):
+    base = tiny.save(tiny.make_model(), tmp_path / "base")
+    tuned = tiny.save(tiny.tune(tiny.make_model()), tmp_path / "tuned")
+    compress_checkpoint(base, tuned, tmp_path / "delta", LOW_RANK, backbone_precision="int8")
+    with pytest.raises(UserError) as caught:
+        load_delta(load_backbone(base, device="cpu"), base, tmp_path / "delta", factor_bytes=0)
+    assert caught.value.code == "backbone_precision_mismatch"
+    assert "int8" in str(caught.value)

@@ -10,6 +10,7 @@ import tiny
 import torch
 from django.db import OperationalError
 
+from deltacome_core.errors import UserError
 from hub import jobs
 from hub.jobs import Lease
 from hub.models import Blob, File, Job, Revision
@@ -232,3 +233,39 @@ def test_of_two_backbones_of_one_shape_the_nearest_is_found(tmp_path, frozen_emb
             tuned.model.embed_tokens.weight.copy_(embedding)
     checkpoint = open_checkpoint(tiny.save(tuned, tmp_path / "tuned"))
     assert find_backbone(checkpoint, hash_tensors(checkpoint), rivals) == "5"
+
+
+def test_a_stranger_to_every_backbone_of_its_shape_is_refused(tmp_path):
+    from deltacome_core.checkpoint import hash_tensors, open_checkpoint
+
+    rivals = [
+        candidate(tiny.save(tiny.make_model(seed=seed), tmp_path / str(seed)), seed)
+        for seed in (4, 5)
+    ]
+    tuned = open_checkpoint(tiny.save(tiny.tune(tiny.make_model(seed=9)), tmp_path / "tuned"))
+    with pytest.raises(UserError) as caught:
+        find_backbone(tuned, hash_tensors(tuned), rivals)
+    assert caught.value.code == "backbone_unrelated"
+
+
+def test_a_stranger_to_the_only_backbone_fails_before_it_is_compressed(tmp_path, alice, acme):
+    plant.publish_backbone(acme, tiny.save(tiny.make_model(seed=4), tmp_path / "base"))
+    folder = tiny.save(tiny.tune(tiny.make_model(seed=9)), tmp_path / "tuned")
+    tiny.write_calibration(folder)
+    job = run_all(plant.upload(alice, folder, "acme/tuned"))
+    assert (job.state, job.step, job.error_code) == ("FAILED", "compress", "backbone_unrelated")
+    assert "--force" in job.error_text
+    assert_nothing_published(job)
+
+
+def test_a_fine_tune_that_equals_its_backbone_is_published_and_says_so(tmp_path, alice, acme):
+    base = tiny.save(tiny.make_model(), tmp_path / "base")
+    plant.publish_backbone(acme, base)
+    tiny.write_calibration(base)
+    tiny.write_evaluation(base, items=2)
+    job = run_all(plant.upload(alice, base, "acme/tuned"))
+    assert (job.state, job.error_code) == ("DONE", "")
+    files = plant.read_files(Revision.objects.get(pk=job.revision_id))
+    assert "delta.json" in files
+    assert not any(name.startswith("delta") and name.endswith(".safetensors") for name in files)
+    assert "nothing to store" in files["README.md"].decode()

@@ -19,6 +19,7 @@ from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_model, load_tokenizer
 from deltacome_core.packed import PackedLinear
 from deltacome_core.parameters import Piece, locate_parameters
+from deltacome_core.precision import NATIVE
 from deltacome_core.reconstruct import apply_entry
 from deltacome_core.tensors import TORCH_DTYPES, load_tensor
 from kernels import delta_linear
@@ -121,6 +122,9 @@ def measure_delta(folder: Path, backbone: LoadedModel) -> int:
 
 def _check_backbone(delta: Delta, backbone_folder: Path) -> None:
     """Compare what the delta was made from with what the hub says this backbone is."""
+    served_as = delta.manifest.backbone.served_as
+    if served_as != NATIVE:
+        raise UserError("backbone_precision_mismatch", expected=served_as, found=NATIVE)
     listing = backbone_folder / "tensors.json"
     if not listing.exists():
         return
