@@ -58,8 +58,6 @@ class _Lane:
         with self.turn:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-                # Blocks left from making the job fit nothing of its work, and would add to it.
-                torch.cuda.empty_cache()
             store = prepare(job, self.device)
         self.settle()
         self._stored = self._writer.submit(store)
@@ -95,6 +93,8 @@ def run_jobs(
         lanes = [_Lane(device, writer) for device in devices]
         if len(lanes) == 1:
             for job in jobs:
+                # Blocks left from making the job fit nothing of its work, and would add to it.
+                torch.cuda.empty_cache()
                 lanes[0].run(job, prepare)
                 # Not to be held while the next one is made.
                 del job
