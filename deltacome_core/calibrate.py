@@ -241,6 +241,8 @@ class LayerCalibrator:
             if self._streams:
                 empty_module(layer)
             yield found
+            # The caller may have dropped them: two layers' would not fit beside each other.
+            del found
 
     @torch.no_grad()
     def _advance(self, layer: nn.Module, index: int) -> bool:

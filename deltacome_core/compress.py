@@ -325,6 +325,7 @@ def _compress_tensors(
             if is_quantised(tensor.matrix_shape, work.recipe):
                 sliced.append(tensor)
                 slices = tensor.split(pair.to(work.device).difference())
+                del pair
                 deltas |= {each.name: each for each in slices}
                 if len(slices) > 1:
                     bands |= _plan_slices(slices, work)

@@ -58,18 +58,19 @@ def prepare_feedback(hessian: torch.Tensor, *, group_size: int, damping: float) 
         blocks[i][torch.argsort(diagonal[blocks[i]], descending=True, stable=True)] for i in order
     )
     permutation = torch.cat(groups)
-    permuted = hessian[permutation][:, permutation].double()
-    return Feedback(
-        groups=groups, inverse=upper_inverse_factor(permuted, damping), group_size=group_size
-    )
+    inverse = upper_inverse_factor(hessian, damping, order=permutation)
+    return Feedback(groups=groups, inverse=inverse, group_size=group_size)
 
 
-def upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def upper_inverse_factor(
+    hessian: torch.Tensor, damping: float, *, order: torch.Tensor
+) -> torch.Tensor:
     """Factor the inverse of a damped Hessian, in double precision up to 16384 columns.
 
     Args:
         hessian: float [cols, cols], symmetric; not changed.
         damping: added to the diagonal, as a share of its mean; raised tenfold until it suffices.
+        order: int64 [cols], the order of the columns in the result.
 
     Returns:
         float32 [cols, cols], the upper Cholesky factor of the inverse.
@@ -77,15 +78,17 @@ def upper_inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     Raises:
         InternalError: the Hessian is not finite, or no damping made it positive definite.
     """
-    diagonal = hessian.diagonal().double()
+    diagonal = hessian.diagonal()[order].double()
     if not bool(torch.isfinite(hessian).all()):
         raise InternalError("A Hessian with NaN or infinity reached the quantiser.")
     # A column that was never active keeps a unit diagonal: it is rounded alone and spreads nothing.
     diagonal = torch.where(diagonal > 0, diagonal, 1.0)
     step = damping * diagonal.mean()
-    exact = len(hessian) <= _EXACT_COLUMNS
+    dtype = torch.float64 if len(hessian) <= _EXACT_COLUMNS else torch.float32
+    factor = torch.empty(hessian.shape, dtype=dtype, device=hessian.device)
     for attempt in range(_DAMPING_RETRIES):
-        factor = hessian.to(torch.float64 if exact else torch.float32, copy=True)
+        for start in range(0, len(factor), _PANEL):
+            factor[start : start + _PANEL] = hessian[order[start : start + _PANEL]][:, order]
         factor.diagonal().copy_(diagonal + step * 10.0**attempt)
         if _factor_inverse(factor):
             return factor.float()

@@ -93,7 +93,11 @@ def run_jobs(
         lanes = [_Lane(device, writer) for device in devices]
         if len(lanes) == 1:
             for job in jobs:
+                # Blocks left from making the job fit nothing of its work, and would add to it.
+                torch.cuda.empty_cache()
                 lanes[0].run(job, prepare)
+                # Not to be held while the next one is made.
+                del job
         else:
             _spread(jobs, prepare, lanes, lanes[0].turn if made_on_first else nullcontext())
         for lane in lanes:
@@ -126,5 +130,6 @@ def _spread(
             if job is None or any(future.done() and future.exception() for future in running):
                 break
             running.append(pool.submit(run, index, job))
+            del job
     for future in running:
         future.result()

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -211,10 +212,11 @@ def write_parts(
     def prepare(job: _Job, device: torch.device) -> Callable[[], None]:
         started = time.monotonic()
         if work.recipe.method == "lossless":
-            return lambda: code_and_store(job.unit, started)
+            return partial(code_and_store, job.unit, started)
         with work.stages.measure("matrices"):
             made = makers.compress(replace(work, device=device), job.unit, job.hessians)
-        return lambda: store(job.unit, made, started)
+        # The job, and the Hessians with it, must not wait for the writer.
+        return partial(store, job.unit, made, started)
 
     resumed = [unit for unit in units if unit.group not in pending]
     for unit in resumed:
@@ -229,6 +231,7 @@ def _list_jobs(work: Work, pending: dict[str, Unit], device: torch.device) -> It
     left = dict(pending)
     for group, hessians in _walk_layers(work, pending, device):
         yield _Job(unit=left.pop(group), hessians=hessians)
+        del hessians
     for unit in left.values():
         yield _Job(unit=unit, hessians=())
 
@@ -264,6 +267,7 @@ def _walk_layers(
         groups = {group_of(name) for shared in hessians for name in shared.weights}
         for group in sorted(groups & matrices):
             yield group, hessians
+        del hessians
         matrices -= groups
     for group in head_groups:
         with work.stages.measure("calibrate"):

@@ -133,8 +133,8 @@ def prepare_columns(hessian: torch.Tensor, *, damping: float) -> ColumnFeedback:
     """
     order = torch.argsort(hessian.diagonal(dim1=1, dim2=2), dim=1, descending=True, stable=True)
     factors = [
-        upper_inverse_factor(each[permutation][:, permutation], damping)
-        for each, permutation in zip(hessian, order, strict=True)
+        upper_inverse_factor(each, damping, order=own)
+        for each, own in zip(hessian, order, strict=True)
     ]
     # A stack of one is a view: the factor of a wide layer takes gigabytes.
     spread = factors[0][None] if len(factors) == 1 else torch.stack(factors)

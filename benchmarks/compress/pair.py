@@ -33,7 +33,6 @@ _WEIGHT_SIZE = 0.02
 _RELATIVE_NORM = 0.025
 _SHARD_LAYERS = 8
 _WORDS_OF_A_TEXT = 300
-_TEXTS = 1600
 
 
 def singular_values(rank: int) -> torch.Tensor:
@@ -116,7 +115,8 @@ def write_pair(folder: Path, shape: Shape, tokenizer: Path, device: torch.device
         own.mkdir(parents=True)
         _write_weights(own, shape, draw)
         _write_config(own, shape, tokenizer)
-    write_calibration(folder / "tuned" / "calibration.jsonl")
+    if shape.texts:
+        write_calibration(folder / "tuned" / "calibration.jsonl", n_texts=shape.texts)
 
 
 def _write_weights(folder: Path, shape: Shape, draw: Callable[[str], torch.Tensor]) -> None:
@@ -166,8 +166,8 @@ def _write_config(folder: Path, shape: Shape, tokenizer: Path) -> None:
         shutil.copyfile(tokenizer / name, folder / name)
 
 
-def write_calibration(path: Path, *, n_texts: int = _TEXTS) -> None:
-    """Write texts of shuffled words, enough for 128 sequences of 2048 tokens.
+def write_calibration(path: Path, *, n_texts: int) -> None:
+    """Write texts of shuffled words; 1600 are enough for 128 sequences of 2048 tokens.
 
     Args:
         path: .jsonl file to create.

@@ -16,6 +16,8 @@ class Shape:
     layers_of_model: int
     vocabulary: int
     tied: bool = False
+    # Texts of 300 words that the fine-tune brings; without any the built-in one calibrates.
+    texts: int = 1600
 
     def matrices(self, layer: int) -> dict[str, tuple[int, int]]:
         """Give (out, in) of the matrices of a layer by name."""
@@ -79,6 +81,7 @@ SHAPES = {
             layers_of_model=30,
             vocabulary=49152,
             tied=True,
+            texts=0,
         ),
     )
 }

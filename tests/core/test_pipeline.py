@@ -1,5 +1,6 @@
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -85,6 +86,25 @@ def test_the_first_device_does_not_work_while_a_job_is_made_on_it():
         return lambda: None
 
     run_jobs(jobs(), prepare, devices=[first, second], made_on_first=True)
+
+
+class Held:
+    """Stands for a layer's Hessians: gigabytes, of which only one set fits."""
+
+
+def test_a_job_is_let_go_before_the_next_one_is_made():
+    held = []
+
+    def jobs():
+        for _ in range(4):
+            assert not any(each() for each in held)
+            job = Held()
+            held.append(weakref.ref(job))
+            yield job
+            del job
+
+    run_jobs(jobs(), lambda _job, _device: lambda: None, devices=[CPU], made_on_first=True)
+    assert len(held) == 4
 
 
 @pytest.mark.parametrize("where", ["prepare", "store"])
