@@ -188,3 +188,22 @@ def test_sampling_follows_the_distribution():
     flat = draw(temperature=2.0)
     assert flat[0] < 0.45
     assert flat[3] > 0.08
+
+
+def test_choices_of_one_seed_differ_from_each_other_and_repeat(model):
+    def answer(choice):
+        events = []
+        sequence = Sequence(
+            model,
+            (40, 41, 42),
+            sampling=Sampling(temperature=1.5, seed=5, choice=choice),
+            max_tokens=12,
+            score_prompt=False,
+            prefill_chunk=4,
+            emit=events.append,
+        )
+        while not sequence.finished:
+            sequence.step()
+        return ids_of(events)
+
+    assert answer(0) == answer(0) != answer(1) == answer(1)

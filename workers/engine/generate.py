@@ -10,11 +10,20 @@ from transformers import DynamicCache
 
 from workers.engine.text import TextStream
 
+# Seeds that lie side by side must not share draws with the choices of each other.
+_CHOICE_STRIDE = 0x9E3779B97F4A7C15
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens; `max_tokens` None = up to the limit, `logprobs` None = not wanted."""
+    """How to choose tokens; `max_tokens` None = up to the limit, `logprobs` None = not wanted.
 
+    `n` answers to one prompt are `n` sequences, told apart by their `choice`: with a seed each
+    draws its own tokens, and the same ones every time.
+    """
+
+    n: int = 1
+    choice: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
@@ -27,20 +36,27 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One token: its own spelling, the text it releases, its chance and the likeliest others."""
+    """One token: its own spelling, the text it releases, its chance and the likeliest others.
+
+    `top_ids` are the ids of `top`, in its order.
+    """
 
     token_id: int
     token: str
     text: str
     logprob: float | None
     top: tuple[tuple[str, float], ...]
+    top_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
+    """`reason` is stop or length; `stop` the stop string that ended the answer, if one did."""
+
     reason: str
     text: str
     completion_tokens: int
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +81,10 @@ class ServedModel(Protocol):
 
 
 class Sequence:
-    """The state of one answer. `step` is called by one thread at a time; `cancel` by any."""
+    """The state of one answer. `step` is called by one thread at a time; `cancel` by any.
+
+    `tenant` is who shares the engine's time with others; by default that is the model.
+    """
 
     def __init__(
         self,
@@ -77,7 +96,9 @@ class Sequence:
         score_prompt: bool,
         prefill_chunk: int,
         emit: Callable[[Event], None],
+        tenant: str | None = None,
     ) -> None:
+        self.tenant = tenant
         self._model = model
         self._prompt = prompt
         self._sampling = sampling
@@ -94,7 +115,8 @@ class Sequence:
         if sampling.seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed)
+            # 64 bits without a sign are what a generator takes.
+            self._generator.manual_seed((sampling.seed + sampling.choice * _CHOICE_STRIDE) % 2**63)
         self.cancelled = False
         self.finished = False
 
@@ -164,6 +186,7 @@ class Sequence:
                 reason="stop" if self._text.stopped else reason,
                 text=text,
                 completion_tokens=self._counts.total(),
+                stop=self._text.stopped_by,
             )
         )
 
@@ -173,19 +196,21 @@ class Sequence:
         token = self._spell(token_id)
         logprob: float | None = None
         top: tuple[tuple[str, float], ...] = ()
+        top_ids: tuple[int, ...] = ()
         if logits is not None and self._sampling.logprobs is not None:
-            logprob, top = self._score(logits, token_id, self._sampling.logprobs)
+            logprob, top, top_ids = self._score(logits, token_id, self._sampling.logprobs)
         return Piece(
             token_id=token_id,
             token=token,
             text=token if text is None else text,
             logprob=logprob,
             top=top,
+            top_ids=top_ids,
         )
 
     def _score(
         self, logits: torch.Tensor, token_id: int, wanted: int
-    ) -> tuple[float, tuple[tuple[str, float], ...]]:
+    ) -> tuple[float, tuple[tuple[str, float], ...], tuple[int, ...]]:
         """Log-probabilities before temperature and penalties, the numbers a harness compares."""
         logprobs = torch.log_softmax(logits, dim=-1)
         values, ids = logprobs.topk(min(wanted, logprobs.numel()))
@@ -193,7 +218,7 @@ class Sequence:
             (self._spell(int(token)), float(value))
             for token, value in zip(ids, values, strict=True)
         )
-        return float(logprobs[token_id]), top
+        return float(logprobs[token_id]), top, tuple(ids.tolist())
 
     def _spell(self, token_id: int) -> str:
         return str(self._model.tokenizer.decode([token_id]))

@@ -22,11 +22,16 @@ from deltacome_core.parameters import Piece, locate_parameters
 from deltacome_core.reconstruct import apply_entry
 from deltacome_core.tensors import TORCH_DTYPES, load_tensor
 from kernels import delta_linear
+from workers.engine.canary import UNTESTED, CanaryResult
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """Ready to answer; `size_bytes` counts what this model alone keeps in memory."""
+    """Ready to answer; `size_bytes` counts what this model alone keeps in memory.
+
+    `canary` says what was proven about the delta when it was loaded; `canary.header` is the value
+    of the response header `x-deltacome-canary`.
+    """
 
     module: Any
     tokenizer: Any
@@ -35,6 +40,7 @@ class LoadedModel:
     context_tokens: int
     vocabulary: int
     size_bytes: int
+    canary: CanaryResult = UNTESTED
 
 
 class DeltaLinear(nn.Module):
