@@ -24,7 +24,7 @@ ENGINE_RETRY_S = 5
 TIMEOUT = httpx.Timeout(600, connect=3)
 # What a client acts on; everything else of the engine's answer stays inside.
 PASSED_HEADERS = ("content-type", "retry-after", "x-should-retry", "cache-control")
-UNWANTED_FILES = ("README.md", "verification.json", "evaluation.json")
+UNWANTED_FILES = ("README.md", "evaluation.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

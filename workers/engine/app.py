@@ -7,7 +7,6 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,8 +25,9 @@ from workers.engine.errors import ApiError, bad_request, broken
 from workers.engine.model import LoadedModel
 from workers.engine.openai import Answer, parse_chat, parse_completion
 from workers.engine.residency import Residency
-from workers.engine.scheduler import Scheduler
-from workers.engine.snapshots import SnapshotCache, Target, parse_target
+from workers.engine.service import Engine, open_engine
+from workers.engine.snapshots import Target, parse_target
+from workers.engine.status import PUBLIC_ROUTES, show_status
 from workers.fetch import BlobReader
 
 log = logging.getLogger(__name__)
@@ -39,33 +39,19 @@ TARGET_HEADER = "x-deltacome-target"
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    config: EngineConfig
-    residency: Residency
-    scheduler: Scheduler
-
-
 def create_app(config: EngineConfig, blobs: BlobReader) -> Starlette:
-    engine = Engine(
-        config=config,
-        residency=Residency(
-            SnapshotCache(config.cache_dir, blobs),
-            memory_bytes=config.memory_bytes,
-            device=config.device,
-        ),
-        scheduler=Scheduler(max_sequences=config.max_sequences),
-    )
+    engine = open_engine(config, blobs)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        engine.scheduler.start()
+        engine.start()
         yield
-        await asyncio.to_thread(engine.scheduler.stop)
+        await asyncio.to_thread(engine.stop)
 
     app = Starlette(
         routes=[
-            Route("/healthz", healthz),
+            *PUBLIC_ROUTES,
+            Route("/status", guarded(show_status)),
             Route("/v1/models", guarded(list_models)),
             Route("/v1/chat/completions", guarded(chat_completions), methods=["POST"]),
             Route("/v1/completions", guarded(completions), methods=["POST"]),
@@ -114,19 +100,6 @@ def _check_secret(request: Request) -> None:
         raise ApiError(
             401, "invalid_engine_secret", "Only the hub may ask.", kind="authentication_error"
         )
-
-
-async def healthz(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    return JSONResponse(
-        {
-            "status": "ok",
-            "device": engine.config.device,
-            "running": engine.scheduler.running,
-            "resident_models": len(engine.residency.resident_keys()),
-            "resident_bytes": engine.residency.resident_bytes,
-        }
-    )
 
 
 async def list_models(request: Request) -> Response:

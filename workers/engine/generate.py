@@ -1,37 +1,20 @@
-"""One answer in the making: prefill in chunks, then one token a step."""
+"""One answer in the making: which tokens it feeds next, and what becomes of those it is given."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache
 
+from workers.engine.sampling import Draw, Sampling
 from workers.engine.text import TextStream
+
+__all__ = ["Event", "Failure", "Finish", "Piece", "Sampling", "Sequence", "ServedModel"]
 
 # Seeds that lie side by side must not share draws with the choices of each other.
 _CHOICE_STRIDE = 0x9E3779B97F4A7C15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How to choose tokens; `max_tokens` None = up to the limit, `logprobs` None = not wanted.
-
-    `n` answers to one prompt are `n` sequences, told apart by their `choice`: with a seed each
-    draws its own tokens, and the same ones every time.
-    """
-
-    n: int = 1
-    choice: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,19 +54,23 @@ class ServedModel(Protocol):
     """What generation needs to know of a backbone or a backbone with its delta."""
 
     @property
-    def module(self) -> Any: ...
-    @property
     def tokenizer(self) -> Any: ...
     @property
     def eos_ids(self) -> frozenset[int]: ...
     @property
-    def device(self) -> str: ...
+    def executor(self) -> Any: ...
+    @property
+    def slot(self) -> int: ...
+    @property
+    def key(self) -> str: ...
 
 
 class Sequence:
-    """The state of one answer. `step` is called by one thread at a time; `cancel` by any.
+    """The state of one answer; the scheduler's thread owns it, `cancel` may be called by any.
 
     `tenant` is who shares the engine's time with others; by default that is the model.
+    `tokens` are prompt and answer so far, of which `fed` are in the cache, on `pages`. An answer
+    that loses its pages to others feeds its tokens again later and goes on as if nothing was.
     """
 
     def __init__(
@@ -94,21 +81,27 @@ class Sequence:
         sampling: Sampling,
         max_tokens: int,
         score_prompt: bool,
-        prefill_chunk: int,
+        prefill_chunk: int | None = None,
         emit: Callable[[Event], None],
         tenant: str | None = None,
     ) -> None:
-        self.tenant = tenant
-        self._model = model
-        self._prompt = prompt
+        # How much of a prompt is read at once is the scheduler's business now.
+        del prefill_chunk
+        self.model = model
+        self.tenant = model.key if tenant is None else tenant
+        self.tokens = list(prompt)
+        self.fed = 0
+        self.pages: list[int] = []
+        # What an executor without pages keeps instead.
+        self.cache: Any = None
+        self.cancelled = False
+        self.finished = False
+        self.submitted_s = time.monotonic()
+        self._prompt_tokens = len(prompt)
         self._sampling = sampling
         self._left = max_tokens
-        self._score_prompt = score_prompt
-        self._chunk = prefill_chunk
+        self._scored = 0 if score_prompt else len(prompt)
         self._emit = emit
-        self._cache = DynamicCache(config=model.module.config)
-        self._fed = 0
-        self._last: int | None = None
         self._counts: Counter[int] = Counter()
         self._text = TextStream(model.tokenizer, sampling.stop)
         self._generator = torch.Generator()
@@ -117,8 +110,23 @@ class Sequence:
         else:
             # 64 bits without a sign are what a generator takes.
             self._generator.manual_seed((sampling.seed + sampling.choice * _CHOICE_STRIDE) % 2**63)
-        self.cancelled = False
-        self.finished = False
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens it can come to hold in the cache: the last one chosen is never fed."""
+        return len(self.tokens) + max(0, self._left - 1)
+
+    @property
+    def unfed(self) -> int:
+        return len(self.tokens) - self.fed
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.fed > 0 and self.unfed == 1
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(sampling=self._sampling, counts=self._counts, generator=self._generator)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -127,56 +135,76 @@ class Sequence:
         self.finished = True
         self._emit(Failure(error=error))
 
-    @torch.inference_mode()
-    def step(self) -> None:
-        """Feed the next chunk of the prompt, or the last token, and emit what that decides."""
-        if self._fed == 0 and self._score_prompt:
-            self._emit(self._piece(self._prompt[0], None))
-        if self._fed < len(self._prompt):
-            logits = self._prefill()
-            if self._fed < len(self._prompt):
-                return
-        else:
-            logits = self._forward([self._last or 0], keep=1)[-1]
+    def rows_wanted(self, count: int) -> int:
+        """Of the next `count` tokens, how many of the last must come with logits."""
+        if self._scored < self._prompt_tokens:
+            return count
+        return int(count == self.unfed)
+
+    def advance(self, logits: torch.Tensor, count: int) -> bool:
+        """Take note that `count` tokens were fed.
+
+        Args:
+            logits: f32 [rows_wanted(count), vocabulary].
+            count: tokens that are in the cache now and were not before.
+
+        Returns:
+            Whether the next token is to be chosen from the last row.
+        """
+        first = self.fed
+        self.fed += count
+        if self._scored < self._prompt_tokens:
+            self._score_prompt(logits, first)
+        if self.unfed:
+            return False
         if self._left == 0:
             self._finish("length")
-            return
-        self._choose(logits)
+            return False
+        return True
 
-    def _prefill(self) -> torch.Tensor:
-        chunk = list(self._prompt[self._fed : self._fed + self._chunk])
-        logits = self._forward(chunk, keep=len(chunk) if self._score_prompt else 1)
-        start, self._fed = self._fed, self._fed + len(chunk)
-        if self._score_prompt:
-            targets = self._prompt[start + 1 : self._fed + 1]
-            for target, row in zip(targets, logits, strict=False):
-                self._emit(self._piece(target, row))
-        return logits[-1]
+    def forget(self) -> None:
+        """Lose everything in the cache; the tokens stay."""
+        self.fed = 0
+        self.pages = []
+        self.cache = None
 
-    def _forward(self, ids: list[int], *, keep: int) -> torch.Tensor:
-        output = self._model.module(
-            input_ids=torch.tensor([ids], device=self._model.device),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        )
-        logits: torch.Tensor = output.logits[0].float().cpu()
-        return logits
+    def take(self, token_id: int, logits: torch.Tensor) -> Callable[[], None]:
+        """Append a chosen token.
 
-    def _choose(self, logits: torch.Tensor) -> None:
-        token_id = choose_token(
-            logits, self._sampling, counts=self._counts, generator=self._generator
-        )
-        self._last = token_id
+        Args:
+            token_id: the token.
+            logits: f32 [vocabulary] it was chosen from.
+
+        Returns:
+            The rest, which may wait until the next step runs: to spell, score and send the token.
+        """
+        self.tokens.append(token_id)
         self._counts[token_id] += 1
         self._left -= 1
-        ends = token_id in self._model.eos_ids
-        text = "" if ends else self._text.push(token_id)
-        self._emit(self._piece(token_id, logits, text=text))
-        if ends or self._text.stopped:
-            self._finish("stop")
-        elif self._left == 0:
-            self._finish("length")
+        ends = token_id in self.model.eos_ids
+        is_last = ends or self._left == 0
+        self.finished = is_last
+
+        def deliver() -> None:
+            if self._text.stopped:
+                return
+            text = "" if ends else self._text.push(token_id)
+            self._emit(self._piece(token_id, logits, text=text))
+            if ends or self._text.stopped:
+                self._finish("stop")
+            elif is_last:
+                self._finish("length")
+
+        return deliver
+
+    def _score_prompt(self, logits: torch.Tensor, first: int) -> None:
+        if self._scored == 0:
+            self._emit(self._piece(self.tokens[0], None))
+            self._scored = 1
+        last = min(self.fed + 1, self._prompt_tokens)
+        for at in range(self._scored, last):
+            self._emit(self._piece(self.tokens[at], logits[at - 1 - first]))
+        self._scored = max(self._scored, last)
 
     def _finish(self, reason: str) -> None:
         text = self._text.flush()
@@ -221,30 +249,4 @@ class Sequence:
         return float(logprobs[token_id]), top, tuple(ids.tolist())
 
     def _spell(self, token_id: int) -> str:
-        return str(self._model.tokenizer.decode([token_id]))
-
-
-def choose_token(
-    logits: torch.Tensor,
-    sampling: Sampling,
-    *,
-    counts: Counter[int],
-    generator: torch.Generator,
-) -> int:
-    """Pick the next token from logits f32 [vocabulary]; temperature 0 is the argmax."""
-    if counts and (sampling.presence_penalty or sampling.frequency_penalty):
-        seen = torch.tensor(list(counts))
-        times = torch.tensor(list(counts.values()), dtype=torch.float32)
-        penalty = sampling.presence_penalty + sampling.frequency_penalty * times
-        logits = logits.index_add(0, seen, -penalty)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
-    if sampling.top_p >= 1:
-        return int(torch.multinomial(probabilities, 1, generator=generator))
-    ordered, ids = probabilities.sort(descending=True)
-    # A token stays while those before it hold less than top_p, so the first one always stays.
-    nucleus = ordered.cumsum(0) - ordered < sampling.top_p
-    nucleus[0] = True
-    ordered = torch.where(nucleus, ordered, 0)
-    return int(ids[torch.multinomial(ordered, 1, generator=generator)])
+        return str(self.model.tokenizer.decode([token_id]))
