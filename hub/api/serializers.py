@@ -257,7 +257,7 @@ class JobSerializer(serializers.ModelSerializer[Job]):
 class TokenRequestSerializer(serializers.Serializer[Any]):
     name = serializers.CharField(max_length=100)
     scopes = serializers.ListField(
-        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=2
+        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=3
     )
     expires_in_days = serializers.IntegerField(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
 
