@@ -28,7 +28,7 @@ PASSED_HEADERS = (
     "retry-after",
     "x-should-retry",
     "cache-control",
-    "x-delta-canary",
+    "x-deltacome-canary",
 )
 UNWANTED_FILES = ("README.md", "evaluation.json")
 

@@ -164,7 +164,8 @@ def test_a_base_model_without_a_template_gets_plain_lines(engine, tmp_path):
 @pytest.mark.parametrize(
     ("route", "body", "param"),
     [
-        ("completions", {"prompt": "a", "n": 2}, "n"),
+        ("completions", {"prompt": "a", "n": 17}, "n"),
+        ("completions", {"prompt": ["a"] * 33, "n": 2}, "n"),
         ("completions", {"prompt": "a", "best_of": 2}, "best_of"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("completions", {"prompt": "a", "logit_bias": {"1": 5}}, "logit_bias"),
@@ -178,7 +179,11 @@ def test_a_base_model_without_a_template_gets_plain_lines(engine, tmp_path):
         ("completions", {"prompt": "a", "max_tokens": 201}, "max_tokens"),
         ("completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
         ("completions", {"prompt": "a", "stop": [""]}, "stop"),
-        ("completions", {"prompt": "a", "stream": True, "echo": True}, "echo"),
+        ("completions", {"prompt": "a", "best_of": "2"}, "best_of"),
+        ("completions", {"prompt": "a", "best_of": [2]}, "best_of"),
+        ("completions", {"prompt": "a", "temperatur": 0}, "temperatur"),
+        ("completions", {"prompt": "a", "guided_json": {}}, "guided_json"),
+        ("completions", {"prompt": "a", "messages": MESSAGES}, "messages"),
         ("completions", {"prompt": "a", "stream_options": {}}, "stream_options"),
         ("chat/completions", {"messages": []}, "messages"),
         ("chat/completions", {"messages": MESSAGES, "tools": [{}]}, "tools"),

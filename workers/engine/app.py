@@ -18,16 +18,23 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deltacome_core.errors import UserError
-from workers.engine import answers
+from workers.engine import answers, streams, tokenizers
 from workers.engine.answers import Run
 from workers.engine.config import EngineConfig
 from workers.engine.errors import ApiError, bad_request, broken
 from workers.engine.model import LoadedModel
-from workers.engine.openai import Answer, parse_chat, parse_completion
+from workers.engine.openai import (
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+)
 from workers.engine.residency import Residency
+from workers.engine.responses import Answer
 from workers.engine.service import Engine, open_engine
 from workers.engine.snapshots import Target, parse_target
 from workers.engine.status import PUBLIC_ROUTES, show_status
+from workers.engine.tokenizers import Words
 from workers.fetch import BlobReader
 
 log = logging.getLogger(__name__)
@@ -35,6 +42,8 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 * 2**20
 SECRET_HEADER = "x-engine-secret"  # noqa: S105 (the name of the header)
 TARGET_HEADER = "x-deltacome-target"
+CANARY_HEADER = "x-deltacome-canary"
+REQUEST_ID_HEADER = "x-request-id"
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -55,6 +64,9 @@ def create_app(config: EngineConfig, blobs: BlobReader) -> Starlette:
             Route("/v1/models", guarded(list_models)),
             Route("/v1/chat/completions", guarded(chat_completions), methods=["POST"]),
             Route("/v1/completions", guarded(completions), methods=["POST"]),
+            Route("/v1/tokenizer_info", guarded(tokenizer_info)),
+            Route("/v1/tokenize", guarded(tokenize), methods=["POST"]),
+            Route("/v1/detokenize", guarded(detokenize), methods=["POST"]),
         ],
         exception_handlers={HTTPException: handle_http_error},
         lifespan=lifespan,
@@ -73,12 +85,13 @@ def guarded(handler: Handler) -> Handler:
         except ApiError as error:
             return error_response(error)
         except UserError as error:
-            log.warning("model_not_served", extra={"code": error.code})
+            facts = {"code": error.code, "request_id": _request_id(request)}
+            log.warning("model_not_served", extra=facts)
             return error_response(broken(str(error), code=error.code))
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception:
-            log.exception("request_failed")
+            log.exception("request_failed", extra={"request_id": _request_id(request)})
             return error_response(broken("The engine failed on this request.", code="internal"))
 
     return handle
@@ -91,6 +104,11 @@ def error_response(error: ApiError) -> JSONResponse:
 async def handle_http_error(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     return error_response(ApiError(status, "not_found", "There is no such route."))
+
+
+def _request_id(request: Request) -> str:
+    """The hub's name for the request, which its client was told."""
+    return request.headers.get(REQUEST_ID_HEADER, "")
 
 
 def _check_secret(request: Request) -> None:
@@ -116,18 +134,40 @@ async def chat_completions(request: Request) -> Response:
     asked = parse_chat(await _read_json(request))
     async with _open_run(request, asked.model, "chatcmpl") as run:
         await answers.start_chat(run, asked)
-        if asked.stream:
-            return _stream(run, answers.stream_chat(run, asked))
-        return JSONResponse(await _unless_gone(request, answers.collect_chat(run)))
+        if asked.delivery.stream:
+            return _stream(run, streams.stream_chat(run, asked))
+        return await _whole(request, run, answers.collect_chat(run, asked))
 
 
 async def completions(request: Request) -> Response:
     asked = parse_completion(await _read_json(request))
     async with _open_run(request, asked.model, "cmpl") as run:
         await answers.start_completion(run, asked)
-        if asked.stream:
-            return _stream(run, answers.stream_completion(run, asked))
-        return JSONResponse(await _unless_gone(request, answers.collect_completion(run, asked)))
+        if asked.delivery.stream:
+            return _stream(run, streams.stream_completion(run, asked))
+        return await _whole(request, run, answers.collect_completion(run, asked))
+
+
+async def tokenizer_info(request: Request) -> Response:
+    return JSONResponse(tokenizers.describe(await _get_words(request)))
+
+
+async def tokenize(request: Request) -> Response:
+    asked = parse_tokenize(await _read_json(request))
+    words = await _get_words(request)
+    return JSONResponse(await asyncio.to_thread(tokenizers.tokenize, words, asked))
+
+
+async def detokenize(request: Request) -> Response:
+    tokens = parse_detokenize(await _read_json(request))
+    words = await _get_words(request)
+    return JSONResponse(await asyncio.to_thread(tokenizers.detokenize, words, tokens))
+
+
+async def _get_words(request: Request) -> Words:
+    engine: Engine = request.app.state.engine
+    target = parse_target(request.headers.get(TARGET_HEADER))
+    return await asyncio.to_thread(engine.tokenizers.get, target)
 
 
 async def _read_json(request: Request) -> Any:
@@ -184,9 +224,18 @@ def _release_unused(
         residency.release(target)
 
 
+async def _whole(request: Request, run: Run, answer: Awaitable[Any]) -> Response:
+    content = await _unless_gone(request, answer)
+    return JSONResponse(content, headers={CANARY_HEADER: run.model.canary.header})
+
+
 def _stream(run: Run, chunks: AsyncIterator[str]) -> Response:
     run.streams = True
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    headers = {
+        "Cache-Control": "no-cache",
+        "X-Accel-Buffering": "no",
+        CANARY_HEADER: run.model.canary.header,
+    }
     return _RunResponse(run, _with_error(chunks), headers=headers)
 
 

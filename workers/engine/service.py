@@ -7,6 +7,7 @@ from workers.engine.metrics import EngineMetrics
 from workers.engine.residency import Residency
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.snapshots import SnapshotCache
+from workers.engine.tokenizers import Tokenizers
 from workers.fetch import BlobReader
 
 
@@ -16,6 +17,7 @@ class Engine:
     residency: Residency
     scheduler: Scheduler
     metrics: EngineMetrics
+    tokenizers: Tokenizers
 
     def start(self) -> None:
         self.scheduler.start()
@@ -36,9 +38,11 @@ def open_engine(config: EngineConfig, blobs: BlobReader) -> Engine:
         max_waiting_tenant=config.max_waiting_tenant,
         prefill_tokens=config.prefill_chunk_tokens,
     )
+    snapshots = SnapshotCache(config.cache_dir, blobs)
     return Engine(
         config=config,
-        residency=Residency(SnapshotCache(config.cache_dir, blobs), config, metrics),
+        residency=Residency(snapshots, config, metrics),
         scheduler=Scheduler(limits, metrics),
         metrics=metrics,
+        tokenizers=Tokenizers(snapshots),
     )
