@@ -111,14 +111,15 @@ def _start(
                 max_tokens=limit,
                 score_prompt=score_prompt,
                 prefill_chunk=run.config.prefill_chunk_tokens,
-                emit=_sender(run, len(sequences)),
+                emit=sender(run, len(sequences)),
             )
             sequences.append(sequence)
     run.scheduler.submit(sequences)
     run.prompts, run.sequences = prompts, sequences
 
 
-def _sender(run: Run, index: int) -> Callable[[Event], None]:
+def sender(run: Run, index: int) -> Callable[[Event], None]:
+    """Make what carries the events of one sequence from the computing thread to the run."""
     loop = asyncio.get_running_loop()
 
     def send(event: Event) -> None:

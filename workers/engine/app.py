@@ -18,13 +18,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deltacome_core.errors import UserError
-from workers.engine import answers, streams, tokenizers
+from workers.engine import answers, compare, streams, tokenizers
 from workers.engine.answers import Run
 from workers.engine.config import EngineConfig
 from workers.engine.errors import ApiError, bad_request, broken
 from workers.engine.model import LoadedModel
 from workers.engine.openai import (
     parse_chat,
+    parse_compare,
     parse_completion,
     parse_detokenize,
     parse_tokenize,
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 * 2**20
 SECRET_HEADER = "x-engine-secret"  # noqa: S105 (the name of the header)
 TARGET_HEADER = "x-deltacome-target"
+REFERENCE_HEADER = "x-deltacome-reference"
 CANARY_HEADER = "x-deltacome-canary"
 REQUEST_ID_HEADER = "x-request-id"
 
@@ -64,6 +66,7 @@ def create_app(config: EngineConfig, blobs: BlobReader) -> Starlette:
             Route("/v1/models", guarded(list_models)),
             Route("/v1/chat/completions", guarded(chat_completions), methods=["POST"]),
             Route("/v1/completions", guarded(completions), methods=["POST"]),
+            Route("/v1/compare", guarded(compare_models), methods=["POST"]),
             Route("/v1/tokenizer_info", guarded(tokenizer_info)),
             Route("/v1/tokenize", guarded(tokenize), methods=["POST"]),
             Route("/v1/detokenize", guarded(detokenize), methods=["POST"]),
@@ -148,6 +151,15 @@ async def completions(request: Request) -> Response:
         return await _whole(request, run, answers.collect_completion(run, asked))
 
 
+async def compare_models(request: Request) -> Response:
+    asked = parse_compare(await _read_json(request))
+    async with (
+        _open_run(request, asked.reference, "cmp", header=REFERENCE_HEADER) as reference,
+        _open_run(request, asked.model, "cmp") as run,
+    ):
+        return await _whole(request, run, compare.compare(run, reference, asked))
+
+
 async def tokenizer_info(request: Request) -> Response:
     return JSONResponse(tokenizers.describe(await _get_words(request)))
 
@@ -183,10 +195,12 @@ async def _read_json(request: Request) -> Any:
 
 
 @asynccontextmanager
-async def _open_run(request: Request, model: str, prefix: str) -> AsyncIterator[Run]:
+async def _open_run(
+    request: Request, model: str, prefix: str, *, header: str = TARGET_HEADER
+) -> AsyncIterator[Run]:
     """Bring the model into memory and keep it there until the answer has ended."""
     engine: Engine = request.app.state.engine
-    target = parse_target(request.headers.get(TARGET_HEADER))
+    target = parse_target(request.headers.get(header))
     run = await _load_run(
         engine,
         target,
