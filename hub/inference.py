@@ -29,6 +29,7 @@ PASSED_HEADERS = (
     "x-should-retry",
     "cache-control",
     "x-deltacome-canary",
+    "x-deltacome-device",
 )
 UNWANTED_FILES = ("README.md", "evaluation.json")
 

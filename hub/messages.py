@@ -223,6 +223,11 @@ HUB_MESSAGES: dict[str, Message] = {
         do="Upload again with more bits per parameter, or with calibration text of the kind the "
         "fine-tune is used on.",
     ),
+    "vote_invalid": Message(
+        title="The vote cannot be counted",
+        what="{model} stands on both sides.",
+        do="Choose two different models and run the prompt again.",
+    ),
     "worker_lost": Message(
         title="The worker was lost",
         what="The step {step} lost its worker {attempts} times in a row.",

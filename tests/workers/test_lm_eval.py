@@ -6,11 +6,13 @@ server that ignores `echo` or cuts texts otherwise would score chance, and nobod
 """
 
 import json
+import shutil
 
 import engines
 import factories
 import plant
 import pytest
+from safetensors.torch import load_file, save_file
 
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.recipe import get_recipe
@@ -102,14 +104,23 @@ def score(model, task, **options):
     return float(accuracy), [sample["resps"] for sample in samples]
 
 
+def as_float32(source, target):
+    """Copy a checkpoint in fp32: what is rebuilt is then not rounded, and equal means equal."""
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    save_file(wide, target / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def dates(tmp_path_factory):
     """Compress the fine-tune of the examples and rebuild it."""
     root = tmp_path_factory.mktemp("dates")
-    base = EXAMPLES / "backbone"
+    as_float32(EXAMPLES / "backbone", root / "backbone")
+    as_float32(EXAMPLES / "dates", root / "tuned")
     recipe = get_recipe("datafree", matrix_bits=1.0)
-    compress_checkpoint(base, EXAMPLES / "dates", root / "delta", recipe)
-    reconstruct_checkpoint(base, root / "delta", root / "rebuilt")
+    compress_checkpoint(root / "backbone", root / "tuned", root / "delta", recipe)
+    reconstruct_checkpoint(root / "backbone", root / "delta", root / "rebuilt")
     return root
 
 
@@ -126,7 +137,7 @@ def served(acme, alice, dates, data_dir, settings, live_hub, monkeypatch):
     """Return a function that gives the harness's client of a model of the hub."""
     from lm_eval.models import openai_completions
 
-    backbone = plant.publish_backbone(acme, EXAMPLES / "backbone")
+    backbone = plant.publish_backbone(acme, dates / "backbone")
     files = {path.name: path.read_bytes() for path in (dates / "delta").iterdir()}
     repo = factories.make_repo(acme, "dates", visibility="private")
     factories.make_revision(repo, files=files, backbone=backbone)

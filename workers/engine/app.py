@@ -45,6 +45,8 @@ SECRET_HEADER = "x-engine-secret"  # noqa: S105 (the name of the header)
 TARGET_HEADER = "x-deltacome-target"
 REFERENCE_HEADER = "x-deltacome-reference"
 CANARY_HEADER = "x-deltacome-canary"
+# So that a page can say what its speeds are worth.
+DEVICE_HEADER = "x-deltacome-device"
 REQUEST_ID_HEADER = "x-request-id"
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -240,7 +242,14 @@ def _release_unused(
 
 async def _whole(request: Request, run: Run, answer: Awaitable[Any]) -> Response:
     content = await _unless_gone(request, answer)
-    return JSONResponse(content, headers={CANARY_HEADER: run.model.canary.header})
+    return JSONResponse(content, headers=_describe_run(run))
+
+
+def _describe_run(run: Run) -> dict[str, str]:
+    return {
+        CANARY_HEADER: run.model.canary.header,
+        DEVICE_HEADER: run.config.device.partition(":")[0],
+    }
 
 
 def _stream(run: Run, chunks: AsyncIterator[str]) -> Response:
@@ -248,7 +257,7 @@ def _stream(run: Run, chunks: AsyncIterator[str]) -> Response:
     headers = {
         "Cache-Control": "no-cache",
         "X-Accel-Buffering": "no",
-        CANARY_HEADER: run.model.canary.header,
+        **_describe_run(run),
     }
     return _RunResponse(run, _with_error(chunks), headers=headers)
 
