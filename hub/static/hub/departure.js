@@ -13,7 +13,9 @@ const button = byId("compare");
 let answers = [];
 
 const binOf = (kl) => LIMITS.filter((limit) => kl >= limit).length;
-const round = (value) => (value < 0.0005 ? value.toExponential(1) : value.toFixed(3));
+const round = (value) => (value > 0 && value < 0.0005 ? value.toExponential(1) : value.toFixed(3));
+// Adding nothing turns -0 into 0.
+const logChance = (value) => (Math.round(value * 100) / 100 + 0).toFixed(2);
 const visible = (text) => (text.trim() ? text : text.replaceAll("\n", "⏎").replaceAll(" ", "␣") || "∅");
 
 // `given` holds the finished answers: { model, request, tokenIds }.
@@ -51,8 +53,8 @@ function tokenRow(token, index) {
     [index + 1, "num"],
     [visible(token.token), "path"],
     [round(token.kl), "num"],
-    [token.logprob.toFixed(2), "num"],
-    [token.reference_logprob.toFixed(2), "num"],
+    [logChance(token.logprob), "num"],
+    [logChance(token.reference_logprob), "num"],
     [visible(token.likeliest), "path"],
     [visible(token.reference_likeliest), "path"],
   ];
@@ -69,7 +71,7 @@ function summary(found) {
   const where =
     found.first_departure === null
       ? `the same first choice at all ${n} tokens`
-      : `first departs at token ${found.first_departure + 1} of ${n}, in all at ${found.departures}`;
+      : `another first choice at ${found.departures} of ${n} tokens, first at token ${found.first_departure + 1}`;
   return `${where} · mean KL ${round(found.mean_kl)} nats · largest ${round(found.max_kl)}`;
 }
 

@@ -24,6 +24,7 @@ function bindColumn(root) {
     number: part("title").textContent,
     model: "",
     request: null,
+    seen: null,
     tokenIds: [],
     abort: null,
   };
@@ -132,6 +133,7 @@ async function run(column) {
   column.stats.textContent = isBlindRun ? "" : "waiting for the first token…";
   column.abort = new AbortController();
   const seen = { started: performance.now(), first: null, last: null, tokens: 0, finish: "" };
+  column.seen = seen;
   column.request = requestFor(column.model, settings());
   const extras = { stream: true, stream_options: { include_usage: true }, return_token_ids: true };
   try {
@@ -186,6 +188,7 @@ function openBallot(pair) {
     reveal() {
       for (const column of pair) column.select.value = column.model;
       setBlind(false);
+      for (const column of pair) showStats(column, column.seen);
       saveState();
       departure.offer(pair);
     },
