@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from deltacome_core.errors import InternalError
 from workers.engine.chat import encode_chat, encode_text
 from workers.engine.config import EngineConfig
-from workers.engine.errors import bad_request, broken
+from workers.engine.errors import ApiError, bad_request, broken
 from workers.engine.fields import Json
 from workers.engine.generate import Event, Failure, Finish, Piece, Sampling, Sequence
 from workers.engine.model import LoadedModel
@@ -66,6 +66,9 @@ class Run:
         while left:
             index, event = await self.events.get()
             if isinstance(event, Failure):
+                # What the scheduler says to the client, such as that the engine stops.
+                if isinstance(event.error, ApiError):
+                    raise event.error
                 raise broken("The engine failed on this request.", code="internal")
             left -= isinstance(event, Finish)
             yield index, event
