@@ -106,6 +106,24 @@ def _auto_class(config: Any) -> Any:
     raise ValueError(f"{config.model_type} is no language model")
 
 
+def load_config(directory: Path) -> Any:
+    """Read a model's configuration, never running its own code.
+
+    Args:
+        directory: a folder with config.json.
+
+    Returns:
+        A transformers configuration.
+
+    Raises:
+        UserError: architecture_unknown when transformers has no such.
+    """
+    try:
+        return _library.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UserError("architecture_unknown", reason=str(error)[:200]) from error
+
+
 def load_model(directory: Path, *, device: str | torch.device = "cpu") -> Any:
     """Load a language model from safetensors files only, never running its own code.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deltacome_core.canary import Canary, make_canary, read_last_logits
 from deltacome_core.checkpoint import Checkpoint, at_precision, open_checkpoint
 from deltacome_core.container import open_delta
 from deltacome_core.entries import MatrixEntry, RowsEntry
@@ -63,6 +64,7 @@ class VerifyReport:
     """kl in nats per token, KL(fine-tune || other); failing checks come first.
 
     matrices holds every quantised tensor, the largest error first; worst_matrices its head.
+    canary: what a server can ask itself for; reports of before it have none.
     """
 
     grade: str
@@ -80,6 +82,7 @@ class VerifyReport:
     matrices: tuple[MatrixError, ...]
     checks: tuple[Check, ...]
     seconds: float
+    canary: Canary | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,9 +171,13 @@ def verify_delta(
         model = load_model(rebuilt, device=device)
         fidelity = compare_models(original, model, texts)
         match, exact = compare_answers(original, model, tokenizer, [text.opening for text in texts])
+        prompts_read = [text.tokens for text in texts]
+        rebuilt_logits = read_last_logits(model, prompts_read)
         del model
         with served_backbone(base_dir, delta_dir) as served:
-            backbone = compare_models(original, load_model(served, device=device), texts)
+            bare = load_model(served, device=device)
+            backbone = compare_models(original, bare, texts)
+            canary = make_canary(prompts_read, rebuilt_logits, read_last_logits(bare, prompts_read))
     recovery = measure_recovery(fidelity.kl, backbone.kl)
     checks = _list_checks(weights, recovery, fidelity.ppl_ratio)
     return VerifyReport(
@@ -189,6 +196,7 @@ def verify_delta(
         matrices=weights.errors,
         checks=checks,
         seconds=time.monotonic() - started,
+        canary=canary,
     )
 
 

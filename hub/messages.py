@@ -106,6 +106,11 @@ HUB_MESSAGES: dict[str, Message] = {
         what="{name} exists already.",
         do="Choose another name.",
     ),
+    "finetune_gone": Message(
+        title="The fine-tune is not held any more",
+        what="The checkpoint that {revision} was made from is not stored here.",
+        do="Ask the delta itself, or publish the fine-tune again with FINETUNE_KEEP_S set.",
+    ),
     "not_found": Message(
         title="Not found",
         what="There is nothing here, or you may not see it.",
@@ -218,6 +223,11 @@ HUB_MESSAGES: dict[str, Message] = {
         do="Upload again with more bits per parameter, or with calibration text of the kind the "
         "fine-tune is used on.",
     ),
+    "vote_invalid": Message(
+        title="The vote cannot be counted",
+        what="{model} stands on both sides.",
+        do="Choose two different models and run the prompt again.",
+    ),
     "worker_lost": Message(
         title="The worker was lost",
         what="The step {step} lost its worker {attempts} times in a row.",
@@ -234,6 +244,7 @@ HTTP_STATUS: dict[str, int] = {
     "disk_full": 507,
     "header_missing": 409,
     "header_too_large": 413,
+    "finetune_gone": 404,
     "idempotency_conflict": 409,
     "internal": 500,
     "invalid": 400,

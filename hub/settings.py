@@ -94,6 +94,8 @@ UPLOAD_MAX_BYTES = envint("UPLOAD_MAX_BYTES", 512 * 2**30)
 UPLOAD_MAX_FILES = envint("UPLOAD_MAX_FILES", 512)
 UPLOAD_MAX_OPEN = envint("UPLOAD_MAX_OPEN", 16)
 UPLOAD_TTL_S = envint("UPLOAD_TTL_S", 7 * 24 * 3600)
+# How long a fine-tune's own files stay after its delta is published; 0 lets them go at once.
+FINETUNE_KEEP_S = envint("FINETUNE_KEEP_S", 0)
 NAMESPACE_QUOTA_BYTES = envint("NAMESPACE_QUOTA_BYTES", 4 * 2**40)
 FREE_SPACE_FLOOR_BYTES = envint("FREE_SPACE_FLOOR_BYTES", 2**30)
 BLOB_GRACE_S = envint("BLOB_GRACE_S", 24 * 3600)

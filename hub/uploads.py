@@ -372,11 +372,24 @@ def expire_uploads() -> int:
             parts.delete_parts(upload_id)
             ended += 1
     # A failed job may be retried for a while; a finished one never reads its sources again.
-    age = Q(job__finished_at__lt=from_now(-settings.UPLOAD_TTL_S)) | Q(job__state=Job.State.DONE)
-    over = Upload.objects.filter(age, state=Upload.State.SEALED, job__finished_at__isnull=False)
+    is_done = Q(job__state=Job.State.DONE)
+    is_over = (
+        Q(is_done, job__kind=Repo.Kind.BACKBONE)
+        | Q(is_done, job__finished_at__lt=from_now(-settings.FINETUNE_KEEP_S))
+        | Q(~is_done, job__finished_at__lt=from_now(-settings.UPLOAD_TTL_S))
+    )
+    over = Upload.objects.filter(is_over, state=Upload.State.SEALED)
     for upload in over.exclude(files__blob=None)[:1000]:
         release_sources(upload)
     return ended
+
+
+def finish_sources(upload: Upload) -> None:
+    """After publication: a fine-tune may be kept for a while, to be compared with its delta."""
+    if settings.FINETUNE_KEEP_S > 0 and upload.repo.kind == Repo.Kind.DELTA:
+        parts.delete_parts(upload.pk)
+    else:
+        release_sources(upload)
 
 
 def release_sources(upload: Upload) -> None:

@@ -67,7 +67,7 @@ def _work(lease: Lease, keeper: LeaseKeeper, child: ChildHandle) -> None:
         seconds = time.monotonic() - started
         _persist(keeper, lambda: publish_revision(lease, publication, seconds=seconds))
         # What is published has rows of its own; the sweeper does this where we cannot.
-        uploads.release_sources(job.upload)
+        uploads.finish_sources(job.upload)
     else:
         outputs = stages.STAGES[lease.step](attempt)
         seconds = time.monotonic() - started

@@ -1,6 +1,6 @@
 """Two ways in, never mixed: a bearer token ignores cookies, a session needs the CSRF header."""
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from django.contrib.auth.models import AnonymousUser
 from django.http import HttpRequest
@@ -38,10 +38,18 @@ def authenticate(request: HttpRequest) -> User | AnonymousUser:
     """Name the caller of a read-only view that is not a DRF view.
 
     Raises:
-        UserError: not_signed_in.
+        UserError: not_signed_in; permission_denied for a token that may only ask models.
     """
     token = find_token(request)
-    return request.user if token is None else token.user
+    if token is None:
+        return request.user
+    if not may_read(token):
+        raise UserError("permission_denied")
+    return token.user
+
+
+def may_read(token: ApiToken) -> bool:
+    return bool({ApiToken.Scope.READ, ApiToken.Scope.WRITE} & set(token.scopes))
 
 
 class TokenAuthentication(authentication.BaseAuthentication):
@@ -77,10 +85,9 @@ class Anyone(permissions.BasePermission):
         token = request.auth
         if not isinstance(token, ApiToken):
             return True
-        scopes = set(cast("list[str]", token.scopes))
         if request.method in permissions.SAFE_METHODS:
-            return bool(scopes)
-        return ApiToken.Scope.WRITE in scopes
+            return may_read(token)
+        return ApiToken.Scope.WRITE in token.scopes
 
 
 class SignedIn(Anyone):

@@ -1,11 +1,16 @@
 """The OpenAI-compatible routes: `model` is a repo of the hub, the key is a token of the hub.
 
+They stand twice: under /v1, where the body names the model, and under /d/<namespace>/<name>/v1,
+where the address does, for clients that ask for a tokenizer without saying whose.
+
 Errors have OpenAI's shape here and nowhere else, because that is what its clients can read.
 """
 
 import json
+import time
 import uuid
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -18,8 +23,9 @@ from django.views.decorators.csrf import csrf_exempt
 from rest_framework.authentication import CSRFCheck
 
 from deltacome_core.errors import UserError
-from hub import playground
+from hub import inference, messages
 from hub.api.auth import find_token
+from hub.inference import Model
 from hub.models import User
 
 View = Callable[..., Coroutine[Any, Any, HttpResponseBase]]
@@ -39,7 +45,7 @@ class Refusal(Exception):  # noqa: N818  what it is: an answer, not a mistake
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
-        self.body = playground.error_body(message, code=code, kind=kind, param=param)
+        self.body = inference.error_body(message, code=code, kind=kind, param=param)
 
 
 def openai_route(*methods: str) -> Callable[[View], View]:
@@ -49,21 +55,80 @@ def openai_route(*methods: str) -> Callable[[View], View]:
         @csrf_exempt
         @wraps(view)
         async def handle(request: HttpRequest, **captured: str) -> HttpResponseBase:
+            started = time.monotonic()
+            request_id = f"req_{uuid.uuid4().hex}"
             try:
                 _check_method(request, methods)
                 user = await sync_to_async(_authenticate)(request)
-                response = await view(request, user, **captured)
+                response = await view(
+                    Call(request=request, user=user, request_id=request_id, **captured)
+                )
             except Refusal as refusal:
                 response = JsonResponse({"error": refusal.body}, status=refusal.status)
                 if refusal.retry_after_s is not None:
                     response["Retry-After"] = str(refusal.retry_after_s)
                     response["X-Should-Retry"] = "true"
-            response["X-Request-Id"] = f"req_{uuid.uuid4().hex}"
+            response["X-Request-Id"] = request_id
+            response["OpenAI-Processing-Ms"] = str(round(1000 * (time.monotonic() - started)))
             return response
 
         return handle
 
     return decorate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One request: who asks, and what its address names."""
+
+    request: HttpRequest
+    user: User
+    request_id: str
+    namespace: str = ""
+    repo: str = ""
+    wanted: str = ""
+    rest: str = ""
+
+    @property
+    def place(self) -> str:
+        """The model of the address, or nothing under /v1."""
+        return f"{self.namespace}/{self.repo}" if self.namespace else ""
+
+    def read_json(self) -> dict[str, Any]:
+        try:
+            body: Any = json.loads(self.request.body)
+        except RequestDataTooBig:
+            raise Refusal(413, "request_too_large", "The request body is too large.") from None
+        except (ValueError, RecursionError):
+            raise Refusal(400, "invalid_json", "The request body is not JSON.") from None
+        if not isinstance(body, dict):
+            raise Refusal(400, "invalid_json", "The request body must be a JSON object.")
+        return body
+
+    async def find_named(self, name: object, *, param: str = "model") -> Model:
+        """Find the model that a field of the request names."""
+        if not isinstance(name, str) or not name:
+            message = f"{param} must name a backbone or a delta."
+            raise Refusal(400, "invalid_value", message, param=param)
+        try:
+            return await sync_to_async(inference.find_model)(self.user, name)
+        except UserError as error:
+            text = f"The model {name[:200]!r} does not exist or you may not see it."
+            if error.code == "finetune_gone":
+                text = messages.explain(error.code, error.params).what
+            raise Refusal(404, "model_not_found", text, param=param) from None
+
+    async def find_model(self, name: object) -> Model:
+        """Find the model of the address; a body that names another one is a mistake."""
+        if not self.place:
+            return await self.find_named(name)
+        found = await self.find_named(self.place)
+        if name is not None and name != "":
+            other = await self.find_named(name)
+            if other.revision.repo_id != found.revision.repo_id:
+                message = f"This address answers for {self.place!r} only."
+                raise Refusal(400, "model_mismatch", message, param="model")
+        return found
 
 
 def _check_method(request: HttpRequest, allowed: tuple[str, ...]) -> None:
@@ -72,45 +137,82 @@ def _check_method(request: HttpRequest, allowed: tuple[str, ...]) -> None:
 
 
 @openai_route("GET", "POST")
-async def nothing(request: HttpRequest, _user: User, **_path: str) -> HttpResponseBase:
+async def nothing(call: Call) -> HttpResponseBase:
     """What no route matches still answers in OpenAI's shape."""
-    raise Refusal(404, "unknown_url", f"Unknown request URL: {request.method} {request.path}.")
+    asked = f"{call.request.method} {call.request.path}"
+    raise Refusal(404, "unknown_url", f"Unknown request URL: {asked}.")
 
 
 @openai_route("GET")
-async def models(_request: HttpRequest, user: User) -> HttpResponseBase:
-    data = await sync_to_async(playground.list_models)(user)
+async def models(call: Call) -> HttpResponseBase:
+    if call.place:
+        found = await call.find_named(call.place)
+        data = [await sync_to_async(inference.describe_model)(call.user, found)]
+    else:
+        data = await sync_to_async(inference.list_models)(call.user)
     return JsonResponse({"object": "list", "data": data})
 
 
 @openai_route("GET")
-async def model(_request: HttpRequest, user: User, name: str) -> HttpResponseBase:
-    revision = await _find_model(user, name)
-    return JsonResponse(await sync_to_async(playground.describe_model)(user, revision))
+async def model(call: Call) -> HttpResponseBase:
+    found = await call.find_named(call.wanted)
+    return JsonResponse(await sync_to_async(inference.describe_model)(call.user, found))
+
+
+def forwarded(method: str, route: str) -> View:
+    """Make a view whose body, with the model named, is the engine's to judge and to answer."""
+
+    @openai_route(method)
+    async def view(call: Call) -> HttpResponseBase:
+        if method == "GET":
+            found = await call.find_model(call.request.GET.get("model"))
+            return await _forward(call, method, route, found)
+        body = call.read_json()
+        found = await call.find_model(body.get("model"))
+        content = call.request.body
+        if not body.get("model"):
+            content = json.dumps(body | {"model": call.place}).encode()
+        return await _forward(call, method, route, found, content=content)
+
+    return view
 
 
 @openai_route("POST")
-async def chat_completions(request: HttpRequest, user: User) -> HttpResponseBase:
-    return await _forward(request, user, "/v1/chat/completions")
+async def compare(call: Call) -> HttpResponseBase:
+    """Two models along one text: the second is named by `reference`."""
+    body = call.read_json()
+    found = await call.find_model(body.get("model"))
+    reference = await call.find_named(body.get("reference"), param="reference")
+    content = json.dumps(body | {"model": found.name, "reference": reference.name}).encode()
+    return await _forward(call, "POST", "/v1/compare", found, content=content, reference=reference)
 
 
-@openai_route("POST")
-async def completions(request: HttpRequest, user: User) -> HttpResponseBase:
-    return await _forward(request, user, "/v1/completions")
-
-
-async def _forward(request: HttpRequest, user: User, route: str) -> HttpResponseBase:
-    revision = await _find_model(user, _read_model(request))
-    target = await sync_to_async(playground.describe_target)(revision)
+async def _forward(
+    call: Call,
+    method: str,
+    route: str,
+    found: Model,
+    *,
+    content: bytes = b"",
+    reference: Model | None = None,
+) -> HttpResponseBase:
+    describe = sync_to_async(inference.describe_target)
     try:
-        answer = await playground.ask_engine(route, body=request.body, target=target)
-    except playground.EngineAwayError:
+        answer = await inference.ask_engine(
+            method,
+            route,
+            body=content,
+            target=await describe(found),
+            reference=None if reference is None else await describe(reference),
+            request_id=call.request_id,
+        )
+    except inference.EngineAwayError:
         raise Refusal(
             503,
             "engine_away",
             "The engine is not running; try again in a moment.",
             kind="server_error",
-            retry_after_s=playground.ENGINE_RETRY_S,
+            retry_after_s=inference.ENGINE_RETRY_S,
         ) from None
     response: HttpResponseBase
     if answer.is_stream:
@@ -121,34 +223,8 @@ async def _forward(request: HttpRequest, user: User, route: str) -> HttpResponse
     for header, value in answer.headers.items():
         response[header] = value
     response["X-Accel-Buffering"] = "no"
-    response["X-Delta-Revision"] = f"{revision.label} sha256:{revision.digest}"
+    response["X-Delta-Revision"] = f"{found.revision.label} sha256:{found.revision.digest}"
     return response
-
-
-def _read_model(request: HttpRequest) -> str:
-    try:
-        body: Any = json.loads(request.body)
-    except RequestDataTooBig:
-        raise Refusal(413, "request_too_large", "The request body is too large.") from None
-    except (ValueError, RecursionError):
-        raise Refusal(400, "invalid_json", "The request body is not JSON.") from None
-    name = body.get("model") if isinstance(body, dict) else None
-    if not isinstance(name, str) or not name:
-        raise Refusal(400, "invalid_value", "model must name a backbone or a delta.", param="model")
-    return name
-
-
-@sync_to_async
-def _find_model(user: User, name: str) -> Any:
-    try:
-        return playground.find_model(user, name)
-    except UserError:
-        raise Refusal(
-            404,
-            "model_not_found",
-            f"The model {name[:200]!r} does not exist or you may not see it.",
-            param="model",
-        ) from None
 
 
 def _authenticate(request: HttpRequest) -> User:
@@ -172,10 +248,18 @@ def _stranger(message: str) -> Refusal:
     return Refusal(401, "invalid_api_key", message, kind="authentication_error")
 
 
+# Without /v1 too under /d/…, because evaluation harnesses cut "/v1/completions" off the address.
+tokenizer_urls = [
+    path("tokenizer_info", forwarded("GET", "/v1/tokenizer_info"), name="inference-tokenizer"),
+    path("tokenize", forwarded("POST", "/v1/tokenize"), name="inference-tokenize"),
+    path("detokenize", forwarded("POST", "/v1/detokenize"), name="inference-detokenize"),
+]
 urlpatterns = [
     path("models", models, name="inference-models"),
-    path("models/<path:name>", model, name="inference-model"),
-    path("chat/completions", chat_completions, name="inference-chat"),
-    path("completions", completions, name="inference-completions"),
+    path("models/<path:wanted>", model, name="inference-model"),
+    path("chat/completions", forwarded("POST", "/v1/chat/completions"), name="inference-chat"),
+    path("completions", forwarded("POST", "/v1/completions"), name="inference-completions"),
+    path("compare", compare, name="inference-compare"),
+    *tokenizer_urls,
     path("<path:rest>", nothing, name="inference-nothing"),
 ]

@@ -7,7 +7,7 @@ from rest_framework import serializers
 
 from deltacome_core.recipe import DEFAULT_RECIPE
 from hub import jobs, messages
-from hub.models import ApiToken, Job, Repo, Revision, Upload
+from hub.models import ApiToken, Job, Repo, Revision, Upload, Vote
 from hub.recipes import list_recipes
 from hub.uploads import FileSpec, UploadSpec, upload_status
 
@@ -257,7 +257,7 @@ class JobSerializer(serializers.ModelSerializer[Job]):
 class TokenRequestSerializer(serializers.Serializer[Any]):
     name = serializers.CharField(max_length=100)
     scopes = serializers.ListField(
-        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=2
+        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=3
     )
     expires_in_days = serializers.IntegerField(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
 
@@ -288,6 +288,23 @@ class WhoamiSerializer(serializers.Serializer[Any]):
     username = serializers.CharField()
     namespaces = NamespaceSerializer(source="memberships", many=True)
     scopes = serializers.ListField(child=serializers.CharField(), allow_null=True)
+
+
+class VoteSerializer(serializers.Serializer[Any]):
+    left = serializers.CharField(max_length=300)
+    right = serializers.CharField(max_length=300)
+    outcome = serializers.ChoiceField(choices=Vote.Outcome.choices)
+    # Prompt and settings in any form: only the digest is kept.
+    question = serializers.CharField(max_length=100_000)
+
+
+class TallySerializer(serializers.Serializer[Any]):
+    """The votes of everybody on `left` against `right`, this one included."""
+
+    opponent = serializers.CharField()
+    wins = serializers.IntegerField()
+    losses = serializers.IntegerField()
+    ties = serializers.IntegerField()
 
 
 class SealedSerializer(serializers.Serializer[Any]):

@@ -1,6 +1,6 @@
 from django.urls import path
 
-from hub.api import downloads, job_events, jobs, repos, schema, tokens, uploads
+from hub.api import downloads, job_events, jobs, repos, schema, tokens, uploads, votes
 
 REPO = "repos/<str:namespace>/<str:name>"
 REVISION = f"{REPO}/revisions/<str:revision>"
@@ -36,6 +36,7 @@ urlpatterns = [
     path("jobs/<uuid:job_id>/events", job_events.job_events, name="api-job-events"),
     path("tokens", tokens.Tokens.as_view(), name="api-tokens"),
     path("tokens/<uuid:token_id>", tokens.TokenDetail.as_view(), name="api-token"),
+    path("votes", votes.Votes.as_view(), name="api-votes"),
     path("whoami", tokens.Whoami.as_view(), name="api-whoami"),
     path("schema", schema.Schema.as_view(), name="api-schema"),
     path("<path:rest>", schema.Nothing.as_view(), name="api-nothing"),

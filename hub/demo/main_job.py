@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from openai import OpenAI
 
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.client import HubClient
@@ -29,6 +31,8 @@ MAX_ANSWER_TOKENS = 64
 MAX_ACCURACY_LOSS = 0.02
 HTTP_TIMEOUT_S = 120.0
 
+Ask = Callable[[OpenAI, str, str], str]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MainJobReport:
@@ -42,6 +46,7 @@ class MainJobReport:
     seconds: dict[str, float]
     parts_kept_after_kill: int
     chat_hits: dict[str, int]
+    completion_hits: dict[str, int]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +63,9 @@ class MainJobReport:
             "the interrupted push did not resume": self.parts_kept_after_kill > 0,
             "in the chat, the delta is not better than its backbone": (
                 self.chat_hits["delta"] > self.chat_hits["backbone"]
+            ),
+            "as a completion, the delta is not better than its backbone": (
+                self.completion_hits["delta"] > self.completion_hits["backbone"]
             ),
         }
         return [fault for fault, is_fine in wanted.items() if not is_fine]
@@ -83,10 +91,12 @@ def run_main_job(stack: Stack, account: Account, work_dir: Path, *, say: Say) ->
     say("rebuilding the checkpoint")
     sizes = _rebuild(work_dir)
     say("asking backbone and delta the same questions")
-    chat_hits = {
-        "backbone": _count_hits(stack, account, BACKBONE),
-        "delta": _count_hits(stack, account, EXTRACTION),
-    }
+    subjects = {"backbone": BACKBONE, "delta": EXTRACTION}
+    with _openai(stack, account) as models:
+        chat_hits = {key: _count_hits(_chat, models, name) for key, name in subjects.items()}
+        completion_hits = {
+            key: _count_hits(_complete, models, name) for key, name in subjects.items()
+        }
     revision, job = _read_results(stack, account, job_id)
     return MainJobReport(
         finetune_bytes=(FINE_TUNE / "model.safetensors").stat().st_size,
@@ -99,6 +109,7 @@ def run_main_job(stack: Stack, account: Account, work_dir: Path, *, say: Say) ->
         seconds={step["name"]: round(step["seconds"], 2) for step in job["done_steps"]},
         parts_kept_after_kill=parts_kept,
         chat_hits=chat_hits,
+        completion_hits=completion_hits,
     )
 
 
@@ -144,24 +155,37 @@ def _rebuild(work_dir: Path) -> dict[str, Any]:
     return sizes
 
 
-def _count_hits(stack: Stack, account: Account, model: str) -> int:
-    """Ask the first held-out questions in the chat and count the exact answers."""
+def _count_hits(ask: Ask, models: OpenAI, model: str) -> int:
+    """Ask the first held-out questions and count the exact answers."""
     lines = (FINE_TUNE / "evaluation.jsonl").read_text().splitlines()[:N_QUESTIONS]
-    hits = 0
-    with _http(stack, account) as http:
-        for line in lines:
-            item = json.loads(line)
-            question = item["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
-            body = {
-                "model": model,
-                "messages": [{"role": "user", "content": question}],
-                "temperature": 0,
-                "max_tokens": MAX_ANSWER_TOKENS,
-            }
-            answer = http.post("/v1/chat/completions", json=body).raise_for_status().json()
-            text = answer["choices"][0]["message"]["content"]
-            hits += text.strip().partition("\n")[0] == item["answer"]
-    return hits
+    items = [json.loads(line) for line in lines]
+    return sum(
+        ask(models, model, item["prompt"]).strip().partition("\n")[0] == item["answer"]
+        for item in items
+    )
+
+
+def _chat(models: OpenAI, model: str, prompt: str) -> str:
+    question = prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+    answer = models.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=MAX_ANSWER_TOKENS,
+    )
+    return answer.choices[0].message.content or ""
+
+
+def _complete(models: OpenAI, model: str, prompt: str) -> str:
+    answer = models.completions.create(
+        model=model, prompt=prompt, temperature=0, max_tokens=MAX_ANSWER_TOKENS
+    )
+    return answer.choices[0].text
+
+
+def _openai(stack: Stack, account: Account) -> OpenAI:
+    """Make the client that applications use."""
+    return OpenAI(base_url=f"{stack.url}/v1", api_key=account.token, timeout=HTTP_TIMEOUT_S)
 
 
 def _read_results(

@@ -136,6 +136,8 @@ class Stack:
             "ENGINE_PORT": str(self.engine_port),
             "ALLOWED_HOSTS": "127.0.0.1,localhost",
             "INSECURE_HTTP": "1",
+            # The playground of a demo shows the fine-tune beside its delta.
+            "FINETUNE_KEEP_S": str(10 * 365 * 24 * 3600),
             "PYTHONUNBUFFERED": "1",
             **self.extra_env,
         }

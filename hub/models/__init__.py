@@ -2,6 +2,7 @@ from .account import ApiToken, AuditEvent, Membership, Namespace, User
 from .job import TRANSITIONS, Job, JobEvent, JobStep, LostRace
 from .repo import Alias, Blob, Evaluation, File, Repo, Revision, Verification
 from .upload import Part, Upload, UploadFile
+from .vote import Vote
 
 __all__ = [
     "TRANSITIONS",
@@ -24,4 +25,5 @@ __all__ = [
     "UploadFile",
     "User",
     "Verification",
+    "Vote",
 ]

@@ -9,7 +9,7 @@ NAME_PATTERN = r"\A[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?\Z"
 # First segments of our own URLs: a namespace of that name would be unreachable.
 RESERVED_NAMES = frozenset(
     {
-        *("accounts", "admin", "api", "docs", "explore", "favicon.ico", "healthz", "jobs"),
+        *("accounts", "admin", "api", "d", "docs", "explore", "favicon.ico", "healthz", "jobs"),
         *("new", "playground", "readyz", "robots.txt", "settings", "static", "uploads", "v1"),
         *("about", "help", "login", "logout", "signup", "search", "compare", "backbones"),
     }
@@ -63,6 +63,8 @@ class ApiToken(UUIDModel):
     class Scope(models.TextChoices):
         READ = "read"
         WRITE = "write"
+        # Ask models and nothing else: the key of an application that serves strangers.
+        INFER = "infer"
 
     user = models.ForeignKey(User, models.CASCADE, related_name="tokens")
     name = models.CharField(max_length=100)

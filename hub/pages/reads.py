@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from django.db.models import Count, Sum
 
-from hub import catalog
+from hub import catalog, finetunes
 from hub.access import ROLES, AnyUser, Right
 from hub.models import Job, Membership, Repo, Revision, User, Verification
 
@@ -33,6 +33,15 @@ class Saved:
     @property
     def saved_bytes(self) -> int:
         return self.source_size_bytes - self.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A model to ask; `label` is the revision that its name means now."""
+
+    name: str
+    label: str
+    has_finetune: bool
 
 
 def list_entries(user: AnyUser, repos: Sequence[Repo]) -> list[Entry]:
@@ -96,14 +105,26 @@ def list_deltas(user: AnyUser, backbone: Repo) -> list[Revision]:
 
 def list_names(user: AnyUser, kind: str) -> list[str]:
     """Repos of this kind with a published revision, by name."""
-    repos = (
-        Repo.objects.visible_to(user)
-        .filter(kind=kind, revisions__state=Revision.State.PUBLISHED)
-        .select_related("namespace")
-        .distinct()
-        .order_by("namespace__name", "name")[:MAX_LISTED_REPOS]
+    return [str(repo) for repo in _list_published(user, kind)]
+
+
+def list_choices(user: AnyUser, kind: str) -> list[Choice]:
+    """Models of this kind that can be asked, by name."""
+    repos = _list_published(user, kind)
+    latest = catalog.latest_revisions(repos)
+    held = finetunes.find_held(latest.values())
+    return [
+        Choice(name=str(revision.repo), label=revision.label, has_finetune=revision.pk in held)
+        for revision in (latest[repo.pk] for repo in repos)
+    ]
+
+
+def _list_published(user: AnyUser, kind: str) -> list[Repo]:
+    repos = Repo.objects.visible_to(user).filter(
+        kind=kind, revisions__state=Revision.State.PUBLISHED
     )
-    return [str(repo) for repo in repos]
+    ordered = repos.select_related("namespace").distinct().order_by("namespace__name", "name")
+    return list(ordered[:MAX_LISTED_REPOS])
 
 
 def list_running_jobs(user: AnyUser) -> list[Job]:

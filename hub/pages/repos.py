@@ -10,7 +10,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_POST, require_safe
 
 from deltacome_core.errors import UserError
-from hub import access, catalog, publishing, storage
+from hub import access, catalog, publishing, storage, votes
 from hub.access import page_access
 from hub.models import Evaluation, Job, JobStep, Repo, Revision, Verification
 
@@ -153,6 +153,7 @@ def _overview_context(request: HttpRequest, revision: Revision) -> dict[str, Any
         | {
             "backbone": reads.visible_backbone(request.user, revision),
             "quality": plots.plot_quality(scores),
+            "tallies": votes.list_tallies(request.user, revision),
             "headline": _find_headline(scores),
         }
     )
@@ -224,8 +225,11 @@ def _verification_context(_request: HttpRequest, revision: Revision) -> dict[str
     }
 
 
-def _evaluations_context(_request: HttpRequest, revision: Revision) -> dict[str, Any]:
-    return {"quality": plots.plot_quality(list(revision.evaluations.all()))}
+def _evaluations_context(request: HttpRequest, revision: Revision) -> dict[str, Any]:
+    return {
+        "quality": plots.plot_quality(list(revision.evaluations.all())),
+        "tallies": votes.list_tallies(request.user, revision),
+    }
 
 
 TAB_CONTEXTS: dict[str, Callable[[HttpRequest, Revision], dict[str, Any]]] = {

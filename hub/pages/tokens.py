@@ -23,7 +23,8 @@ class TokenForm(forms.Form):
         choices=ApiToken.Scope.choices,
         initial=[ApiToken.Scope.READ],
         widget=forms.CheckboxSelectMultiple,
-        help_text="Write includes uploads, retries and yanking.",
+        help_text="Write includes uploads, retries and yanking. Infer asks models and reads nothing"
+        " else: the key for an application.",
     )
     days = forms.IntegerField(
         min_value=1,

@@ -62,7 +62,7 @@ def test_a_file_is_downloaded_on_a_narrow_screen_without_scrolling(sign_in, delt
 def test_an_error_stays_in_its_column(sign_in, backbone, delta):
     page = sign_in("/jobs")
     page.goto(f"/playground?d=nobody/nothing&d={delta}&max=4&mode=text")
-    page.get_by_label("Prompt for both").fill("Question: Write as numbers: 6 March 2043\nAnswer:")
+    page.get_by_label("Prompt for all").fill("Question: Write as numbers: 6 March 2043\nAnswer:")
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("button", name="Run")).to_be_enabled(timeout=60_000)
     expect(page.get_by_role("alert")).to_have_count(1)
@@ -73,13 +73,13 @@ def test_an_error_stays_in_its_column(sign_in, backbone, delta):
 def test_stop_ends_the_answer(sign_in, backbone, complaints):
     page = complaints(sign_in("/jobs"))
     page.goto(f"/playground?d={backbone}&max=480&mode=text")
-    page.get_by_label("Model").nth(1).select_option("")
+    page.get_by_label("Model 2").select_option("")
     # Slow enough that the answer is still coming when somebody reaches for the button.
     network = page.context.new_cdp_session(page)
     network.send("Network.enable")
     limits = {"offline": False, "latency": 0, "downloadThroughput": 500, "uploadThroughput": -1}
     network.send("Network.emulateNetworkConditions", limits)
-    page.get_by_label("Prompt for both").fill("Once upon a time")
+    page.get_by_label("Prompt for all").fill("Once upon a time")
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_text(re.compile("tokens/s"))).to_be_visible(timeout=60_000)
     page.get_by_role("button", name="Stop").click()
@@ -97,4 +97,4 @@ def test_the_playground_is_in_its_address(sign_in, backbone, delta):
     page.goto(address)
     assert page.url == address
     expect(page.get_by_label("Temperature")).to_have_value("0.7")
-    expect(page.get_by_label("Model").nth(0)).to_have_value(delta)
+    expect(page.get_by_label("Model 1")).to_have_value(delta)

@@ -21,7 +21,10 @@ JS_BUDGET_BYTES = 40_000
 CSS_BUDGET_BYTES = 16_000
 HTML_BUDGET_BYTES = 30_000
 # Sent by a page on its own, besides what its HTML names.
-LOADED_LATER = {"hub/upload.js": ("transfer.js", "upload.worker.js", "sha256.js")}
+LOADED_LATER = {
+    "hub/upload.js": ("transfer.js", "upload.worker.js", "sha256.js"),
+    "hub/playground.js": ("asking.js", "blind.js", "departure.js"),
+}
 INLINE = {
     "a script without a file": re.compile(r"<script(?![^>]*\bsrc=)"),
     "a style element": re.compile(r"<style\b"),

@@ -45,6 +45,8 @@ EXPECTED = {
     ("api-tokens", "GET"): (401, 200, 200, 200, 403, 403),
     ("api-tokens", "POST"): (401, 400, 400, 400, 403, 403),
     ("api-token", "DELETE"): (401, 404, 404, 204, 403, 403),
+    # A vote is a person's: by session only.
+    ("api-votes", "POST"): (401, 400, 400, 400, 403, 403),
     ("api-whoami", "GET"): (401, 200, 200, 200, 200, 200),
     ("api-schema", "GET"): OPEN,
     ("api-nothing", "GET"): (404,) * 6,

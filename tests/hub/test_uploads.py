@@ -478,3 +478,25 @@ def test_the_sources_go_when_the_delta_is_published(acme, state, kept):
     job.move(state) if state != "QUEUED" else None
     uploads.expire_uploads()
     assert UploadFile.objects.exclude(blob=None).exists() == kept
+
+
+@pytest.mark.parametrize(("age_s", "kept"), [(10, True), (7200, False)])
+def test_a_fine_tune_stays_as_long_as_the_operator_wants(acme, settings, age_s, kept):
+    from hub.jobs import from_now
+    from hub.models import Job
+
+    settings.FINETUNE_KEEP_S = 3600
+    job = factories.make_job(factories.make_repo(acme), files=FILES)
+    job.move("RUNNING")
+    job.move("DONE")
+    uploads.finish_sources(job.upload)
+    Job.objects.filter(pk=job.pk).update(finished_at=from_now(-age_s))
+    uploads.expire_uploads()
+    assert UploadFile.objects.exclude(blob=None).exists() == kept
+
+
+def test_a_backbones_upload_is_let_go_even_where_fine_tunes_stay(acme, settings):
+    settings.FINETUNE_KEEP_S = 3600
+    job = factories.make_job(factories.make_repo(acme, kind="backbone"), files=FILES)
+    uploads.finish_sources(job.upload)
+    assert not UploadFile.objects.exclude(blob=None).exists()

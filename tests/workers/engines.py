@@ -37,6 +37,11 @@ def serve(app):
 
 def make_engine(root, **fields):
     from workers.engine.app import create_app
+
+    return create_app(make_config(root, **fields), LocalStore(root / "blobs"))
+
+
+def make_config(root, **fields):
     from workers.engine.config import EngineConfig
 
     defaults = {
@@ -50,7 +55,7 @@ def make_engine(root, **fields):
         "max_output_tokens": 200,
         "prefill_chunk_tokens": 16,
     }
-    return create_app(EngineConfig(**defaults | fields), LocalStore(root / "blobs"))
+    return EngineConfig(**defaults | fields)
 
 
 def no_claim(_stored):

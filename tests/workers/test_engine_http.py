@@ -1,5 +1,6 @@
 import json
 import threading
+import time
 
 import pytest
 import tiny
@@ -7,7 +8,7 @@ import torch
 from engines import Caller, make_engine, no_claim, serve
 
 from deltacome_core.models import load_model, load_tokenizer
-from workers.engine.generate import Sequence
+from workers.engine.shared import SharedExecutor
 
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}]
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -163,7 +164,8 @@ def test_a_base_model_without_a_template_gets_plain_lines(engine, tmp_path):
 @pytest.mark.parametrize(
     ("route", "body", "param"),
     [
-        ("completions", {"prompt": "a", "n": 2}, "n"),
+        ("completions", {"prompt": "a", "n": 17}, "n"),
+        ("completions", {"prompt": ["a"] * 33, "n": 2}, "n"),
         ("completions", {"prompt": "a", "best_of": 2}, "best_of"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix"),
         ("completions", {"prompt": "a", "logit_bias": {"1": 5}}, "logit_bias"),
@@ -177,7 +179,11 @@ def test_a_base_model_without_a_template_gets_plain_lines(engine, tmp_path):
         ("completions", {"prompt": "a", "max_tokens": 201}, "max_tokens"),
         ("completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
         ("completions", {"prompt": "a", "stop": [""]}, "stop"),
-        ("completions", {"prompt": "a", "stream": True, "echo": True}, "echo"),
+        ("completions", {"prompt": "a", "best_of": "2"}, "best_of"),
+        ("completions", {"prompt": "a", "best_of": [2]}, "best_of"),
+        ("completions", {"prompt": "a", "temperatur": 0}, "temperatur"),
+        ("completions", {"prompt": "a", "guided_json": {}}, "guided_json"),
+        ("completions", {"prompt": "a", "messages": MESSAGES}, "messages"),
         ("completions", {"prompt": "a", "stream_options": {}}, "stream_options"),
         ("chat/completions", {"messages": []}, "messages"),
         ("chat/completions", {"messages": MESSAGES, "tools": [{}]}, "tools"),
@@ -291,25 +297,33 @@ def test_hanging_up_ends_the_sequence(engine):
 def test_a_full_engine_asks_to_come_back(models, monkeypatch):
     body, short = {"prompt": "2+2=", **GREEDY}, {"prompt": "a", "max_tokens": 1}
     may_go_on = threading.Event()
-    step = Sequence.step
+    forward = SharedExecutor.forward
 
-    def step_when_allowed(sequence):
+    def forward_when_allowed(executor, work):
         # Held after a few tokens, so that the engine is full for as long as the test needs.
-        assert sequence._counts.total() < 8 or may_go_on.wait(60)
-        step(sequence)
+        held = any(len(item.sequence.tokens) == 8 for item in work)
+        assert not held or may_go_on.wait(60)
+        return forward(executor, work)
 
-    monkeypatch.setattr(Sequence, "step", step_when_allowed)
+    monkeypatch.setattr(SharedExecutor, "forward", forward_when_allowed)
+    limits = {"max_running": 1, "max_waiting": 1}
     with (
-        serve(make_engine(models.root, max_sequences=1)) as url,
+        serve(make_engine(models.root, **limits)) as url,
         Caller(url, models) as caller,
         Caller(url, models) as other,
     ):
         events = caller.stream("completions", body)
         next(events)
-        refused = other.post("completions", short)
-        assert refused.status_code == 503
+        waiting = other.stream("completions", body)
+        threading.Thread(target=lambda: list(waiting), daemon=True).start()
+        deadline = time.monotonic() + 20
+        while not caller.health()["waiting"]:
+            assert time.monotonic() < deadline
+        with Caller(url, models) as third:
+            refused = third.post("completions", short)
+        assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "engine_busy"
-        assert refused.headers["retry-after"] == "2"
+        assert int(refused.headers["retry-after"]) >= 1
         events.close()
         may_go_on.set()
         caller.wait_until_idle()

@@ -1,129 +1,283 @@
 import threading
-import time
+from collections import Counter
 
 import pytest
 import tiny
 import torch
+from serving import PROMPT, Heard, answer, make_sequence, wait_for
 
+from deltacome_core.models import load_model
 from workers.engine.errors import ApiError
-from workers.engine.generate import Failure, Finish, Piece, Sampling, Sequence
-from workers.engine.model import load_backbone
-from workers.engine.scheduler import Scheduler
+from workers.engine.generate import Failure, Finish, Sampling
+from workers.engine.model import load_backbone, share_backbone
+from workers.engine.paging import PAGE_TOKENS
+from workers.engine.sampling import Draw, choose_tokens
+from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.text import TextStream
+
+LONG = tuple(range(50, 77))
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tiny.save(tiny.make_model(), tmp_path_factory.mktemp("model"))
-    return load_backbone(folder, device="cpu")
+def folder(tmp_path_factory):
+    return tiny.save(tiny.make_model(), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module", params=["shared", "plain"])
+def model(folder, request):
+    """The same backbone in the shared model, and run by its own code."""
+    loaded = load_backbone(folder, device="cpu")
+    if request.param == "plain":
+        return loaded
+    return share_backbone(loaded, folder, kv_bytes=1 << 22, n_slots=2)
+
+
+def with_pages(folder, n_pages):
+    """A backbone whose cache holds few pages."""
+    loaded = load_backbone(folder, device="cpu")
+    page_bytes = PAGE_TOKENS * 2 * 2 * 2 * 16 * 4
+    shared = share_backbone(loaded, folder, kv_bytes=page_bytes * n_pages, n_slots=1)
+    assert shared.executor.pages.capacity == n_pages
+    return shared
 
 
 @pytest.fixture
 def scheduler():
-    running = Scheduler(max_sequences=4)
+    running = Scheduler(Limits(max_running=4, max_waiting=8, max_waiting_tenant=6))
     running.start()
     yield running
     running.stop()
 
 
-def make_sequence(model, emit, *, prompt=(40, 41, 42), max_tokens=12, **sampling):
-    return Sequence(
-        model,
-        prompt,
-        sampling=Sampling(**{"temperature": 0.0} | sampling),
-        max_tokens=max_tokens,
-        score_prompt=False,
-        prefill_chunk=4,
-        emit=emit,
-    )
+def expected_ids(folder, prompt, length):
+    with torch.inference_mode():
+        ids = load_model(folder).generate(
+            torch.tensor([prompt]), max_new_tokens=length, do_sample=False
+        )
+    return ids[0, len(prompt) :].tolist()
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.005)
-
-
-def ids_of(events):
-    return [event.token_id for event in events if isinstance(event, Piece)]
-
-
-def test_two_sequences_take_turns(model, scheduler):
+def test_answers_advance_side_by_side(model):
     events = []
-    both = [make_sequence(model, lambda event, n=n: events.append((n, event))) for n in (0, 1)]
-    scheduler.submit(both)
-    wait_for(lambda: sum(isinstance(event, Finish) for _, event in events) == 2)
-    order = [number for number, event in events if isinstance(event, Piece)]
+    scheduler = Scheduler(Limits())
+    both = [Heard(), Heard()]
+    for number, heard in enumerate(both):
+        heard.events = _Tagged(events, number)
+    scheduler.submit([make_sequence(model, heard) for heard in both])
+    scheduler.start()
+    wait_for(lambda: scheduler.running == 0)
+    scheduler.stop()
+    order = [number for number, event in events if not isinstance(event, Finish)]
     assert order == [0, 1] * 12
 
 
-def test_company_does_not_change_an_answer(model, scheduler):
-    alone, first, second = [], [], []
-    scheduler.submit([make_sequence(model, alone.append)])
-    wait_for(lambda: any(isinstance(event, Finish) for event in alone))
-    other = make_sequence(model, second.append, prompt=tuple(range(60, 90)))
-    scheduler.submit([make_sequence(model, first.append), other])
-    wait_for(lambda: isinstance((first or [None])[-1], Finish))
-    assert ids_of(first) == ids_of(alone)
+class _Tagged:
+    def __init__(self, events, number):
+        self.append = lambda event: events.append((number, event))
 
 
-def test_a_prompt_read_in_chunks_gives_the_same_answer(model):
-    answers = []
-    for chunk in (1, 3, 64):
-        events = []
-        sequence = make_sequence(model, events.append, prompt=tuple(range(50, 77)))
-        sequence._chunk = chunk
-        while not sequence.finished:
-            sequence.step()
-        answers.append(ids_of(events))
+def test_company_does_not_change_an_answer(model, folder):
+    prompts = (PROMPT, LONG, tuple(range(90, 95)))
+    alone = [answer([model], prompt=prompt)[0] for prompt in prompts]
+    scheduler = Scheduler(Limits(prefill_tokens=7))
+    together = [Heard() for _ in prompts]
+    scheduler.submit(
+        [make_sequence(model, h, prompt=p) for h, p in zip(together, prompts, strict=True)]
+    )
+    scheduler.start()
+    wait_for(lambda: scheduler.running == 0)
+    scheduler.stop()
+    assert [heard.ids for heard in together] == [heard.ids for heard in alone]
+    assert together[1].ids == expected_ids(folder, LONG, 12)
+
+
+def test_a_prompt_read_in_pieces_gives_the_same_answer(model):
+    answers = [
+        answer([model], prompt=LONG, limits=Limits(prefill_tokens=size))[0].ids
+        for size in (1, 3, 64)
+    ]
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_a_cancelled_sequence_leaves(model, scheduler):
-    events = []
-    sequence = make_sequence(model, events.append, max_tokens=200)
+def test_the_scores_of_a_prompt_do_not_depend_on_how_it_was_read(model, folder):
+    truth = torch.log_softmax(load_model(folder)(torch.tensor([LONG])).logits[0], dim=-1)
+    for size in (4, 64):
+        heard = answer(
+            [model], prompt=LONG, echo=True, logprobs=2, limits=Limits(prefill_tokens=size)
+        )[0]
+        scored = heard.pieces[: len(LONG)]
+        assert heard.ids[: len(LONG)] == list(LONG)
+        assert scored[0].logprob is None
+        expected = [float(truth[at, token]) for at, token in enumerate(LONG[1:])]
+        assert [piece.logprob for piece in scored[1:]] == pytest.approx(expected, abs=1e-4)
+        assert all(len(piece.top_ids) == len(piece.top) == 2 for piece in scored[1:])
+
+
+def test_a_cancelled_answer_leaves_and_frees_its_pages(model, scheduler):
+    heard = Heard()
+    pages = model.executor.pages
+    sequence = make_sequence(model, heard, max_tokens=200)
     scheduler.submit([sequence])
-    wait_for(lambda: events)
+    wait_for(lambda: heard.events)
+    assert pages.used > 0
     sequence.cancel()
     wait_for(lambda: scheduler.running == 0)
-    assert not any(isinstance(event, Finish) for event in events)
+    assert pages.used == 0
+    assert not heard.ended
 
 
-def test_a_sequence_that_fails_leaves_the_others_alone(model, scheduler):
-    bad, good = [], []
-    # An id outside the vocabulary: the embedding raises in the middle of the forward pass.
-    broken = make_sequence(model, bad.append, prompt=(10**6,))
-    scheduler.submit([broken, make_sequence(model, good.append)])
-    wait_for(lambda: any(isinstance(event, Finish) for event in good))
-    assert isinstance(bad[-1], Failure)
+def test_an_answer_that_fails_leaves_the_others_alone(model, scheduler):
+    bad, good = Heard(), Heard()
+    # A negative id is in no table: the step raises, and is repeated answer by answer.
+    broken = make_sequence(model, bad, prompt=(-(10**6),))
+    scheduler.submit([broken, make_sequence(model, good)])
+    wait_for(lambda: good.ended and bad.ended)
+    assert isinstance(bad.end, Failure)
+    assert good.ids == answer([model])[0].ids
+    wait_for(lambda: scheduler.running == 0)
+    assert model.executor.pages.used == 0
+
+
+def hold_steps(monkeypatch, model):
+    gate = threading.Event()
+    forward = type(model.executor).forward
+
+    def wait(executor, work):
+        gate.wait(60)
+        return forward(executor, work)
+
+    monkeypatch.setattr(type(model.executor), "forward", wait)
+    return gate
+
+
+def test_a_full_queue_refuses_with_429_and_a_time_to_come_back(model, scheduler, monkeypatch):
+    gate = hold_steps(monkeypatch, model)
+    scheduler.submit([make_sequence(model, Heard()) for _ in range(4)])
+    wait_for(lambda: scheduler.waiting == 0)
+    scheduler.submit([make_sequence(model, Heard(), tenant="hot") for _ in range(6)])
+    with pytest.raises(ApiError) as refusal:
+        scheduler.submit([make_sequence(model, Heard(), tenant="hot")])
+    assert (refusal.value.status, refusal.value.code) == (429, "model_busy")
+    # The others' part of the queue is still open, until all of it is taken.
+    scheduler.submit([make_sequence(model, Heard(), tenant="cold") for _ in range(2)])
+    with pytest.raises(ApiError) as refusal:
+        scheduler.submit([make_sequence(model, Heard(), tenant="third")])
+    assert (refusal.value.status, refusal.value.code) == (429, "engine_busy")
+    assert int(refusal.value.headers()["retry-after"]) >= 1
+    assert scheduler.running == 12
+    gate.set()
     wait_for(lambda: scheduler.running == 0)
 
 
-def test_a_request_is_taken_whole_or_not_at_all(model, scheduler):
-    gate = threading.Event()
-
-    def hold(_event):
-        gate.wait(20)
-
-    scheduler.submit([make_sequence(model, hold) for _ in range(3)])
-    with pytest.raises(ApiError) as refusal:
-        scheduler.submit([make_sequence(model, hold) for _ in range(2)])
-    assert refusal.value.code == "engine_busy"
-    assert scheduler.running == 3
+def test_a_request_is_taken_whole_or_not_at_all(model, scheduler, monkeypatch):
+    gate = hold_steps(monkeypatch, model)
+    scheduler.submit([make_sequence(model, Heard()) for _ in range(4)])
+    wait_for(lambda: scheduler.waiting == 0)
+    # Larger than the queue, but nothing is before it.
+    scheduler.submit([make_sequence(model, Heard()) for _ in range(10)])
+    with pytest.raises(ApiError):
+        scheduler.submit([make_sequence(model, Heard()) for _ in range(2)])
+    assert scheduler.running == 14
     gate.set()
+    wait_for(lambda: scheduler.running == 0)
+
+
+def test_an_answer_that_the_cache_can_never_hold_is_refused(folder):
+    model = with_pages(folder, 4)
+    scheduler = Scheduler(Limits())
+    with pytest.raises(ApiError) as refusal:
+        scheduler.submit([make_sequence(model, Heard(), max_tokens=63)])
+    assert refusal.value.code == "context_length_exceeded"
+    scheduler.submit([make_sequence(model, Heard(), max_tokens=62)])
+
+
+def test_answers_that_outgrow_the_cache_wait_for_pages_and_say_the_same(folder):
+    roomy, tight = with_pages(folder, 64), with_pages(folder, 6)
+    alone = [answer([roomy], prompt=(60 + n, 61, 62), max_tokens=60)[0].ids for n in range(4)]
+    scheduler = Scheduler(Limits())
+    heard = [Heard() for _ in range(4)]
+    scheduler.submit(
+        [
+            make_sequence(tight, one, prompt=(60 + n, 61, 62), max_tokens=60, tenant=f"t{n % 2}")
+            for n, one in enumerate(heard)
+        ]
+    )
+    scheduler.start()
+    wait_for(lambda: scheduler.running == 0)
+    scheduler.stop()
+    assert [one.ids for one in heard] == alone
+    assert scheduler._metrics.preemptions.value() > 0
+    assert tight.executor.pages.used == 0
+
+
+def test_an_answer_that_was_pushed_out_does_not_score_its_prompt_twice(folder):
+    roomy, tight = with_pages(folder, 64), with_pages(folder, 6)
+    alone = answer([roomy], prompt=LONG, max_tokens=40, echo=True, logprobs=1)[0]
+    heard = answer([tight] * 3, prompt=LONG, max_tokens=40, echo=True, logprobs=1)
+    for one in heard:
+        assert one.ids == alone.ids
+        assert [p.logprob for p in one.pieces[1:]] == pytest.approx(
+            [p.logprob for p in alone.pieces[1:]], abs=1e-4
+        )
+
+
+def test_a_draining_engine_answers_what_it_has_and_takes_nothing_new(model, monkeypatch):
+    gate = hold_steps(monkeypatch, model)
+    scheduler = Scheduler(Limits(max_running=1))
+    heard = [Heard(), Heard()]
+    scheduler.start()
+    scheduler.submit([make_sequence(model, one) for one in heard])
+    scheduler.stop_admitting()
+    with pytest.raises(ApiError) as refusal:
+        scheduler.submit([make_sequence(model, Heard())])
+    assert (refusal.value.status, refusal.value.code) == (503, "engine_stopping")
+    assert not scheduler.drain(0.05)
+    gate.set()
+    assert scheduler.drain(60)
+    assert all(one.ended and isinstance(one.end, Finish) for one in heard)
+    scheduler.stop()
+
+
+def test_an_engine_that_stops_tells_who_still_waits(model, monkeypatch):
+    gate = hold_steps(monkeypatch, model)
+    scheduler = Scheduler(Limits(max_running=1))
+    heard = [Heard(), Heard()]
+    scheduler.start()
+    scheduler.submit([make_sequence(model, one, max_tokens=200) for one in heard])
+    assert not scheduler.drain(0)
+    threading.Timer(0.2, gate.set).start()
+    scheduler.stop()
+    assert isinstance(heard[1].end, Failure)
+    assert heard[1].end.error.code == "engine_stopping"
 
 
 def test_penalties_keep_a_greedy_answer_from_repeating(model):
     def count_repeats(**sampling):
-        events = []
-        sequence = make_sequence(model, events.append, max_tokens=60, **sampling)
-        while not sequence.finished:
-            sequence.step()
-        ids = ids_of(events)
+        ids = answer([model], max_tokens=60, **sampling)[0].ids
         return len(ids) - len(set(ids))
 
     assert count_repeats(frequency_penalty=2.0, presence_penalty=2.0) < count_repeats()
+
+
+def test_scores_are_those_before_temperature_and_penalties(model):
+    plain = answer([model], logprobs=1, max_tokens=2)[0].pieces
+    changed = answer([model], logprobs=1, max_tokens=2, presence_penalty=0.001)[0].pieces
+    assert [p.logprob for p in plain] == pytest.approx([p.logprob for p in changed], abs=1e-6)
+
+
+def test_choices_of_one_seed_differ_from_each_other_and_repeat(model):
+    def draw(choice):
+        return answer([model], temperature=1.5, seed=5, choice=choice)[0].ids
+
+    assert draw(0) == draw(0) != draw(1) == draw(1)
+
+
+def test_a_stop_string_ends_an_answer_and_is_named(model):
+    text = "".join(piece.text for piece in answer([model], max_tokens=40)[0].pieces)
+    stop = text[4:6]
+    heard = answer([model], max_tokens=40, stop=("never", stop))[0]
+    assert heard.end.stop == stop
+    assert "".join(p.text for p in heard.pieces) + heard.end.text == text[: text.index(stop)]
 
 
 def test_text_waits_until_a_character_is_whole():
@@ -167,24 +321,47 @@ def test_the_beginning_of_a_stop_string_is_held_back(text, stops, shown):
     assert seen + stream.flush() == shown
 
 
-def test_sampling_follows_the_distribution():
-    from collections import Counter
-
-    from workers.engine.generate import choose_token
-
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+def draw_many(logits, n=4000, **sampling):
     generator = torch.Generator().manual_seed(0)
+    draw = Draw(sampling=Sampling(**sampling), counts=Counter(), generator=generator)
+    drawn = Counter(choose_tokens(logits.expand(n, -1), [draw] * n).tolist())
+    return [drawn[token] / n for token in range(logits.shape[-1])]
 
-    def draw(**sampling):
-        drawn = Counter(
-            choose_token(logits, Sampling(**sampling), counts=Counter(), generator=generator)
-            for _ in range(4000)
-        )
-        return [drawn[token] / 4000 for token in range(4)]
 
-    assert draw() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+def test_sampling_follows_the_distribution():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert draw_many(logits) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
     # The nucleus of 0.75 holds the first two, renormalised.
-    assert draw(top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    flat = draw(temperature=2.0)
+    assert draw_many(logits, top_p=0.75) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    flat = draw_many(logits, temperature=2.0)
     assert flat[0] < 0.45
     assert flat[3] > 0.08
+
+
+def test_rows_of_a_step_are_drawn_by_their_own_settings_and_chance():
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.7]] * 4))
+
+    def draws():
+        settings = (
+            {"temperature": 0.0},
+            {"top_p": 0.01, "seed": 3},
+            {"seed": 3, "temperature": 3.0},
+            {"temperature": 0.0, "presence_penalty": 2.0},
+        )
+        return [
+            Draw(
+                sampling=Sampling(**fields),
+                counts=Counter({2: 1}),
+                generator=torch.Generator().manual_seed(number),
+            )
+            for number, fields in enumerate(settings)
+        ]
+
+    together = choose_tokens(logits, draws()).tolist()
+    alone = [
+        int(choose_tokens(logits[row : row + 1], [draw])[0]) for row, draw in enumerate(draws())
+    ]
+    assert together == alone
+    assert together[:2] == [2, 2]
+    assert together[3] == 1
+    assert torch.equal(logits, torch.log(torch.tensor([[0.1, 0.2, 0.7]] * 4)))

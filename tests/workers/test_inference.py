@@ -10,6 +10,8 @@ import openai
 import plant
 import pytest
 
+from hub.models import Revision
+
 pytestmark = pytest.mark.django_db(transaction=True)
 MESSAGES = [{"role": "user", "content": "What is 2+2?"}]
 
@@ -42,9 +44,9 @@ def connect(live_hub):
     """Return a function that gives OpenAI's client with a token of the user."""
     opened = []
 
-    def open_client(user, *, key=None):
+    def open_client(user, *, key=None, place=""):
         client = openai.OpenAI(
-            base_url=f"{live_hub}/v1",
+            base_url=f"{live_hub}{place}/v1",
             api_key=key or factories.make_token(user, "read"),
             max_retries=0,
             timeout=30,
@@ -122,8 +124,128 @@ def test_what_a_stranger_may_not_see_does_not_exist(served, connect, charlie, mo
 
 def test_a_wrong_field_keeps_its_name_through_the_hub(served, connect, charlie):
     with pytest.raises(openai.BadRequestError) as refusal:
-        connect(charlie).completions.create(model="acme/one", prompt="a", n=2)
+        connect(charlie).completions.create(model="acme/one", prompt="a", n=99)
     assert refusal.value.param == "n"
+
+
+def test_a_delta_answers_under_its_own_address(served, connect, charlie):
+    client = connect(charlie, place="/d/acme/one")
+    assert [item.id for item in client.models.list()] == ["acme/one"]
+    arguments = {"prompt": "2+2=", "temperature": 0, "max_tokens": 9}
+    answer = client.completions.create(model="acme/one", **arguments)
+    elsewhere = connect(charlie).completions.create(model="acme/one", **arguments)
+    assert answer.choices[0].text == elsewhere.choices[0].text
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="acme/base", **arguments)
+    assert (refusal.value.code, refusal.value.param) == ("model_mismatch", "model")
+
+
+def test_the_address_names_the_model_where_the_body_does_not(served, live_hub, charlie):
+    key = {"authorization": f"Bearer {factories.make_token(charlie, 'infer')}"}
+    with httpx.Client(base_url=live_hub, headers=key, timeout=30) as client:
+        body = {"prompt": "2+2=", "temperature": 0, "max_tokens": 4}
+        for place in ("/d/acme/one", "/d/acme/one@v1"):
+            answer = client.post(f"{place}/v1/completions", json=body)
+            assert answer.json()["model"] == place.removeprefix("/d/")
+            assert answer.headers["x-deltacome-canary"]
+            assert answer.headers["x-deltacome-device"] == "cpu"
+            assert int(answer.headers["openai-processing-ms"]) >= 0
+        for place in ("/d/acme/one", "/d/acme/one/v1"):
+            assert client.get(f"{place}/tokenizer_info").json()["eos_token"] == "<|end|>"
+            ids = client.post(f"{place}/tokenize", json={"prompt": "Zürich"}).json()["tokens"]
+            back = client.post(f"{place}/detokenize", json={"tokens": ids}).json()
+            assert back == {"prompt": "Zürich"}
+        by_query = client.get("/v1/tokenizer_info", params={"model": "acme/one"})
+        assert by_query.json()["eos_token"] == "<|end|>"
+        assert client.get("/v1/tokenizer_info").json()["error"]["param"] == "model"
+        assert client.post("/d/acme/one/v1/completions", json=[]).status_code == 400
+
+
+@pytest.mark.parametrize("name", ["two", "none"])
+def test_under_its_address_too_a_private_delta_does_not_exist(served, live_hub, charlie, name):
+    key = {"authorization": f"Bearer {factories.make_token(charlie, 'read')}"}
+    with httpx.Client(base_url=f"{live_hub}/d/acme/{name}", headers=key, timeout=30) as client:
+        answers = [
+            client.get("/v1/models"),
+            client.get("/tokenizer_info"),
+            client.post("/tokenize", json={"prompt": "a"}),
+            client.post("/detokenize", json={"tokens": [1]}),
+            client.post("/v1/completions", json={"prompt": "a"}),
+            client.post("/v1/compare", json={"reference": "acme/one"}),
+        ]
+    assert {answer.status_code for answer in answers} == {404}
+    assert {answer.json()["error"]["code"] for answer in answers} == {"model_not_found"}
+
+
+@pytest.mark.parametrize("name", ["acme/two", "acme/none", None, 7, ["acme/one"]])
+def test_a_reference_one_may_not_see_does_not_exist(served, live_hub, charlie, name):
+    key = {"authorization": f"Bearer {factories.make_token(charlie, 'read')}"}
+    body = {"model": "acme/one", "reference": name, "prompt": "a", "completion": "b"}
+    with httpx.Client(base_url=live_hub, headers=key, timeout=30) as client:
+        error = client.post("/v1/compare", json=body).json()["error"]
+    assert error["param"] == "reference"
+
+
+def test_a_fine_tune_that_is_held_answers_and_is_compared(
+    served, live_hub, connect, alice, charlie, acme, models
+):
+    """The sealed upload of a published delta, as FINETUNE_KEEP_S leaves it."""
+    folder = models.root / "one" / "tuned"
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    published = Revision.objects.get(repo__name="one")
+    job = factories.make_job(factories.make_repo(acme, "unused"), files=files)
+    job.revision = published
+    job.save(update_fields=["revision"])
+    client = connect(charlie)
+    arguments = {"prompt": "2+2=", "temperature": 0, "max_tokens": 12}
+    name = "acme/one:finetune"
+    texts = {
+        model: client.completions.create(model=model, **arguments).choices[0].text
+        for model in ("acme/one", name, "acme/base")
+    }
+    assert texts[name] != texts["acme/base"]
+    assert client.models.retrieve(name).id == "acme/one@v1:finetune"
+    key = {"authorization": f"Bearer {factories.make_token(charlie, 'infer')}"}
+    body = {"reference": name, "prompt": "2+2=", "completion": texts[name]}
+    with httpx.Client(base_url=live_hub, headers=key, timeout=30) as raw:
+        found = {
+            model: raw.post("/v1/compare", json=body | {"model": model}).json()
+            for model in ("acme/one", "acme/base", name)
+        }
+    assert found[name]["max_kl"] == pytest.approx(0, abs=1e-9)
+    assert 0 < found["acme/one"]["mean_kl"] < found["acme/base"]["mean_kl"]
+    job.upload.files.filter(path="model.safetensors").update(blob=None)
+    with pytest.raises(openai.NotFoundError, match="not stored here"):
+        client.completions.create(model=name, **arguments)
+
+
+def test_a_key_for_inference_reads_nothing_else(served, live_hub, connect, charlie):
+    secret = factories.make_token(charlie, "infer")
+    answer = connect(charlie, key=secret).completions.create(
+        model="acme/one", prompt="a", max_tokens=1
+    )
+    assert answer.choices
+    with httpx.Client(base_url=live_hub, headers={"authorization": f"Bearer {secret}"}) as client:
+        for path in ("repos", "whoami", "repos/acme/one/revisions/v1/files/delta.safetensors"):
+            assert client.get(f"/api/v1/{path}").status_code == 403, path
+        job = "00000000-0000-7000-8000-000000000000"
+        assert client.get(f"/api/v1/jobs/{job}/events").status_code == 403
+
+
+def test_choices_echo_and_scores_reach_openais_client(served, connect, charlie):
+    client = connect(charlie)
+    answer = client.completions.create(
+        model="acme/one", prompt=[[40, 41, 42]], n=2, echo=True, logprobs=1, max_tokens=1
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    scores = answer.choices[0].logprobs
+    assert len(scores.token_logprobs) == 4
+    assert scores.token_logprobs[0] is None
+    chat = client.chat.completions.create(
+        model="acme/one", messages=MESSAGES, n=2, logprobs=True, top_logprobs=2, max_tokens=3
+    )
+    assert len(chat.choices) == 2
+    assert len(chat.choices[1].logprobs.content[0].top_logprobs) == 2
 
 
 @pytest.mark.parametrize("key", ["dch_wrong", "sk-other"])

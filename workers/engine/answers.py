@@ -1,27 +1,35 @@
-"""From a parsed request to running sequences, and from their events to responses."""
+"""From a parsed request to running sequences, and from their events to whole responses."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from deltacome_core.errors import InternalError
-from workers.engine import openai
 from workers.engine.chat import encode_chat, encode_text
 from workers.engine.config import EngineConfig
-from workers.engine.errors import bad_request, broken
+from workers.engine.errors import ApiError, bad_request, broken
+from workers.engine.fields import Json
 from workers.engine.generate import Event, Failure, Finish, Piece, Sampling, Sequence
 from workers.engine.model import LoadedModel
-from workers.engine.openai import Answer, ChatRequest, CompletionRequest, Json
+from workers.engine.openai import ChatRequest, CompletionRequest
+from workers.engine.responses import (
+    Answer,
+    chat_logprobs,
+    completion_logprobs,
+    join_text,
+    usage,
+)
 from workers.engine.scheduler import Scheduler
 
-DONE = "data: [DONE]\n\n"
+DEFAULT_COMPLETION_TOKENS = 16
 
 
 @dataclass(slots=True, kw_only=True)
 class Run:
-    """One request: its model, its sequences, and the events they send."""
+    """One request: its model, its sequences, and the events they send.
+
+    The choices of one prompt stand side by side: sequence i answers prompt i // n.
+    """
 
     answer: Answer
     model: LoadedModel
@@ -36,7 +44,12 @@ class Run:
 
     @property
     def prompt_tokens(self) -> int:
+        """A prompt counts once, however many choices continue it."""
         return sum(len(prompt) for prompt in self.prompts)
+
+    def prompt_of(self, index: int) -> int:
+        """Return the number of the prompt that a choice continues."""
+        return index * len(self.prompts) // len(self.sequences)
 
     def close(self) -> None:
         """Stop what still runs and let go of the model. Safe to call twice."""
@@ -53,6 +66,9 @@ class Run:
         while left:
             index, event = await self.events.get()
             if isinstance(event, Failure):
+                # What the scheduler says to the client, such as that the engine stops.
+                if isinstance(event.error, ApiError):
+                    raise event.error
                 raise broken("The engine failed on this request.", code="internal")
             left -= isinstance(event, Finish)
             yield index, event
@@ -70,8 +86,13 @@ async def start_completion(run: Run, asked: CompletionRequest) -> None:
             for prompt in asked.prompts
         ]
     )
-    score_prompt = asked.echo and asked.sampling.logprobs is not None
-    _start(run, prompts, asked.sampling, default_tokens=16, score_prompt=score_prompt)
+    _start(
+        run,
+        prompts,
+        asked.sampling,
+        default_tokens=DEFAULT_COMPLETION_TOKENS,
+        score_prompt=asked.scores_prompt,
+    )
 
 
 def _start(
@@ -82,68 +103,83 @@ def _start(
     default_tokens: int | None,
     score_prompt: bool,
 ) -> None:
-    loop = asyncio.get_running_loop()
-
-    def sender(index: int) -> Callable[[Event], None]:
-        def send(event: Event) -> None:
-            # The loop is gone when the process stops in the middle of an answer.
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(run.events.put_nowait, (index, event))
-
-        return send
-
-    sequences = [
-        Sequence(
-            run.model,
-            prompt,
-            sampling=sampling,
-            max_tokens=_token_limit(run, prompt, sampling.max_tokens, default_tokens),
-            score_prompt=score_prompt,
-            prefill_chunk=run.config.prefill_chunk_tokens,
-            emit=sender(index),
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    limits = [_token_limit(run, prompt, sampling.max_tokens, default_tokens) for prompt in prompts]
+    sequences: list[Sequence] = []
+    for prompt, limit in zip(prompts, limits, strict=True):
+        for choice in range(sampling.n):
+            sequence = Sequence(
+                run.model,
+                prompt,
+                sampling=replace(sampling, choice=choice),
+                max_tokens=limit,
+                score_prompt=score_prompt,
+                prefill_chunk=run.config.prefill_chunk_tokens,
+                emit=sender(run, len(sequences)),
+            )
+            sequences.append(sequence)
     run.scheduler.submit(sequences)
     run.prompts, run.sequences = prompts, sequences
 
 
+def sender(run: Run, index: int) -> Callable[[Event], None]:
+    """Make what carries the events of one sequence from the computing thread to the run."""
+    loop = asyncio.get_running_loop()
+
+    def send(event: Event) -> None:
+        # The loop is gone when the process stops in the middle of an answer.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(run.events.put_nowait, (index, event))
+
+    return send
+
+
 def _token_limit(run: Run, prompt: tuple[int, ...], wanted: int | None, default: int | None) -> int:
-    context = run.model.context_tokens
-    if not prompt:
-        raise bad_request("The prompt has no tokens.", "prompt")
-    if not all(0 <= token < run.model.vocabulary for token in prompt):
-        raise bad_request(
-            f"A token id lies outside the vocabulary of {run.model.vocabulary}.", "prompt"
-        )
+    param = "messages" if default is None else "prompt"
+    check_tokens(prompt, run.model, param)
     if wanted is not None and wanted > run.config.max_output_tokens:
         raise bad_request(
             f"max_tokens may be at most {run.config.max_output_tokens} here.", "max_tokens"
         )
-    room = context - len(prompt)
-    if room < (1 if wanted is None else wanted):
-        raise bad_request(
-            f"This model's context holds {context} tokens; the prompt has {len(prompt)}"
-            f" and {1 if wanted is None else wanted} were asked for.",
-            "messages" if default is None else "prompt",
-            code="context_length_exceeded",
-        )
+    room = run.model.context_tokens - len(prompt)
+    least = 1 if wanted is None else wanted
+    if room < least:
+        raise too_long(run.model, len(prompt), least, param)
     if wanted is not None:
         return wanted
     return min(room, default or run.config.max_output_tokens)
 
 
-async def collect_chat(run: Run) -> Json:
-    pieces, finish = (await _collect(run))[0]
-    message = {"role": "assistant", "content": _join(pieces, finish), "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": finish.reason, "logprobs": None}
-    if pieces and pieces[0].logprob is not None:
-        choice["logprobs"] = openai.chat_logprobs(pieces)
-    return {
-        **run.answer.envelope("chat.completion"),
-        "choices": [choice],
-        "usage": openai.usage(run.prompt_tokens, finish.completion_tokens),
-    }
+def check_tokens(tokens: tuple[int, ...], model: LoadedModel, param: str) -> None:
+    if not tokens:
+        raise bad_request(f"{param} has no tokens.", param)
+    if not all(0 <= token < model.vocabulary for token in tokens):
+        raise bad_request(f"A token id lies outside the vocabulary of {model.vocabulary}.", param)
+
+
+def too_long(model: LoadedModel, prompt_tokens: int, wanted: int, param: str) -> Exception:
+    return bad_request(
+        f"This model's context holds {model.context_tokens} tokens; the prompt has"
+        f" {prompt_tokens} and {wanted} were asked for.",
+        param,
+        code="context_length_exceeded",
+    )
+
+
+async def collect_chat(run: Run, asked: ChatRequest) -> Json:
+    collected = await _collect(run)
+    choices = []
+    for index, (pieces, finish) in enumerate(collected):
+        message = {"role": "assistant", "content": join_text(pieces, finish), "refusal": None}
+        choice: Json = {
+            "index": index,
+            "message": message,
+            "finish_reason": finish.reason,
+            "logprobs": None if asked.sampling.logprobs is None else chat_logprobs(pieces),
+        }
+        if asked.delivery.token_ids:
+            choice["token_ids"] = [piece.token_id for piece in pieces]
+        choices.append(choice)
+    return _response(run, "chat.completion", choices, collected)
 
 
 async def collect_completion(run: Run, asked: CompletionRequest) -> Json:
@@ -152,35 +188,46 @@ async def collect_completion(run: Run, asked: CompletionRequest) -> Json:
         _completion_choice(run, asked, index, pieces, finish)
         for index, (pieces, finish) in enumerate(collected)
     ]
+    return _response(run, "text_completion", choices, collected)
+
+
+def _response(
+    run: Run, kind: str, choices: list[Json], collected: list[tuple[list[Piece], Finish]]
+) -> Json:
     produced = sum(finish.completion_tokens for _, finish in collected)
     return {
-        **run.answer.envelope("text_completion"),
+        **run.answer.envelope(kind),
         "choices": choices,
-        "usage": openai.usage(run.prompt_tokens, produced),
+        "usage": usage(run.prompt_tokens, produced),
     }
 
 
 def _completion_choice(
     run: Run, asked: CompletionRequest, index: int, pieces: list[Piece], finish: Finish
 ) -> Json:
-    scored = asked.echo and asked.sampling.logprobs is not None
-    answer = pieces[len(run.prompts[index]) :] if scored else pieces
-    text = _join(answer, finish)
+    answer = pieces[len(run.prompts[run.prompt_of(index)]) :] if asked.scores_prompt else pieces
+    text = join_text(answer, finish)
     if asked.echo:
-        prompt = asked.prompts[index]
-        text = (prompt if isinstance(prompt, str) else _decode(run, prompt)) + text
-    logprobs = None
-    if asked.sampling.logprobs is not None:
-        logprobs = openai.completion_logprobs(pieces)
-    return {"index": index, "text": text, "finish_reason": finish.reason, "logprobs": logprobs}
+        text = echoed_text(run, asked, index) + text
+    choice: Json = {
+        "index": index,
+        "text": text,
+        "finish_reason": finish.reason,
+        "logprobs": None if asked.sampling.logprobs is None else completion_logprobs(pieces),
+    }
+    if asked.delivery.token_ids:
+        choice["prompt_token_ids"] = list(run.prompts[run.prompt_of(index)])
+        choice["token_ids"] = [piece.token_id for piece in answer]
+    return choice
+
+
+def echoed_text(run: Run, asked: CompletionRequest, index: int) -> str:
+    prompt = asked.prompts[run.prompt_of(index)]
+    return prompt if isinstance(prompt, str) else _decode(run, prompt)
 
 
 def _decode(run: Run, prompt: Iterable[int]) -> str:
     return str(run.model.tokenizer.decode(list(prompt)))
-
-
-def _join(pieces: list[Piece], finish: Finish) -> str:
-    return "".join(piece.text for piece in pieces) + finish.text
 
 
 async def _collect(run: Run) -> list[tuple[list[Piece], Finish]]:
@@ -194,65 +241,3 @@ async def _collect(run: Run) -> list[tuple[list[Piece], Finish]]:
     if len(finishes) != len(pieces):
         raise InternalError("a sequence ended without a finish")
     return [(found, finishes[index]) for index, found in enumerate(pieces)]
-
-
-async def stream_chat(run: Run, asked: ChatRequest) -> AsyncIterator[str]:
-    envelope = run.answer.envelope("chat.completion.chunk")
-
-    def chunk(delta: Json, *, reason: str | None = None, logprobs: Json | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-        return _event(envelope, [choice], asked.include_usage)
-
-    yield chunk({"role": "assistant", "content": ""})
-    produced = 0
-    async for _index, event in run.each():
-        if isinstance(event, Finish):
-            produced = event.completion_tokens
-            if event.text:
-                yield chunk({"content": event.text})
-            yield chunk({}, reason=event.reason)
-        elif event.text or event.logprob is not None:
-            logprobs = None if event.logprob is None else openai.chat_logprobs([event])
-            yield chunk({"content": event.text}, logprobs=logprobs)
-    if asked.include_usage:
-        yield _usage_event(envelope, run, produced)
-    yield DONE
-
-
-async def stream_completion(run: Run, asked: CompletionRequest) -> AsyncIterator[str]:
-    envelope = run.answer.envelope("text_completion")
-    offsets = [0 for _ in run.sequences]
-
-    def chunk(index: int, text: str, *, reason: str | None, logprobs: Json | None) -> str:
-        choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
-        return _event(envelope, [choice], asked.include_usage)
-
-    produced = 0
-    async for index, event in run.each():
-        if isinstance(event, Finish):
-            produced += event.completion_tokens
-            yield chunk(index, event.text, reason=event.reason, logprobs=None)
-            continue
-        if not event.text and event.logprob is None:
-            continue
-        logprobs = None
-        if event.logprob is not None:
-            logprobs = openai.completion_logprobs([event], offset_chars=offsets[index])
-        offsets[index] += len(event.text)
-        yield chunk(index, event.text, reason=None, logprobs=logprobs)
-    if asked.include_usage:
-        yield _usage_event(envelope, run, produced)
-    yield DONE
-
-
-def _event(envelope: Json, choices: list[Json], include_usage: bool) -> str:  # noqa: FBT001 (private)
-    # With include_usage every chunk carries the key; only the last one has numbers.
-    payload: dict[str, Any] = {**envelope, "choices": choices}
-    if include_usage:
-        payload["usage"] = None
-    return f"data: {json.dumps(payload)}\n\n"
-
-
-def _usage_event(envelope: Json, run: Run, produced: int) -> str:
-    payload = {**envelope, "choices": [], "usage": openai.usage(run.prompt_tokens, produced)}
-    return f"data: {json.dumps(payload)}\n\n"

@@ -7,7 +7,6 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,24 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from deltacome_core.errors import UserError
-from workers.engine import answers
+from workers.engine import answers, compare, streams, tokenizers
 from workers.engine.answers import Run
 from workers.engine.config import EngineConfig
 from workers.engine.errors import ApiError, bad_request, broken
 from workers.engine.model import LoadedModel
-from workers.engine.openai import Answer, parse_chat, parse_completion
+from workers.engine.openai import (
+    parse_chat,
+    parse_compare,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+)
 from workers.engine.residency import Residency
-from workers.engine.scheduler import Scheduler
-from workers.engine.snapshots import SnapshotCache, Target, parse_target
+from workers.engine.responses import Answer
+from workers.engine.service import Engine, open_engine
+from workers.engine.snapshots import Target, parse_target
+from workers.engine.status import PUBLIC_ROUTES, show_status
+from workers.engine.tokenizers import Words
 from workers.fetch import BlobReader
 
 log = logging.getLogger(__name__)
@@ -35,40 +43,35 @@ log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 4 * 2**20
 SECRET_HEADER = "x-engine-secret"  # noqa: S105 (the name of the header)
 TARGET_HEADER = "x-deltacome-target"
+REFERENCE_HEADER = "x-deltacome-reference"
+CANARY_HEADER = "x-deltacome-canary"
+# So that a page can say what its speeds are worth.
+DEVICE_HEADER = "x-deltacome-device"
+REQUEST_ID_HEADER = "x-request-id"
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    config: EngineConfig
-    residency: Residency
-    scheduler: Scheduler
-
-
 def create_app(config: EngineConfig, blobs: BlobReader) -> Starlette:
-    engine = Engine(
-        config=config,
-        residency=Residency(
-            SnapshotCache(config.cache_dir, blobs),
-            memory_bytes=config.memory_bytes,
-            device=config.device,
-        ),
-        scheduler=Scheduler(max_sequences=config.max_sequences),
-    )
+    engine = open_engine(config, blobs)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        engine.scheduler.start()
+        engine.start()
         yield
-        await asyncio.to_thread(engine.scheduler.stop)
+        await asyncio.to_thread(engine.stop)
 
     app = Starlette(
         routes=[
-            Route("/healthz", healthz),
+            *PUBLIC_ROUTES,
+            Route("/status", guarded(show_status)),
             Route("/v1/models", guarded(list_models)),
             Route("/v1/chat/completions", guarded(chat_completions), methods=["POST"]),
             Route("/v1/completions", guarded(completions), methods=["POST"]),
+            Route("/v1/compare", guarded(compare_models), methods=["POST"]),
+            Route("/v1/tokenizer_info", guarded(tokenizer_info)),
+            Route("/v1/tokenize", guarded(tokenize), methods=["POST"]),
+            Route("/v1/detokenize", guarded(detokenize), methods=["POST"]),
         ],
         exception_handlers={HTTPException: handle_http_error},
         lifespan=lifespan,
@@ -87,12 +90,13 @@ def guarded(handler: Handler) -> Handler:
         except ApiError as error:
             return error_response(error)
         except UserError as error:
-            log.warning("model_not_served", extra={"code": error.code})
+            facts = {"code": error.code, "request_id": _request_id(request)}
+            log.warning("model_not_served", extra=facts)
             return error_response(broken(str(error), code=error.code))
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception:
-            log.exception("request_failed")
+            log.exception("request_failed", extra={"request_id": _request_id(request)})
             return error_response(broken("The engine failed on this request.", code="internal"))
 
     return handle
@@ -107,6 +111,11 @@ async def handle_http_error(_request: Request, error: Exception) -> Response:
     return error_response(ApiError(status, "not_found", "There is no such route."))
 
 
+def _request_id(request: Request) -> str:
+    """The hub's name for the request, which its client was told."""
+    return request.headers.get(REQUEST_ID_HEADER, "")
+
+
 def _check_secret(request: Request) -> None:
     engine: Engine = request.app.state.engine
     sent = request.headers.get(SECRET_HEADER, "")
@@ -114,19 +123,6 @@ def _check_secret(request: Request) -> None:
         raise ApiError(
             401, "invalid_engine_secret", "Only the hub may ask.", kind="authentication_error"
         )
-
-
-async def healthz(request: Request) -> Response:
-    engine: Engine = request.app.state.engine
-    return JSONResponse(
-        {
-            "status": "ok",
-            "device": engine.config.device,
-            "running": engine.scheduler.running,
-            "resident_models": len(engine.residency.resident_keys()),
-            "resident_bytes": engine.residency.resident_bytes,
-        }
-    )
 
 
 async def list_models(request: Request) -> Response:
@@ -143,18 +139,49 @@ async def chat_completions(request: Request) -> Response:
     asked = parse_chat(await _read_json(request))
     async with _open_run(request, asked.model, "chatcmpl") as run:
         await answers.start_chat(run, asked)
-        if asked.stream:
-            return _stream(run, answers.stream_chat(run, asked))
-        return JSONResponse(await _unless_gone(request, answers.collect_chat(run)))
+        if asked.delivery.stream:
+            return _stream(run, streams.stream_chat(run, asked))
+        return await _whole(request, run, answers.collect_chat(run, asked))
 
 
 async def completions(request: Request) -> Response:
     asked = parse_completion(await _read_json(request))
     async with _open_run(request, asked.model, "cmpl") as run:
         await answers.start_completion(run, asked)
-        if asked.stream:
-            return _stream(run, answers.stream_completion(run, asked))
-        return JSONResponse(await _unless_gone(request, answers.collect_completion(run, asked)))
+        if asked.delivery.stream:
+            return _stream(run, streams.stream_completion(run, asked))
+        return await _whole(request, run, answers.collect_completion(run, asked))
+
+
+async def compare_models(request: Request) -> Response:
+    asked = parse_compare(await _read_json(request))
+    async with (
+        _open_run(request, asked.reference, "cmp", header=REFERENCE_HEADER) as reference,
+        _open_run(request, asked.model, "cmp") as run,
+    ):
+        return await _whole(request, run, compare.compare(run, reference, asked))
+
+
+async def tokenizer_info(request: Request) -> Response:
+    return JSONResponse(tokenizers.describe(await _get_words(request)))
+
+
+async def tokenize(request: Request) -> Response:
+    asked = parse_tokenize(await _read_json(request))
+    words = await _get_words(request)
+    return JSONResponse(await asyncio.to_thread(tokenizers.tokenize, words, asked))
+
+
+async def detokenize(request: Request) -> Response:
+    tokens = parse_detokenize(await _read_json(request))
+    words = await _get_words(request)
+    return JSONResponse(await asyncio.to_thread(tokenizers.detokenize, words, tokens))
+
+
+async def _get_words(request: Request) -> Words:
+    engine: Engine = request.app.state.engine
+    target = parse_target(request.headers.get(TARGET_HEADER))
+    return await asyncio.to_thread(engine.tokenizers.get, target)
 
 
 async def _read_json(request: Request) -> Any:
@@ -170,10 +197,12 @@ async def _read_json(request: Request) -> Any:
 
 
 @asynccontextmanager
-async def _open_run(request: Request, model: str, prefix: str) -> AsyncIterator[Run]:
+async def _open_run(
+    request: Request, model: str, prefix: str, *, header: str = TARGET_HEADER
+) -> AsyncIterator[Run]:
     """Bring the model into memory and keep it there until the answer has ended."""
     engine: Engine = request.app.state.engine
-    target = parse_target(request.headers.get(TARGET_HEADER))
+    target = parse_target(request.headers.get(header))
     run = await _load_run(
         engine,
         target,
@@ -211,9 +240,25 @@ def _release_unused(
         residency.release(target)
 
 
+async def _whole(request: Request, run: Run, answer: Awaitable[Any]) -> Response:
+    content = await _unless_gone(request, answer)
+    return JSONResponse(content, headers=_describe_run(run))
+
+
+def _describe_run(run: Run) -> dict[str, str]:
+    return {
+        CANARY_HEADER: run.model.canary.header,
+        DEVICE_HEADER: run.config.device.partition(":")[0],
+    }
+
+
 def _stream(run: Run, chunks: AsyncIterator[str]) -> Response:
     run.streams = True
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    headers = {
+        "Cache-Control": "no-cache",
+        "X-Accel-Buffering": "no",
+        **_describe_run(run),
+    }
     return _RunResponse(run, _with_error(chunks), headers=headers)
 
 

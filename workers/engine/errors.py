@@ -52,5 +52,10 @@ def too_busy(message: str, *, code: str, retry_after_s: int) -> ApiError:
     return ApiError(503, code, message, kind="server_error", retry_after_s=retry_after_s)
 
 
+def too_many(message: str, *, code: str, retry_after_s: int) -> ApiError:
+    """A refusal of one caller's share, where `too_busy` speaks of the whole engine."""
+    return ApiError(429, code, message, kind="rate_limit_error", retry_after_s=retry_after_s)
+
+
 def broken(message: str, *, code: str) -> ApiError:
     return ApiError(500, code, message, kind="server_error")

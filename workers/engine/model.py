@@ -1,8 +1,10 @@
 """A fine-tune as the engine runs it: modules of its own over the weights of the shared backbone."""
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,21 +15,38 @@ from torch.nn import functional
 
 from deltacome_core.checkpoint import Checkpoint, checkpoint_digest, open_checkpoint
 from deltacome_core.container import Delta, open_delta
-from deltacome_core.entries import DeltaEntry, MatrixEntry, UnchangedEntry, needs_backbone
+from deltacome_core.entries import (
+    DeltaEntry,
+    MatrixEntry,
+    RowsEntry,
+    UnchangedEntry,
+    needs_backbone,
+)
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import read_manifest
-from deltacome_core.models import build_skeleton, load_model, load_tokenizer
+from deltacome_core.models import build_skeleton, load_config, load_model, load_tokenizer
 from deltacome_core.packed import PackedLinear
 from deltacome_core.parameters import Piece, locate_parameters
 from deltacome_core.precision import NATIVE
 from deltacome_core.reconstruct import apply_entry
 from deltacome_core.tensors import TORCH_DTYPES, load_tensor
 from kernels import delta_linear
+from workers.engine.canary import UNTESTED, CanaryResult
+from workers.engine.executor import Executor, PlainExecutor
+from workers.engine.parts import is_shareable, read_parts, same_decoder
+from workers.engine.shared import SharedExecutor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """Ready to answer; `size_bytes` counts what this model alone keeps in memory."""
+    """Ready to answer; `size_bytes` counts what this model alone keeps in memory.
+
+    `canary` says what was proven about the delta when it was loaded; `canary.header` is the value
+    of the response header `x-deltacome-canary`. `executor` runs its tokens, in its `slot` where it
+    is one of many deltas on one backbone; `key` names it to the scheduler.
+    """
 
     module: Any
     tokenizer: Any
@@ -36,6 +55,10 @@ class LoadedModel:
     context_tokens: int
     vocabulary: int
     size_bytes: int
+    executor: Executor
+    slot: int = -1
+    key: str = ""
+    canary: CanaryResult = UNTESTED
 
 
 class DeltaLinear(nn.Module):
@@ -66,11 +89,100 @@ class DeltaLinear(nn.Module):
         return delta_linear(x, self.weight, self._matrix, self.bias)
 
 
-def load_backbone(folder: Path, *, device: str) -> LoadedModel:
+def load_backbone(folder: Path, *, device: str, kv_bytes: int = 1 << 28) -> LoadedModel:
+    """Load a backbone to be run by its own code; `share_backbone` makes room for deltas on it."""
     module = load_model(folder, device=device)
     parameters = {id(tensor): tensor for tensor in module.parameters()}
     size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
-    return _loaded(module, folder, folder, device=device, size_bytes=size_bytes)
+    executor = PlainExecutor(module, device=device, kv_bytes=kv_bytes)
+    return _loaded(
+        module,
+        module.config,
+        folder,
+        load_tokenizer(folder),
+        executor=executor,
+        device=device,
+        size_bytes=size_bytes,
+    )
+
+
+def share_backbone(
+    backbone: LoadedModel, folder: Path, *, kv_bytes: int, n_slots: int, delta_bytes: int = 1 << 30
+) -> LoadedModel:
+    """Let one model serve the backbone and its deltas in common steps.
+
+    On a GPU the slots of deltas take up to `delta_bytes`.
+
+    An architecture that the shared model cannot run stays with its own code, one answer at a time.
+    """
+    try:
+        executor = SharedExecutor(
+            backbone.module,
+            folder,
+            device=backbone.device,
+            kv_bytes=kv_bytes,
+            n_slots=n_slots,
+            delta_bytes=delta_bytes,
+        )
+    except UserError as error:
+        if error.code != "architecture_unknown":
+            raise
+        log.warning("backbone_not_shared: %s", error)
+        return backbone
+    return replace(backbone, executor=executor)
+
+
+def load_shared(
+    backbone: LoadedModel, backbone_folder: Path, folder: Path, *, factor_bytes: int
+) -> LoadedModel | None:
+    """Put a delta into a slot of the shared model; None when it changes more than slots hold.
+
+    Raises:
+        UserError: the delta is for another backbone or is damaged, or no slot is free.
+    """
+    executor = backbone.executor
+    if not isinstance(executor, SharedExecutor):
+        return None
+    delta = open_delta(folder, verify_digests=False)
+    _check_backbone(delta, backbone_folder)
+    entries = delta.entries.values()
+    names = _name_parameters(backbone.module, entries)
+    if not same_decoder(backbone_folder, folder) or not is_shareable(
+        entries, names, executor.places
+    ):
+        return None
+    with ThreadPoolExecutor(2, thread_name_prefix="engine-load") as pool:
+        # Hashing takes as long as everything else; the slot is nobody's until both are done.
+        checked = pool.submit(open_delta, folder)
+        tokenizer = pool.submit(load_tokenizer, folder, backbone_folder)
+        try:
+            parts = read_parts(
+                delta,
+                names,
+                executor.places,
+                open_checkpoint(backbone_folder),
+                keep_packed=executor.vocabulary.keeps_packed,
+            )
+            slot = executor.load(parts, factor_bytes=factor_bytes)
+        except UserError:
+            # Where a file is damaged, that is the reason to give.
+            checked.result()
+            raise
+        try:
+            checked.result()
+            loaded = _loaded(
+                executor.module,
+                load_config(folder),
+                folder,
+                tokenizer.result(),
+                executor=executor,
+                device=backbone.device,
+                size_bytes=executor.size_bytes(slot),
+            )
+        except BaseException:
+            executor.evict(slot)
+            raise
+    return replace(loaded, slot=slot)
 
 
 def load_delta(
@@ -79,8 +191,9 @@ def load_delta(
     folder: Path,
     *,
     factor_bytes: int,
+    kv_bytes: int = 1 << 28,
 ) -> LoadedModel:
-    """Put a delta on the backbone; up to `factor_bytes` of it is kept dequantised.
+    """Put a delta on the backbone as a model of its own; up to `factor_bytes` is kept dequantised.
 
     Raises:
         UserError: the delta is for another backbone, is damaged, or names a tensor that this
@@ -100,7 +213,16 @@ def load_delta(
         size_bytes += matrix.size_bytes
         layer = name.removesuffix(".weight")
         module.set_submodule(layer, DeltaLinear(module.get_submodule(layer), matrix, factors))
-    return _loaded(module, folder, backbone_folder, device=backbone.device, size_bytes=size_bytes)
+    executor = PlainExecutor(module, device=backbone.device, kv_bytes=kv_bytes)
+    return _loaded(
+        module,
+        module.config,
+        folder,
+        load_tokenizer(folder, backbone_folder),
+        executor=executor,
+        device=backbone.device,
+        size_bytes=size_bytes,
+    )
 
 
 def measure_delta(folder: Path, backbone: LoadedModel) -> int:
@@ -109,6 +231,10 @@ def measure_delta(folder: Path, backbone: LoadedModel) -> int:
     Matrices of linear layers stay as they are on disk; everything else becomes dense.
     """
     manifest = read_manifest(folder)
+    stored_bytes = sum(manifest.files[name].size_bytes for name in manifest.data_files)
+    executor = backbone.executor
+    if isinstance(executor, SharedExecutor) and executor.vocabulary.keeps_packed:
+        return max(stored_bytes, executor.slots.size_bytes(-1))
     item_bytes = int(backbone.module.dtype.itemsize)
     places = _locate_tensors(backbone.module, manifest.entries)
     dense = sum(
@@ -117,7 +243,7 @@ def measure_delta(folder: Path, backbone: LoadedModel) -> int:
         if not isinstance(entry, UnchangedEntry)
         and not _runs_packed(backbone.module, entry, places.get(entry.name))
     )
-    return dense + sum(manifest.files[name].size_bytes for name in manifest.data_files)
+    return dense + stored_bytes
 
 
 def _check_backbone(delta: Delta, backbone_folder: Path) -> None:
@@ -208,6 +334,24 @@ def _locate_tensors(module: Any, entries: Iterable[DeltaEntry]) -> dict[str, _Pl
     }
 
 
+def _name_parameters(module: Any, entries: Iterable[DeltaEntry]) -> dict[str, str]:
+    """The parameter of the backbone that each tensor fills wholly, or outgrows by new rows."""
+    layout = {
+        entry.name: (
+            entry.dtype,
+            (entry.shape[0] - entry.n_new, *entry.shape[1:])
+            if isinstance(entry, RowsEntry)
+            else entry.shape,
+        )
+        for entry in entries
+    }
+    return {
+        pieces[0].tensor: name
+        for name, pieces in locate_parameters(module, layout).items()
+        if pieces[0].block == ()
+    }
+
+
 def _runs_packed(module: Any, entry: DeltaEntry, place: _Place | None) -> bool:
     """Whether a matrix can stay packed: it is all of the weight of a linear layer."""
     if place is None or place.piece.block != () or not isinstance(entry, MatrixEntry):
@@ -232,10 +376,16 @@ def _own_bytes(module: Any, backbone: Any) -> int:
 
 
 def _loaded(
-    module: Any, folder: Path, backbone_folder: Path, *, device: str, size_bytes: int
+    module: Any,
+    config: Any,
+    folder: Path,
+    tokenizer: Any,
+    *,
+    executor: Executor,
+    device: str,
+    size_bytes: int,
 ) -> LoadedModel:
-    tokenizer = load_tokenizer(folder, backbone_folder)
-    text_config = module.config.get_text_config()
+    text_config = config.get_text_config()
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -244,6 +394,7 @@ def _loaded(
         context_tokens=int(text_config.max_position_embeddings),
         vocabulary=int(text_config.vocab_size),
         size_bytes=size_bytes,
+        executor=executor,
     )
 
 

@@ -1,39 +1,45 @@
-"""Requests and responses of the OpenAI API: what is understood, what is refused."""
+"""Requests of the OpenAI API and of its usual companions: what is understood, what is refused."""
 
-import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from workers.engine.errors import bad_request
-from workers.engine.generate import Piece, Sampling
-
-Json = dict[str, Any]
+from workers.engine.fields import (
+    Json,
+    check_fields,
+    is_token_list,
+    read_flag,
+    read_integer,
+    read_name,
+    read_number,
+    read_object,
+)
+from workers.engine.generate import Sampling
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_PROMPTS = 64
+MAX_CHOICES = 16
 MAX_TOP_LOGPROBS = 20
 
-# Fields that would change the answer and that we do not implement, with the values that mean "off".
-# Anything else we do not know (user, metadata, store, ...) changes nothing and is ignored.
-_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none"),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "parallel_tool_calls": (None, True, False),
-    "logit_bias": (None, {}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "reasoning_effort": (None,),
-    "web_search_options": (None,),
-    "suffix": (None, ""),
-    "best_of": (None, 1),
-    "top_k": (None, 0, -1),
-    "min_p": (None, 0),
-    "repetition_penalty": (None, 1),
-}
+# `return_token_ids` is vLLM's: each choice then carries the ids of its tokens.
+_SAMPLING = frozenset(
+    {
+        *("model", "n", "max_tokens", "temperature", "top_p", "seed", "stop", "logprobs"),
+        *("presence_penalty", "frequency_penalty", "stream", "stream_options"),
+        "return_token_ids",
+    }
+)
+_CHAT = _SAMPLING | {"messages", "max_completion_tokens", "top_logprobs"}
+_COMPLETION = _SAMPLING | {"prompt", "echo", "best_of"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """How the answer is sent."""
+
+    stream: bool
+    include_usage: bool
+    token_ids: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +47,7 @@ class ChatRequest:
     model: str
     messages: tuple[Json, ...]
     sampling: Sampling
-    stream: bool
-    include_usage: bool
+    delivery: Delivery
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,167 +55,165 @@ class CompletionRequest:
     model: str
     prompts: tuple[str | tuple[int, ...], ...]
     sampling: Sampling
-    stream: bool
-    include_usage: bool
+    delivery: Delivery
     echo: bool
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.sampling.logprobs is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """Who answers: repeated in every response and chunk."""
+class TokenizeRequest:
+    """Either a prompt or messages; the other one is None."""
 
-    id: str
+    prompt: str | None
+    messages: tuple[Json, ...] | None
+    special_tokens: bool
+    token_texts: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRequest:
+    """A text along which two models are compared; one of `prompt` and `messages` is None."""
+
     model: str
-    fingerprint: str
-    created: int
-
-    @classmethod
-    def begin(cls, answer_id: str, *, model: str, fingerprint: str) -> "Answer":
-        return cls(id=answer_id, model=model, fingerprint=fingerprint, created=int(time.time()))
-
-    def envelope(self, kind: str) -> Json:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
+    reference: str
+    prompt: str | tuple[int, ...] | None
+    messages: tuple[Json, ...] | None
+    completion: str | tuple[int, ...]
 
 
 def parse_chat(body: object) -> ChatRequest:
-    fields = _fields(body)
-    wants_logprobs = _flag(fields, "logprobs")
-    top = _integer(fields, "top_logprobs", 0, MAX_TOP_LOGPROBS)
+    fields = read_object(body)
+    check_fields(fields, _CHAT)
+    wants_logprobs = read_flag(fields, "logprobs")
+    top = read_integer(fields, "top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top is not None and not wants_logprobs:
         raise bad_request("top_logprobs needs logprobs: true.", "top_logprobs")
-    stream = _flag(fields, "stream")
     return ChatRequest(
-        model=_model(fields),
+        model=read_name(fields, "model"),
         messages=_messages(fields.get("messages")),
         sampling=_sampling(
             fields, logprobs=(top or 0) if wants_logprobs else None, max_tokens=_chat_limit(fields)
         ),
-        stream=stream,
-        include_usage=_include_usage(fields, stream=stream),
+        delivery=_delivery(fields),
     )
 
 
 def parse_completion(body: object) -> CompletionRequest:
-    fields = _fields(body)
-    stream = _flag(fields, "stream")
-    echo = _flag(fields, "echo")
+    fields = read_object(body)
+    check_fields(fields, _COMPLETION)
+    echo = read_flag(fields, "echo")
+    limit = read_integer(fields, "max_tokens", 0 if echo else 1, None)
+    sampling = _sampling(
+        fields,
+        logprobs=read_integer(fields, "logprobs", 0, MAX_TOP_LOGPROBS),
+        max_tokens=16 if limit is None else limit,
+    )
+    best_of = read_integer(fields, "best_of", 1, None)
+    if best_of is not None and best_of != sampling.n:
+        raise bad_request("best_of must be equal to n.", "best_of", code="unsupported_parameter")
     prompts = _prompts(fields.get("prompt"))
-    if stream and echo:
-        raise bad_request("echo cannot be streamed; set stream to false.", "echo")
-    limit = _integer(fields, "max_tokens", 0 if echo else 1, None)
+    if len(prompts) * sampling.n > MAX_PROMPTS:
+        raise bad_request(f"A request may ask for at most {MAX_PROMPTS} answers.", "n")
     return CompletionRequest(
-        model=_model(fields),
+        model=read_name(fields, "model"),
         prompts=prompts,
-        sampling=_sampling(
-            fields,
-            logprobs=_integer(fields, "logprobs", 0, MAX_TOP_LOGPROBS),
-            max_tokens=16 if limit is None else limit,
-        ),
-        stream=stream,
-        include_usage=_include_usage(fields, stream=stream),
+        sampling=sampling,
+        delivery=_delivery(fields),
         echo=echo,
     )
 
 
-def _fields(body: object) -> Json:
-    if not isinstance(body, dict):
-        raise bad_request("The request body must be a JSON object.", None, code="invalid_json")
-    for name, harmless in _UNSUPPORTED.items():
-        if name in body and not any(_same(body[name], value) for value in harmless):
-            raise bad_request(f"{name} is not supported here.", name, code="unsupported_parameter")
-    if body.get("n") not in (None, 1):
-        raise bad_request("Only n = 1 is supported.", "n", code="unsupported_parameter")
-    wanted = body.get("response_format")
-    if wanted is not None and wanted != {"type": "text"}:
-        raise bad_request(
-            "Only response_format of type text is supported.",
-            "response_format",
-            code="unsupported_parameter",
-        )
-    return body
+def parse_tokenize(body: object) -> TokenizeRequest:
+    fields = read_object(body)
+    understood = {"model", "prompt", "messages", "add_special_tokens", "return_token_strs"}
+    check_fields(fields, understood)
+    prompt, messages = _text_or_messages(fields)
+    if prompt is not None and not isinstance(prompt, str):
+        raise bad_request("prompt must be a string.", "prompt")
+    return TokenizeRequest(
+        prompt=prompt,
+        messages=messages,
+        special_tokens=read_flag(fields, "add_special_tokens", default=True),
+        token_texts=read_flag(fields, "return_token_strs"),
+    )
 
 
-def _same(left: object, right: object) -> bool:
-    """Equality that does not take True for 1."""
-    return left == right and isinstance(left, bool) == isinstance(right, bool)
+def parse_detokenize(body: object) -> tuple[int, ...]:
+    fields = read_object(body)
+    check_fields(fields, {"model", "tokens"})
+    return _token_ids(fields, "tokens")
 
 
-def _model(fields: Json) -> str:
-    model = fields.get("model")
-    if not isinstance(model, str) or not model:
-        raise bad_request("model must name a backbone or a delta.", "model")
-    return model
+def parse_compare(body: object) -> CompareRequest:
+    fields = read_object(body)
+    check_fields(fields, {"model", "reference", "prompt", "messages", "completion"})
+    prompt, messages = _text_or_messages(fields)
+    completion = fields.get("completion")
+    return CompareRequest(
+        model=read_name(fields, "model"),
+        reference=read_name(fields, "reference"),
+        prompt=prompt
+        if prompt is None or isinstance(prompt, str)
+        else _token_ids(fields, "prompt"),
+        messages=messages,
+        completion=completion if isinstance(completion, str) else _token_ids(fields, "completion"),
+    )
 
 
-def _flag(fields: Json, name: str) -> bool:
+def _text_or_messages(fields: Json) -> tuple[object, tuple[Json, ...] | None]:
+    prompt, messages = fields.get("prompt"), fields.get("messages")
+    if (prompt is None) == (messages is None):
+        raise bad_request("Give either prompt or messages.", "prompt")
+    return prompt, None if messages is None else _messages(messages)
+
+
+def _token_ids(fields: Json, name: str) -> tuple[int, ...]:
     value = fields.get(name)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise bad_request(f"{name} must be true or false.", name)
-    return value
-
-
-def _integer(fields: Json, name: str, low: int, high: int | None) -> int | None:
-    value = fields.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise bad_request(f"{name} must be a whole number.", name)
-    if value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise bad_request(f"{name} must be {limits}.", name)
-    return value
-
-
-def _number(fields: Json, name: str, default: float, *, low: float, high: float) -> float:
-    value = fields.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise bad_request(f"{name} must be a number.", name)
-    # Written so that NaN, which compares false with everything, is refused too.
-    if not low <= value <= high:
-        raise bad_request(f"{name} must be from {low:g} to {high:g}.", name)
-    return float(value)
+    if not isinstance(value, list) or not is_token_list(value):
+        raise bad_request(f"{name} must be a list of token ids.", name)
+    return tuple(value)
 
 
 def _sampling(fields: Json, *, logprobs: int | None, max_tokens: int | None) -> Sampling:
     return Sampling(
-        temperature=_number(fields, "temperature", 1.0, low=0.0, high=2.0),
-        top_p=_number(fields, "top_p", 1.0, low=0.0, high=1.0),
-        seed=_integer(fields, "seed", -(2**63), 2**63 - 1),
+        n=read_integer(fields, "n", 1, MAX_CHOICES) or 1,
+        temperature=read_number(fields, "temperature", 1.0, low=0.0, high=2.0),
+        top_p=read_number(fields, "top_p", 1.0, low=0.0, high=1.0),
+        seed=read_integer(fields, "seed", -(2**63), 2**63 - 1),
         max_tokens=max_tokens,
         stop=_stops(fields.get("stop")),
         logprobs=logprobs,
-        presence_penalty=_number(fields, "presence_penalty", 0.0, low=-2.0, high=2.0),
-        frequency_penalty=_number(fields, "frequency_penalty", 0.0, low=-2.0, high=2.0),
+        presence_penalty=read_number(fields, "presence_penalty", 0.0, low=-2.0, high=2.0),
+        frequency_penalty=read_number(fields, "frequency_penalty", 0.0, low=-2.0, high=2.0),
     )
 
 
 def _chat_limit(fields: Json) -> int | None:
-    new = _integer(fields, "max_completion_tokens", 1, None)
-    old = _integer(fields, "max_tokens", 1, None)
+    new = read_integer(fields, "max_completion_tokens", 1, None)
+    old = read_integer(fields, "max_tokens", 1, None)
     if new is not None and old is not None and new != old:
         raise bad_request("max_tokens and max_completion_tokens disagree.", "max_tokens")
     return new if new is not None else old
 
 
-def _include_usage(fields: Json, *, stream: bool) -> bool:
+def _delivery(fields: Json) -> Delivery:
+    stream = read_flag(fields, "stream")
     options = fields.get("stream_options")
-    if options is None:
-        return False
-    if not stream:
-        raise bad_request("stream_options needs stream: true.", "stream_options")
-    if not isinstance(options, dict):
-        raise bad_request("stream_options must be an object.", "stream_options")
-    return _flag(options, "include_usage")
+    if options is not None:
+        if not stream:
+            raise bad_request("stream_options needs stream: true.", "stream_options")
+        if not isinstance(options, dict):
+            raise bad_request("stream_options must be an object.", "stream_options")
+        # Padding against eavesdroppers changes no content.
+        check_fields(options, {"include_usage", "include_obfuscation"})
+    return Delivery(
+        stream=stream,
+        include_usage=read_flag(options or {}, "include_usage"),
+        token_ids=read_flag(fields, "return_token_ids"),
+    )
 
 
 def _stops(value: object) -> tuple[str, ...]:
@@ -270,68 +273,15 @@ def _prompts(value: object) -> tuple[str | tuple[int, ...], ...]:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, list) and value:
-        if _is_token_list(value):
+        if is_token_list(value):
             return (tuple(value),)
         if len(value) > MAX_PROMPTS:
             raise bad_request(f"prompt may hold at most {MAX_PROMPTS} prompts.", "prompt")
         if all(isinstance(item, str) for item in value):
             return tuple(value)
-        if all(isinstance(item, list) and item and _is_token_list(item) for item in value):
+        if all(item and is_token_list(item) for item in value):
             return tuple(tuple(item) for item in value)
     raise bad_request(
         "prompt must be a string, a list of strings, a list of token ids or a list of such lists.",
         "prompt",
     )
-
-
-def _is_token_list(value: list[Any]) -> bool:
-    return all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def chat_logprobs(pieces: list[Piece]) -> Json:
-    return {
-        "content": [
-            {
-                **_chat_token(piece.token, piece.logprob),
-                "top_logprobs": [_chat_token(token, logprob) for token, logprob in piece.top],
-            }
-            for piece in pieces
-        ],
-        "refusal": None,
-    }
-
-
-def _chat_token(token: str, logprob: float | None) -> Json:
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-
-def completion_logprobs(pieces: list[Piece], *, offset_chars: int = 0) -> Json:
-    offsets: list[int] = []
-    for piece in pieces:
-        offsets.append(offset_chars)
-        offset_chars += len(piece.text)
-    return {
-        "tokens": [piece.token for piece in pieces],
-        "token_logprobs": [piece.logprob for piece in pieces],
-        "top_logprobs": [_completion_top(piece) for piece in pieces],
-        "text_offset": offsets,
-    }
-
-
-def _completion_top(piece: Piece) -> dict[str, float] | None:
-    if piece.logprob is None:
-        return None
-    table: dict[str, float] = {}
-    # Two ids may read the same; the likelier one keeps the entry, so that a client that
-    # compares the actual token with the maximum still finds the true maximum.
-    for token, logprob in ((piece.token, piece.logprob), *piece.top):
-        table[token] = max(logprob, table.get(token, logprob))
-    return table

@@ -1,75 +1,475 @@
-"""One thread computes; every answer in the making gets one step a turn."""
+"""One thread computes: each step holds tokens of many answers, shared out among their tenants."""
 
 import logging
 import threading
+import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
-from workers.engine.errors import too_busy
+import torch
+
+from workers.engine.errors import ApiError, too_busy, too_many
+from workers.engine.executor import Executor, Work
+from workers.engine.fairness import DeficitRoundRobin
 from workers.engine.generate import Sequence
+from workers.engine.metrics import EngineMetrics
+from workers.engine.paging import PAGE_TOKENS, pages_for
+from workers.engine.sampling import choose_tokens
 
 log = logging.getLogger(__name__)
 
+# What a step reads of prompts is shared out among tenants in blocks of this many tokens.
+_BLOCK_TOKENS = 64
+_IDLE_S = 0.02
+_MIN_RETRY_S, _MAX_RETRY_S = 1, 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """max_sequences: answers in one step; max_running: in the cache; max_waiting: before it.
+
+    max_waiting_tenant: of one tenant; prefill_tokens: of prompts in one step.
+    """
+
+    max_sequences: int = 32
+    max_running: int = 128
+    max_waiting: int = 256
+    max_waiting_tenant: int = 64
+    prefill_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Due(Work):
+    """Work of an answer, which the scheduler knows more of than an executor does."""
+
+    sequence: Sequence
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The answers of one executor, and whose turn it is among their tenants."""
+
+    executor: Executor
+    running: list[Sequence] = field(default_factory=list)
+    decode_turns: DeficitRoundRobin = field(default_factory=lambda: DeficitRoundRobin(quantum=1))
+    prefill_turns: DeficitRoundRobin = field(
+        default_factory=lambda: DeficitRoundRobin(quantum=_BLOCK_TOKENS)
+    )
+
 
 class Scheduler:
-    """Round robin over the running sequences, so that two columns of a page fill side by side."""
+    """Continuous batching: answers join and leave between steps."""
 
-    def __init__(self, *, max_sequences: int) -> None:
-        self._max_sequences = max_sequences
-        self._waiting: deque[Sequence] = deque()
+    def __init__(self, limits: Limits, metrics: EngineMetrics | None = None) -> None:
+        self._limits = limits
+        self._metrics = metrics or EngineMetrics()
         self._changed = threading.Condition()
+        self._waiting: dict[str, deque[Sequence]] = {}
+        self._lanes: dict[int, _Lane] = {}
+        self._admit_turns = DeficitRoundRobin(quantum=1)
         self._closing = False
-        self._running = 0
+        self._draining = False
         self._thread = threading.Thread(target=self._run, name="engine-compute", daemon=True)
+        # Deliveries of the step before, done while the device works on the next one.
+        self._undelivered: list[tuple[Sequence, Callable[[], None]]] = []
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
+        """End at once; what still runs is told that the engine stops."""
         with self._changed:
-            self._closing = True
-            self._changed.notify()
+            self._closing = self._draining = True
+            self._changed.notify_all()
         self._thread.join()
+        with self._changed:
+            for sequence in self._everyone():
+                sequence.fail(_stopping())
+            self._waiting = {}
+            self._collect_finished()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take nothing new and wait for what there is.
+
+        Returns:
+            Whether everything was answered in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._draining = True
+            while self._count() and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return not self._count()
+
+    def stop_admitting(self) -> None:
+        with self._changed:
+            self._draining = True
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def running(self) -> int:
-        return self._running
+        """Answers in the making, waiting ones included."""
+        with self._changed:
+            return self._count()
+
+    @property
+    def waiting(self) -> int:
+        with self._changed:
+            return sum(map(len, self._waiting.values()))
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Take all of them or none: a request of several prompts is one request."""
+        """Take all of them or none: a request of several prompts is one request.
+
+        Raises:
+            ApiError: 503 while draining; 429 when the queue or the tenant's part of it is full;
+                400 for an answer that the cache can never hold.
+        """
+        for sequence in sequences:
+            self._check_size(sequence)
         with self._changed:
-            if self._running + len(sequences) > max(self._max_sequences, len(sequences)):
-                raise too_busy(
-                    "Every place of the engine is taken; try again in a moment.",
-                    code="engine_busy",
-                    retry_after_s=2,
-                )
-            self._running += len(sequences)
-            self._waiting.extend(sequences)
-            self._changed.notify()
+            if self._draining:
+                raise _stopping()
+            self._check_queue(sequences)
+            for sequence in sequences:
+                self._waiting.setdefault(sequence.tenant, deque()).append(sequence)
+            self._changed.notify_all()
+
+    def _check_size(self, sequence: Sequence) -> None:
+        capacity = sequence.model.executor.pages.capacity
+        if pages_for(sequence.max_length) > capacity:
+            raise ApiError(
+                400,
+                "context_length_exceeded",
+                f"Prompt and answer may reach {sequence.max_length} tokens; the engine's memory"
+                f" for one answer holds {capacity * PAGE_TOKENS}.",
+            )
+
+    def _check_queue(self, sequences: list[Sequence]) -> None:
+        waiting = sum(map(len, self._waiting.values()))
+        own = len(self._waiting.get(sequences[0].tenant, ())) if sequences else 0
+        # A request larger than the queue is still taken when nothing is before it.
+        if own and own + len(sequences) > self._limits.max_waiting_tenant:
+            self._metrics.refused.add(1, reason="tenant")
+            raise too_many(
+                "Too many requests for this model are waiting already; try again in a moment.",
+                code="model_busy",
+                retry_after_s=self._retry_after_s(own),
+            )
+        if waiting and waiting + len(sequences) > self._limits.max_waiting:
+            self._metrics.refused.add(1, reason="queue")
+            raise too_many(
+                "Every place of the engine is taken; try again in a moment.",
+                code="engine_busy",
+                retry_after_s=self._retry_after_s(waiting),
+            )
+
+    def _retry_after_s(self, waiting: int) -> int:
+        """Time until that many have had their turn, by how long the last ones took."""
+        each_s = self._metrics.answer_seconds.mean / max(1, self._limits.max_sequences)
+        return min(_MAX_RETRY_S, max(_MIN_RETRY_S, round(waiting * each_s)))
+
+    def _count(self) -> int:
+        lanes = sum(len(lane.running) for lane in self._lanes.values())
+        return lanes + sum(map(len, self._waiting.values()))
+
+    def _everyone(self) -> Iterator[Sequence]:
+        for lane in self._lanes.values():
+            yield from lane.running
+        for queue in self._waiting.values():
+            yield from queue
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting and not self._closing:
+                while not self._count() and not self._undelivered and not self._closing:
+                    self._changed.notify_all()
                     self._changed.wait()
                 if self._closing:
                     return
-                sequence = self._waiting.popleft()
-            if self._advance(sequence):
-                with self._changed:
-                    self._waiting.append(sequence)
-            else:
-                with self._changed:
-                    self._running -= 1
+                self._drop_cancelled()
+                self._admit()
+                lanes = [lane for lane in self._lanes.values() if lane.running]
+                if not lanes:
+                    # Nothing can move until somebody cancels or a model's pages come free.
+                    self._changed.wait(_IDLE_S)
+            if not lanes:
+                self._deliver()
+            for lane in lanes:
+                self._step(lane)
+            with self._changed:
+                self._collect_finished()
+                self._update_gauges()
+                self._changed.notify_all()
 
-    def _advance(self, sequence: Sequence) -> bool:
-        """Give one step; False when the sequence has ended, however it did."""
-        if sequence.cancelled:
-            return False
+    def _drop_cancelled(self) -> None:
+        for queue in self._waiting.values():
+            for sequence in [item for item in queue if item.cancelled]:
+                queue.remove(sequence)
+        for lane in self._lanes.values():
+            for sequence in lane.running:
+                # One that is still being told its last tokens is let go by its delivery.
+                sequence.finished |= sequence.cancelled
+        self._collect_finished()
+
+    def _collect_finished(self) -> None:
+        for lane in self._lanes.values():
+            for sequence in [item for item in lane.running if item.finished]:
+                lane.running.remove(sequence)
+                lane.executor.pages.give_back(sequence.pages)
+                sequence.forget()
+                elapsed_s = time.monotonic() - sequence.submitted_s
+                self._metrics.answer_seconds.observe(elapsed_s)
+        self._waiting = {name: queue for name, queue in self._waiting.items() if queue}
+        self._lanes = {key: lane for key, lane in self._lanes.items() if lane.running}
+
+    def _admit(self) -> None:
+        """Let waiting answers into the cache, tenants in turn, as far as pages and places reach."""
+        while self._waiting:
+            room = self._has_place()
+            ready = [
+                name
+                for name, queue in self._waiting.items()
+                if room and self._missing_pages(queue[0]) <= 0
+            ]
+            turn = self._admit_turns.pick({name: [1] for name in ready}, budget=1)
+            name = turn[0] if turn else self._make_way()
+            if name is None:
+                return
+            queue = self._waiting[name]
+            sequence = queue.popleft()
+            if not queue:
+                del self._waiting[name]
+            self._lane(sequence).running.append(sequence)
+            waited_s = time.monotonic() - sequence.submitted_s
+            self._metrics.queue_seconds.observe(waited_s, tenant=name)
+
+    def _has_place(self) -> bool:
+        running = sum(len(lane.running) for lane in self._lanes.values())
+        return running < self._limits.max_running
+
+    def _missing_pages(self, sequence: Sequence) -> int:
+        """Pages short of what the answer has now, beside what others still have to feed."""
+        lane = self._lane(sequence)
+        promised = sum(
+            max(0, pages_for(len(other.tokens)) - len(other.pages)) for other in lane.running
+        )
+        return promised + pages_for(len(sequence.tokens)) - lane.executor.pages.free
+
+    def _make_way(self) -> str | None:
+        """A tenant with nothing in the cache may push out one that holds more than its share.
+
+        Returns:
+            The tenant whose next answer has room now.
+        """
+        present = {item.tenant for lane in self._lanes.values() for item in lane.running}
+        for name in [name for name in self._waiting if name not in present]:
+            sequence = self._waiting[name][0]
+            lane = self._lane(sequence)
+            while self._missing_pages(sequence) > 0 or not self._has_place():
+                victim = self._find_excess(lane)
+                if victim is None:
+                    break
+                self._preempt(lane, victim)
+            else:
+                return name
+        return None
+
+    def _find_excess(self, lane: _Lane) -> Sequence | None:
+        """The newest answer of the tenant that holds most, if that is more than an equal share."""
+        held: dict[str, list[Sequence]] = {}
+        for item in lane.running:
+            held.setdefault(item.tenant, []).append(item)
+        if not held:
+            return None
+
+        def part(name: str) -> float:
+            pages = sum(len(item.pages) for item in held[name]) / lane.executor.pages.capacity
+            return max(pages, len(held[name]) / self._limits.max_running)
+
+        largest = max(held, key=part)
+        fair = 1 / (len(held) + 1)
+        return held[largest][-1] if part(largest) > fair and len(held[largest]) > 1 else None
+
+    def _preempt(self, lane: _Lane, victim: Sequence) -> None:
+        lane.running.remove(victim)
+        lane.executor.pages.give_back(victim.pages)
+        victim.forget()
+        self._waiting.setdefault(victim.tenant, deque()).appendleft(victim)
+        self._metrics.preemptions.add(1)
+
+    def _lane(self, sequence: Sequence) -> _Lane:
+        executor = sequence.model.executor
+        return self._lanes.setdefault(id(executor), _Lane(executor))
+
+    def _step(self, lane: _Lane) -> None:
+        work = self._compose(lane)
+        if not work:
+            self._deliver()
+            return
+        started_s = time.monotonic()
         try:
-            sequence.step()
+            logits = lane.executor.forward(work)
+        except Exception:
+            log.exception("step_failed")
+            self._step_alone(lane, work)
+        else:
+            self._apply(work, logits, is_async=lane.executor.is_async)
+        self._metrics.observe_step(
+            n_sequences=len(work),
+            n_tenants=len({item.sequence.tenant for item in work}),
+            prefill_tokens=sum(item.count for item in work if item.count > 1),
+            seconds=time.monotonic() - started_s,
+        )
+
+    def _step_alone(self, lane: _Lane, work: list[_Due]) -> None:
+        """Find whose tokens broke the step: one answer's failure must not end the others."""
+        for item in work:
+            try:
+                logits = lane.executor.forward([item])
+            except Exception as error:
+                log.exception("sequence_failed")
+                item.sequence.fail(error)
+            else:
+                self._apply([item], logits, is_async=False)
+
+    def _compose(self, lane: _Lane) -> list[_Due]:
+        """Choose the tokens of a step: one of each answer under way, then pieces of prompts."""
+        decoding = [item for item in lane.running if item.is_decoding]
+        prompts = [item for item in lane.running if not item.is_decoding]
+        work = [
+            _work(sequence, 1)
+            for sequence in self._choose(
+                lane.decode_turns,
+                decoding,
+                cost=lambda _sequence: [1],
+                budget=self._limits.max_sequences,
+            )
+        ]
+        blocks = self._choose(
+            lane.prefill_turns, prompts, cost=self._blocks, budget=self._limits.prefill_tokens
+        )
+        counts: dict[int, tuple[Sequence, int]] = {}
+        for sequence in blocks:
+            _, n_blocks = counts.get(id(sequence), (sequence, 0))
+            counts[id(sequence)] = (sequence, n_blocks + 1)
+        for sequence, n_blocks in counts.values():
+            work.append(_work(sequence, sum(self._blocks(sequence)[:n_blocks])))
+        reserved = [item for item in work if self._reserve(lane, item)]
+        # A later one may have pushed out an earlier one.
+        return [item for item in reserved if item.sequence in lane.running]
+
+    def _choose(
+        self,
+        turns: DeficitRoundRobin,
+        sequences: Iterable[Sequence],
+        *,
+        cost: Callable[[Sequence], list[int]],
+        budget: int,
+    ) -> list[Sequence]:
+        items: dict[str, list[tuple[Sequence, int]]] = {}
+        for sequence in sequences:
+            own = items.setdefault(sequence.tenant, [])
+            own.extend((sequence, each) for each in cost(sequence))
+        costs = {name: [each for _, each in own] for name, own in items.items()}
+        places = {name: iter(own) for name, own in items.items()}
+        return [next(places[name])[0] for name in turns.pick(costs, budget=budget)]
+
+    def _blocks(self, sequence: Sequence) -> list[int]:
+        size = min(_BLOCK_TOKENS, self._limits.prefill_tokens)
+        whole, rest = divmod(sequence.unfed, size)
+        return [size] * whole + ([rest] if rest else [])
+
+    def _reserve(self, lane: _Lane, item: _Due) -> bool:
+        """Give a sequence pages for its next tokens, from the largest holder if none is free."""
+        sequence = item.sequence
+        if sequence not in lane.running:
+            # Pushed out by one before it in this step.
+            return False
+        missing = pages_for(sequence.fed + item.count) - len(sequence.pages)
+        pages = lane.executor.pages
+        while (taken := pages.take(max(0, missing))) is None:
+            victim = self._choose_victim(lane)
+            with self._changed:
+                self._preempt(lane, victim)
+            if victim is sequence:
+                return False
+        sequence.pages.extend(taken)
+        return True
+
+    def _choose_victim(self, lane: _Lane) -> Sequence:
+        """The newest answer of the tenant that holds most pages."""
+        held: dict[str, int] = {}
+        for sequence in lane.running:
+            held[sequence.tenant] = held.get(sequence.tenant, 0) + len(sequence.pages)
+        largest = max(held, key=lambda name: held[name])
+        own = [item for item in lane.running if item.tenant == largest and item.pages]
+        return own[-1]
+
+    def _apply(self, work: list[_Due], logits: torch.Tensor, *, is_async: bool) -> None:
+        """Hand each sequence its rows, and choose the tokens of those that are due."""
+        try:
+            self._advance(work, logits)
         except Exception as error:
-            # One answer's failure must not end the others.
-            log.exception("sequence_failed")
-            sequence.fail(error)
-        return not sequence.finished
+            # Rows that were not handed out are lost: nobody in this step can go on.
+            log.exception("step_lost")
+            for item in work:
+                if not item.sequence.finished:
+                    item.sequence.fail(error)
+        if not is_async:
+            self._deliver()
+
+    def _advance(self, work: list[_Due], logits: torch.Tensor) -> None:
+        due: list[tuple[Sequence, int]] = []
+        row = 0
+        for item in work:
+            own = logits[row : row + item.rows]
+            row += item.rows
+            if item.sequence.advance(own, item.count):
+                due.append((item.sequence, row - 1))
+        if not due:
+            self._deliver()
+            return
+        rows = [at for _, at in due]
+        # Mostly the rows are all there are, in their order.
+        chosen_from = logits if rows == list(range(len(logits))) else logits[rows]
+        chosen = choose_tokens(chosen_from, [sequence.draw for sequence, _ in due])
+        self._deliver()
+        for (sequence, _), token, own in zip(due, chosen.tolist(), chosen_from, strict=True):
+            if not sequence.finished:
+                self._undelivered.append((sequence, sequence.take(token, own)))
+        self._metrics.generated_tokens.add(len(due))
+
+    def _deliver(self) -> None:
+        undelivered, self._undelivered = self._undelivered, []
+        for sequence, deliver in undelivered:
+            if sequence.cancelled:
+                continue
+            try:
+                deliver()
+            except Exception as error:
+                log.exception("delivery_failed")
+                sequence.fail(error)
+
+    def _update_gauges(self) -> None:
+        self._metrics.running.set(sum(len(lane.running) for lane in self._lanes.values()))
+        self._metrics.waiting.set(sum(map(len, self._waiting.values())))
+        used = sum(lane.executor.pages.used for lane in self._lanes.values())
+        self._metrics.kv_pages_used.set(used)
+
+
+def _work(sequence: Sequence, count: int) -> _Due:
+    return _Due(
+        sequence=sequence, start=sequence.fed, count=count, rows=sequence.rows_wanted(count)
+    )
+
+
+def _stopping() -> ApiError:
+    return too_busy("The engine is stopping.", code="engine_stopping", retry_after_s=5)

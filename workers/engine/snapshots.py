@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workers.engine.errors import bad_request
+from deltacome_core.errors import UserError
+from workers.engine.errors import bad_request, broken, too_busy
 from workers.fetch import BlobReader, fetch_blob
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
@@ -75,5 +77,33 @@ class SnapshotCache:
         for path, sha256 in snapshot.files.items():
             target = folder / path
             if not target.exists():
-                fetch_blob(self._blobs, sha256, target)
+                self._fetch(sha256, target)
         return folder
+
+    def forget(self, target: Target) -> None:
+        """Drop the files of a model that turned out damaged; they are fetched again next time."""
+        for snapshot in (target.backbone, target.delta):
+            if snapshot is not None:
+                shutil.rmtree(self._root / "snapshots" / snapshot.key, ignore_errors=True)
+
+    def _fetch(self, sha256: str, target: Path) -> None:
+        try:
+            fetch_blob(self._blobs, sha256, target)
+        except UserError:
+            raise
+        except Exception as error:
+            if _is_missing(error):
+                raise broken(
+                    f"The store has lost {target.name} of this model.", code="blob_missing"
+                ) from error
+            raise too_busy(
+                f"{target.name} of this model cannot be fetched now.",
+                code="store_unreachable",
+                retry_after_s=5,
+            ) from error
+
+
+def _is_missing(error: Exception) -> bool:
+    response = getattr(error, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return isinstance(error, FileNotFoundError) or code in {"NoSuchKey", "404"}

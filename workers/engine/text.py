@@ -19,7 +19,11 @@ class TextStream:
         self._window = 0
         self._read = 0
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def push(self, token_id: int) -> str:
         self._ids.append(token_id)
@@ -47,11 +51,11 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         text = self._held + text
-        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        ends = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
-            self.stopped = True
+            at, self.stopped_by = min(ends)
             self._held = ""
-            return text[: min(ends)]
+            return text[:at]
         kept = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]

@@ -1,25 +1,38 @@
-// Two columns, one prompt. Each column streams from the OpenAI-shaped endpoint on its own, so
-// that an error or a slow delta stays in its column. The whole state lives in the query string.
+// Columns side by side, one prompt. Each column streams from the OpenAI-shaped endpoint on its own,
+// so that an error or a slow delta stays in its column. The whole state lives in the address.
 
-const form = document.getElementById("playground");
-const stopButton = document.getElementById("stop");
-const runButton = document.getElementById("run");
+import { asCurl, asPython, events, explainRefusal, post, requestFor } from "./asking.js";
+import * as blind from "./blind.js";
+import * as departure from "./departure.js";
+
+// Servers refuse longer addresses; the part after # never leaves the browser.
+const MAX_QUERY_CHARS = 4000;
+const byId = (id) => document.getElementById(id);
+const form = byId("playground");
 const columns = [...document.querySelectorAll("[data-column]")].map(bindColumn);
-let running = 0;
+let isBlindRun = false;
 
 function bindColumn(root) {
   const part = (name) => root.querySelector(`[data-part="${name}"]`);
   return {
+    root,
+    part,
     select: root.querySelector("select"),
     answer: part("answer"),
-    error: part("error"),
-    errorTitle: part("error-title"),
-    errorText: part("error-text"),
     stats: part("stats"),
-    curl: part("curl"),
+    title: part("title"),
+    number: part("title").textContent,
+    model: "",
+    request: null,
+    seen: null,
+    tokenIds: [],
     abort: null,
   };
 }
+
+const csrf = () => form.elements.csrfmiddlewaretoken.value;
+const shown = () => columns.filter((column) => !column.root.hidden);
+const filled = () => shown().filter((column) => column.select.value);
 
 function settings() {
   const data = new FormData(form);
@@ -28,70 +41,62 @@ function settings() {
     prompt: data.get("prompt"),
     max_tokens: Number(data.get("max")),
     temperature: Number(data.get("t")),
+    top_p: Number(data.get("top_p")),
     seed: Number(data.get("seed")),
   };
 }
 
-function requestFor(model, { mode, prompt, ...sampling }) {
-  const body = { model, ...sampling, stream: true, stream_options: { include_usage: true } };
-  if (mode === "chat") {
-    return { url: "/v1/chat/completions", body: { ...body, messages: [{ role: "user", content: prompt }] } };
-  }
-  return { url: "/v1/completions", body: { ...body, prompt } };
+// ---- the address
+
+function pinned(select) {
+  const name = select.value;
+  const revision = select.selectedOptions[0]?.dataset.revision;
+  if (!revision || name.includes("@")) return name;
+  const [repo, suffix] = name.split(":");
+  return `${repo}@${revision}${suffix ? `:${suffix}` : ""}`;
+}
+
+function address(nameOf) {
+  const query = new URLSearchParams(new FormData(form));
+  query.delete("csrfmiddlewaretoken");
+  for (const column of shown()) query.append("d", nameOf(column.select));
+  if (`${query}`.length <= MAX_QUERY_CHARS) return `${location.pathname}?${query}`;
+  const fragment = new URLSearchParams({ prompt: query.get("prompt") });
+  query.delete("prompt");
+  return `${location.pathname}?${query}#${fragment}`;
 }
 
 function saveState() {
-  const query = new URLSearchParams(new FormData(form));
-  query.delete("csrfmiddlewaretoken");
-  for (const column of columns) query.append("d", column.select.value);
-  history.replaceState(null, "", `?${query}`);
-}
-
-function showCurl(column) {
-  const { url, body } = requestFor(column.select.value, settings());
-  const json = JSON.stringify({ ...body, stream: false, stream_options: undefined }).replaceAll("'", "'\\''");
-  column.curl.textContent =
-    `curl ${location.origin}${url} \\\n  -H "Authorization: Bearer $DELTACOME_TOKEN" \\\n` +
-    `  -H "Content-Type: application/json" \\\n  -d '${json}'`;
-}
-
-// Yields the JSON of each `data:` line; OpenAI streams end with the literal [DONE].
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines) {
-      const text = line.startsWith("data:") ? line.slice(5).trim() : "";
-      if (text === "[DONE]") return;
-      if (text) yield JSON.parse(text);
-    }
+  history.replaceState(null, "", address((select) => select.value));
+  byId("permalink").textContent = location.origin + address(pinned);
+  for (const column of columns) {
+    const request = requestFor(column.select.value, settings());
+    column.part("curl").textContent = asCurl(request);
+    column.part("python").textContent = asPython(request);
   }
 }
 
+function readFragment() {
+  const prompt = new URLSearchParams(location.hash.slice(1)).get("prompt");
+  if (prompt !== null) form.elements.prompt.value = prompt;
+}
+
+// ---- one column
+
 function showError(column, title, text) {
-  column.errorTitle.textContent = title;
-  column.errorText.textContent = text;
-  column.error.hidden = false;
+  column.part("error-title").textContent = title;
+  column.part("error-text").textContent = text;
+  column.part("error").hidden = false;
 }
 
-async function explainRefusal(column, response) {
-  const body = await response.json().catch(() => ({}));
-  const error = body.error ?? body;
-  const message = error.message || `The server answered ${response.status}.`;
-  showError(column, "No answer", [message, error.do].filter(Boolean).join(" "));
-}
-
-function showStats(column, { started, first, last, tokens, finish }) {
+function showStats(column, { started, first, last, tokens, finish, canary }) {
   const parts = [];
   if (first) parts.push(`first token ${Math.round(first - started)} ms`);
   if (tokens > 1 && last > first) parts.push(`${((tokens - 1) / ((last - first) / 1000)).toFixed(1)} tokens/s`);
   if (tokens) parts.push(`${tokens} tokens`);
   if (finish) parts.push(finish);
-  column.stats.textContent = parts.join(" · ");
+  if (canary === "applied") parts.push("delta proven applied");
+  column.stats.textContent = isBlindRun ? "" : parts.join(" · ");
 }
 
 async function stream(column, response, seen) {
@@ -102,38 +107,43 @@ async function stream(column, response, seen) {
     }
     const choice = chunk.choices?.[0];
     const text = choice?.delta?.content ?? choice?.text ?? "";
-    if (text) {
+    if (choice?.token_ids?.length) {
+      column.tokenIds.push(...choice.token_ids);
       seen.last = performance.now();
       seen.first ??= seen.last;
-      seen.tokens += 1;
-      column.answer.append(text);
+      seen.tokens += choice.token_ids.length;
     }
+    if (text) column.answer.append(text);
     seen.finish = choice?.finish_reason ?? seen.finish;
     seen.tokens = chunk.usage?.completion_tokens ?? seen.tokens;
     showStats(column, seen);
   }
+  column.isDone = true;
+}
+
+function clear(column) {
+  column.answer.textContent = "";
+  column.stats.textContent = "";
+  column.part("error").hidden = true;
+  column.tokenIds = [];
+  column.isDone = false;
 }
 
 async function run(column) {
-  column.answer.textContent = "";
-  column.error.hidden = true;
-  column.stats.textContent = "waiting for the first token…";
+  column.stats.textContent = isBlindRun ? "" : "waiting for the first token…";
   column.abort = new AbortController();
   const seen = { started: performance.now(), first: null, last: null, tokens: 0, finish: "" };
-  const { url, body } = requestFor(column.select.value, settings());
+  column.seen = seen;
+  column.request = requestFor(column.model, settings());
+  const extras = { stream: true, stream_options: { include_usage: true }, return_token_ids: true };
   try {
-    const response = await fetch(url, {
-      method: "POST",
-      headers: {
-        "Content-Type": "application/json",
-        "X-CSRFToken": form.elements.csrfmiddlewaretoken.value,
-      },
-      body: JSON.stringify(body),
-      signal: column.abort.signal,
-    });
+    const body = { ...column.request.body, ...extras };
+    const response = await post(column.request.url, body, { csrf: csrf(), signal: column.abort.signal });
+    if (response.headers.get("x-deltacome-device") === "cpu") byId("cpu-note").hidden = false;
+    seen.canary = response.headers.get("x-deltacome-canary")?.split(";")[0];
     if (!response.ok) {
       column.stats.textContent = "";
-      await explainRefusal(column, response);
+      showError(column, "No answer", await explainRefusal(response));
       return;
     }
     await stream(column, response, seen);
@@ -144,32 +154,111 @@ async function run(column) {
   showStats(column, seen);
 }
 
-form.addEventListener("submit", async (event) => {
-  event.preventDefault();
-  if (!form.reportValidity()) return;
-  saveState();
-  columns.forEach(showCurl);
-  running += 1;
-  runButton.disabled = true;
-  stopButton.disabled = false;
-  await Promise.all(columns.filter((column) => column.select.value).map(run));
-  running -= 1;
-  runButton.disabled = running > 0;
-  stopButton.disabled = running === 0;
-});
+// ---- all columns
 
-stopButton.addEventListener("click", () => {
+function setBlind(on) {
+  isBlindRun = on;
+  for (const [index, column] of shown().entries()) {
+    column.root.classList.toggle("is-blind", on);
+    column.title.classList.toggle("visually-hidden", !on);
+    column.title.textContent = on ? `Answer ${"AB"[index] ?? ""}` : column.number;
+    column.part("choice").hidden = on;
+    column.part("copies").hidden = on;
+  }
+}
+
+function refuse(text) {
+  byId("form-error").textContent = text;
+  byId("form-error").hidden = !text;
+}
+
+function setRunning(on) {
+  byId("run").disabled = on;
+  byId("stop").disabled = !on;
+  byId("add-column").disabled = on || shown().length === columns.length;
+}
+
+function openBallot(pair) {
+  const [left, right] = pair;
+  blind.open({
+    left: left.model,
+    right: right.model,
+    question: JSON.stringify(settings()),
+    csrf: csrf(),
+    reveal() {
+      for (const column of pair) column.select.value = column.model;
+      setBlind(false);
+      for (const column of pair) showStats(column, column.seen);
+      saveState();
+      departure.offer(pair);
+    },
+  });
+}
+
+async function runAll() {
+  const asked = filled();
+  const wantsBlind = form.elements.blind.checked;
+  if (wantsBlind && (asked.length !== 2 || asked[0].select.value === asked[1].select.value)) {
+    refuse("A blind vote needs two different models: choose them, and set the other columns to None.");
+    return;
+  }
+  refuse("");
+  saveState();
+  blind.withdraw();
+  departure.offer([]);
+  setBlind(false);
+  shown().forEach(clear);
+  const models = asked.map((column) => column.select.value);
+  const order = wantsBlind ? blind.shuffled(models) : models;
+  for (const [index, column] of asked.entries()) column.model = order[index];
+  if (wantsBlind) {
+    for (const column of shown()) column.root.hidden = !asked.includes(column);
+    setBlind(true);
+  }
+  setRunning(true);
+  await Promise.all(asked.map(run));
+  setRunning(false);
+  const done = asked.filter((column) => column.isDone);
+  if (!wantsBlind) departure.offer(done);
+  else if (done.length === 2) openBallot(done);
+  else setBlind(false);
+}
+
+function addColumn() {
+  const next = columns.find((column) => column.root.hidden);
+  next.root.hidden = false;
+  byId("add-column").disabled = shown().length === columns.length;
+  next.select.focus();
+  saveState();
+}
+
+function removeColumn(column) {
+  const before = shown();
+  column.abort?.abort();
+  column.select.value = "";
+  clear(column);
+  column.root.hidden = true;
+  byId("add-column").disabled = false;
+  saveState();
+  (before[before.indexOf(column) - 1] ?? before[1])?.select.focus();
+}
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (form.reportValidity()) runAll();
+});
+byId("stop").addEventListener("click", () => {
   for (const column of columns) column.abort?.abort();
 });
-
+byId("add-column").addEventListener("click", addColumn);
 form.elements.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
-
-for (const element of [form, ...columns.map((column) => column.select)]) {
-  element.addEventListener("change", () => {
-    saveState();
-    columns.forEach(showCurl);
-  });
+form.addEventListener("change", saveState);
+for (const column of columns) {
+  column.select.addEventListener("change", saveState);
+  column.part("remove").addEventListener("click", () => removeColumn(column));
 }
-columns.forEach(showCurl);
+readFragment();
+saveState();
+setRunning(false);

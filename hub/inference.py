@@ -13,7 +13,7 @@ import httpx
 from django.conf import settings
 
 from deltacome_core.errors import UserError
-from hub import access, catalog
+from hub import access, catalog, finetunes
 from hub.models import Repo, Revision, User
 
 log = logging.getLogger(__name__)
@@ -23,8 +23,27 @@ ENGINE_RETRY_S = 5
 # Loading a large backbone takes minutes; connecting to a server that is there does not.
 TIMEOUT = httpx.Timeout(600, connect=3)
 # What a client acts on; everything else of the engine's answer stays inside.
-PASSED_HEADERS = ("content-type", "retry-after", "x-should-retry", "cache-control")
-UNWANTED_FILES = ("README.md", "verification.json", "evaluation.json")
+PASSED_HEADERS = (
+    "content-type",
+    "retry-after",
+    "x-should-retry",
+    "cache-control",
+    "x-deltacome-canary",
+    "x-deltacome-device",
+)
+UNWANTED_FILES = ("README.md", "evaluation.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """What a request names: a published revision, or the fine-tune that a delta was made from."""
+
+    revision: Revision
+    is_finetune: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.revision) + (finetunes.SUFFIX if self.is_finetune else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +63,45 @@ class EngineAwayError(Exception):
     """Nobody listens at ENGINE_URL."""
 
 
-def find_model(user: User, name: str) -> Revision:
-    """Find "namespace/name", "namespace/name@revision" or "@sha256:digest" among what one may see.
+def find_model(user: User, name: str) -> Model:
+    """Find a model among those one may see.
+
+    Names are "namespace/name", "namespace/name@revision" and "@sha256:digest"; with ":finetune"
+    at the end they mean the checkpoint that the delta was made from.
 
     Raises:
-        UserError: not_found, revision_unknown.
+        UserError: not_found, revision_unknown, finetune_gone.
     """
+    wanted = name.removesuffix(finetunes.SUFFIX)
+    revision = _find_revision(user, wanted)
+    is_finetune = wanted != name
+    if is_finetune and not finetunes.is_held(revision):
+        raise UserError("finetune_gone", revision=str(revision))
+    return Model(revision=revision, is_finetune=is_finetune)
+
+
+def _find_revision(user: User, name: str) -> Revision:
     if not name.startswith("@"):
         return catalog.find_revision(user, name)
     match = catalog.DIGEST.match(name[1:])
-    visible = Revision.objects.visible_to(user).downloadable()
+    visible = Revision.objects.visible_to(user).downloadable().select_related("repo__namespace")
     revision = visible.filter(digest=match[1]).first() if match else None
     if revision is None:
         raise UserError("not_found")
     return revision
 
 
-def describe_target(revision: Revision) -> str:
+def describe_target(model: Model) -> str:
     """Name every file of the model by digest: all that the engine needs to know."""
+    revision = model.revision
+    if model.is_finetune:
+        # A whole checkpoint stands on its own, as a backbone does.
+        digest = revision.checkpoint_digest
+        target = {
+            "backbone": {"digest": digest, "files": finetunes.list_files(revision)},
+            "delta": None,
+        }
+        return json.dumps(target, separators=(",", ":"))
     is_delta = revision.repo.kind == Repo.Kind.DELTA
     backbone = revision.backbone if is_delta else revision
     if backbone is None:
@@ -91,8 +131,11 @@ def list_models(user: access.AnyUser) -> list[dict[str, Any]]:
     return [_describe_model(revision, readable) for revision in latest.values()]
 
 
-def describe_model(user: access.AnyUser, revision: Revision) -> dict[str, Any]:
-    return _describe_model(revision, catalog.readable_backbones(user, [revision]))
+def describe_model(user: access.AnyUser, model: Model) -> dict[str, Any]:
+    card = _describe_model(model.revision, catalog.readable_backbones(user, [model.revision]))
+    if model.is_finetune:
+        card |= {"id": model.name, "name": model.name, "root": model.name}
+    return card
 
 
 def _describe_model(revision: Revision, readable: Container[UUID]) -> dict[str, Any]:
@@ -118,7 +161,15 @@ def _describe_model(revision: Revision, readable: Container[UUID]) -> dict[str, 
     return card
 
 
-async def ask_engine(route: str, *, body: bytes, target: str) -> Answer:
+async def ask_engine(
+    method: str,
+    route: str,
+    *,
+    body: bytes,
+    target: str,
+    reference: str | None = None,
+    request_id: str = "",
+) -> Answer:
     """Forward a request and return as soon as the engine begins to answer.
 
     Raises:
@@ -129,9 +180,12 @@ async def ask_engine(route: str, *, body: bytes, target: str) -> Answer:
         "content-type": "application/json",
         "x-engine-secret": settings.ENGINE_SECRET,
         "x-deltacome-target": target,
+        "x-request-id": request_id,
     }
+    if reference is not None:
+        headers["x-deltacome-reference"] = reference
     request = client.build_request(
-        "POST", f"{settings.ENGINE_URL}{route}", content=body, headers=headers
+        method, f"{settings.ENGINE_URL}{route}", content=body, headers=headers
     )
     try:
         response = await client.send(request, stream=True)

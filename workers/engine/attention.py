@@ -1,0 +1,156 @@
+"""Attention over a paged cache, as transformers calls it: one function for all its models."""
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from deltacome_core.errors import UserError
+from workers.engine.paging import PagedCache
+
+ATTENTION_NAME = "deltacome_paged"
+# What some models hand to attention beyond a scale and a window; their results would be wrong here.
+_UNKNOWN = ("s_aux", "softcap", "position_bias")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """Rows first .. last of a step, which see `places` of the cache: all up to the last of them."""
+
+    first: int
+    last: int
+    places: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeRows:
+    """The first rows of a step on CUDA, each the newest token of its sequence.
+
+    pages int32 [rows, pages of the longest], lengths int32 [rows].
+    """
+
+    pages: torch.Tensor
+    lengths: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionStep:
+    cache: PagedCache
+    chunks: tuple[Chunk, ...]
+    decode: DecodeRows | None = None
+
+
+_RUNNING = threading.local()
+
+
+class running:  # noqa: N801  reads as a verb: `with running(step):`
+    """Let the attention of this thread work on a step."""
+
+    def __init__(self, step: AttentionStep) -> None:
+        self._step = step
+
+    def __enter__(self) -> None:
+        _RUNNING.step = self._step
+
+    def __exit__(self, *_: object) -> None:
+        _RUNNING.step = None
+
+
+def paged_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a step's rows; keys and values come from the cache, written just before.
+
+    Args:
+        module: the attention layer; its `layer_idx` names the layer of the cache.
+        query: [1, heads, rows, width].
+        key: not read.
+        value: not read.
+        attention_mask: None, what may be seen follows from the step.
+        scaling: of the scores; 1 / sqrt(width) where it is None.
+        dropout: 0.
+        sliding_window: most positions a row looks back, itself included.
+        kwargs: refused where they would change the result.
+
+    Returns:
+        [1, rows, heads, width] and no weights.
+
+    Raises:
+        UserError: architecture_unknown.
+    """
+    del key, value, attention_mask, dropout
+    asked = [name for name in _UNKNOWN if kwargs.get(name) is not None]
+    if asked:
+        raise UserError("architecture_unknown", reason=f"its attention needs {asked[0]}")
+    step: AttentionStep = _RUNNING.step
+    keys, values = (part[module.layer_idx] for part in (step.cache.keys, step.cache.values))
+    if keys.shape[2] != values.shape[2]:
+        raise UserError("architecture_unknown", reason="its keys and values differ in width")
+    heads, rows = query.shape[1], query.shape[2]
+    output = query.new_empty((rows, heads, values.shape[2]))
+    if step.decode is not None:
+        from workers.engine.paged_kernel import attend_decode
+
+        n_decode = len(step.decode.lengths)
+        attend_decode(
+            query[0, :, :n_decode].transpose(0, 1),
+            keys,
+            values,
+            step.decode,
+            scaling=scaling,
+            window=sliding_window,
+            out=output[:n_decode],
+        )
+    for chunk in step.chunks:
+        output[chunk.first : chunk.last] = _attend_chunk(
+            query[:, :, chunk.first : chunk.last],
+            keys[chunk.places],
+            values[chunk.places],
+            scaling=scaling,
+            window=sliding_window,
+        )
+    return output[None], None
+
+
+def _attend_chunk(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    n_rows, n_seen = query.shape[2], len(keys)
+    mask: Any = None
+    if window is not None and window < n_seen:
+        at = torch.arange(n_seen - n_rows, n_seen, device=query.device)[:, None]
+        seen = torch.arange(n_seen, device=query.device)[None]
+        mask = (seen <= at) & (seen > at - window)
+    elif n_rows > 1 and query.device.type == "cuda":
+        mask = causal_lower_right(n_rows, n_seen)
+    elif n_rows > 1:
+        mask = torch.ones((n_rows, n_seen), dtype=torch.bool).tril(n_seen - n_rows)
+    found = functional.scaled_dot_product_attention(
+        query,
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return found[0].transpose(0, 1)
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)

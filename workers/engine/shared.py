@@ -1,0 +1,344 @@
+"""One model for a backbone and all its deltas: each step mixes tokens of any of them."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltacome_core.errors import UserError
+from workers.engine.attention import AttentionStep, Chunk, DecodeRows, running
+from workers.engine.executor import Work
+from workers.engine.graphs import DecodeGraphs, StepInputs
+from workers.engine.layers import Link, RowTables
+from workers.engine.paging import PAGE_TOKENS, PagedCache, PagePool, pages_for
+from workers.engine.parts import Places, TenantParts
+from workers.engine.sharing import (
+    list_sites,
+    list_vectors,
+    make_twin,
+    name_tables,
+    probe,
+    swap_layers,
+)
+from workers.engine.slots import FactorSlots, Slots, Span
+from workers.engine.vocabulary import DenseVocabulary, Vocabulary
+
+# Two prompts of different length, cut in different places, show that rows do not mix.
+_CHECK_TOKENS = (21, 13)
+_CHECK_CHUNKS = (16, 5)
+# Largest error of the logits against the model's own code, relative to their norm.
+_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+# Rows of single tokens on a GPU: graphs are captured, and plans made, for these sizes.
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the rows of a step are: single tokens first, filled up to `n_single`, then chunks.
+
+    firsts: first row of each item; spans: whose the rows are, all of them covered.
+    """
+
+    firsts: tuple[int, ...]
+    spans: tuple[Span, ...]
+    n_single: int
+    n_rows: int
+
+
+class SharedExecutor:
+    """Runs rows of many tenants through the backbone's layers, each with its own delta."""
+
+    def __init__(
+        self,
+        module: Any,
+        folder: Path,
+        *,
+        device: str,
+        kv_bytes: int,
+        n_slots: int,
+        delta_bytes: int = 1 << 30,
+        arena: bool | None = None,
+    ) -> None:
+        self._device = torch.device(device)
+        self.is_async = self._device.type == "cuda"
+        self.lock = threading.RLock()
+        twin = make_twin(module, folder, self._device)
+        geometry = probe(twin, self._device)
+        n_pages = max(1, kv_bytes // (PAGE_TOKENS * geometry.token_bytes))
+        self.pages = PagePool(n_pages)
+        self._cache = PagedCache(n_pages)
+        sites = tuple(list_sites(module, geometry.groups))
+        vectors = dict(list_vectors(module, sites))
+        embedding, head = name_tables(module)
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        self.slots: Slots
+        self.vocabulary: Vocabulary
+        self._graphs: DecodeGraphs | None = None
+        # Slots of an arena also run without a GPU, by the reference of their kernels.
+        if self.is_async if arena is None else arena:
+            from workers.engine.arena_slots import ArenaSlots, PackedVocabulary
+
+            slots = ArenaSlots(
+                sites,
+                head_shape=tuple(parameters[head].shape),
+                n_slots=n_slots,
+                device=self._device,
+                delta_bytes=delta_bytes,
+            )
+            self.slots = slots
+            self.vocabulary = PackedVocabulary(parameters[embedding], parameters[head], slots)
+        else:
+            self.slots = FactorSlots(sites, n_slots=n_slots)
+            self.vocabulary = DenseVocabulary(
+                parameters[embedding], parameters[head], n_slots=n_slots
+            )
+        self.tables = RowTables(vectors, n_slots=n_slots, device=self._device)
+        self.places = Places(
+            matrices=frozenset(part for site in sites for part in site.parts),
+            vectors={name: self.tables.length(name) for name in self.tables.names},
+            embedding=embedding,
+            head=head,
+        )
+        swap_layers(twin, module, sites, Link(self.slots, self.tables))
+        self.module = twin
+        self._decoder = twin.get_decoder()
+        if self.is_async:
+            self._graphs = DecodeGraphs(self._run, n_pages=self._longest_pages(module))
+        self._check(module)
+
+    def _longest_pages(self, module: Any) -> int:
+        positions = int(module.config.get_text_config().max_position_embeddings)
+        return min(self.pages.capacity, pages_for(positions))
+
+    def load(self, parts: TenantParts, *, factor_bytes: int = 0) -> int:
+        """Make a delta resident; other tenants' steps go on meanwhile.
+
+        Raises:
+            UserError: arena_full, arena_recipe_unknown.
+        """
+        slot = self.slots.load(parts, lock=self.lock, factor_bytes=factor_bytes)
+        try:
+            self.tables.reset(slot)
+            for name, vector in parts.vectors.items():
+                self.tables.set(slot, name, vector)
+            self.vocabulary.load(slot, parts)
+        except BaseException:
+            self.slots.evict(slot)
+            raise
+        return slot
+
+    def evict(self, slot: int) -> None:
+        with self.lock:
+            self.slots.evict(slot)
+            self.vocabulary.evict(slot)
+
+    def size_bytes(self, slot: int) -> int:
+        return self.slots.size_bytes(slot) + self.vocabulary.size_bytes(slot)
+
+    @torch.inference_mode()
+    def forward(self, work: Sequence[Work]) -> torch.Tensor:
+        # Rows of one tenant side by side: its numbers are then read once.
+        order = sorted(range(len(work)), key=lambda at: (work[at].count > 1, _slot(work[at])))
+        ordered = [work[at] for at in order]
+        layout = self._lay_out(ordered)
+        with self.lock:
+            self.slots.begin(layout.spans, n_rows=layout.n_rows, n_single=layout.n_single)
+            inputs = self._prepare(ordered, layout)
+            if self._graphs is not None and layout.n_single == layout.n_rows:
+                hidden = self._graphs.run(inputs, key=self.slots.graph_key)
+            else:
+                hidden = self._run(inputs)
+            logits = self._head(hidden, ordered, layout)
+        if order == list(range(len(work))):
+            return logits
+        return logits[_back_in_order(work, order).to(logits.device)]
+
+    def _lay_out(self, work: Sequence[Work]) -> Layout:
+        n_single = sum(item.count == 1 for item in work)
+        filled = n_single
+        if self._device.type == "cuda" and n_single:
+            filled = next(size for size in _BUCKETS if size >= n_single)
+        firsts, counts = [], []
+        row = 0
+        for number, item in enumerate(work):
+            if number == n_single:
+                counts.append((filled - n_single, -1))
+                row = filled
+            firsts.append(row)
+            counts.append((item.count, _slot(item)))
+            row += item.count
+        if n_single == len(work):
+            counts.append((filled - n_single, -1))
+            row = filled
+        return Layout(
+            firsts=tuple(firsts), spans=tuple(_spans(counts)), n_single=filled, n_rows=row
+        )
+
+    def _prepare(self, work: Sequence[Work], layout: Layout) -> StepInputs:
+        ids = torch.zeros(layout.n_rows, dtype=torch.long)
+        positions = torch.zeros(layout.n_rows, dtype=torch.long)
+        # Rows that fill up write to page 0, which belongs to nobody.
+        written = torch.zeros(layout.n_rows, dtype=torch.long)
+        chunks = []
+        on_cuda = self._device.type == "cuda"
+        for item, first in zip(work, layout.firsts, strict=True):
+            rows = slice(first, first + item.count)
+            seen = _places(item.sequence.pages, item.start + item.count)
+            ids[rows] = torch.tensor(item.tokens)
+            positions[rows] = torch.arange(item.start, item.start + item.count)
+            written[rows] = seen[item.start :]
+            if item.count > 1 or not on_cuda:
+                chunks.append(
+                    Chunk(first=first, last=first + item.count, places=seen.to(self._device))
+                )
+        owners = torch.cat([torch.full((s.last - s.first,), s.slot + 1) for s in layout.spans])
+        return StepInputs(
+            embeds=self.vocabulary.embed(ids.to(self._device), layout.spans)[None],
+            positions=positions[None].to(self._device),
+            places=written.to(self._device),
+            owners=owners.to(self._device),
+            chunks=tuple(chunks),
+            decode=self._decode_rows(work, layout) if on_cuda and layout.n_single else None,
+        )
+
+    def _decode_rows(self, work: Sequence[Work], layout: Layout) -> DecodeRows:
+        singles = [item for item in work if item.count == 1]
+        longest = max(len(item.sequence.pages) for item in singles)
+        pages = torch.zeros((layout.n_single, longest), dtype=torch.int32)
+        lengths = torch.ones(layout.n_single, dtype=torch.int32)
+        for row, item in enumerate(singles):
+            pages[row, : len(item.sequence.pages)] = torch.tensor(item.sequence.pages)
+            lengths[row] = item.start + 1
+        return DecodeRows(pages=pages.to(self._device), lengths=lengths.to(self._device))
+
+    def _run(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states of all rows, [rows, hidden]."""
+        self._cache.places = inputs.places
+        self.tables.gather(inputs.owners)
+        step = AttentionStep(cache=self._cache, chunks=inputs.chunks, decode=inputs.decode)
+        with running(step):
+            output = self._decoder(
+                inputs_embeds=inputs.embeds,
+                position_ids=inputs.positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        hidden: torch.Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def _head(self, hidden: torch.Tensor, work: Sequence[Work], layout: Layout) -> torch.Tensor:
+        rows = [
+            row
+            for item, first in zip(work, layout.firsts, strict=True)
+            for row in range(first + item.count - item.rows, first + item.count)
+        ]
+        spans = _spans([(item.rows, _slot(item)) for item in work])
+        if not rows:
+            return hidden.new_zeros((0, 1), dtype=torch.float32)
+        wanted = hidden if rows == list(range(len(hidden))) else hidden[torch.tensor(rows)]
+        return self.vocabulary.logits(wanted, spans)
+
+    @torch.inference_mode()
+    def _check(self, reference: Any) -> None:
+        """Hold the shared model against the model's own code.
+
+        Raises:
+            UserError: architecture_unknown; this architecture needs what the shared model lacks.
+        """
+        width = int(reference.config.get_text_config().vocab_size)
+        probes, truth = [], []
+        for number, length in enumerate(_CHECK_TOKENS):
+            ids = [(17 * (number + 1) * at + 5 * at * at + number) % width for at in range(length)]
+            probes.append(_Probe(ids))
+            with_own = reference(input_ids=torch.tensor([ids], device=self._device))
+            truth.append(with_own.logits[0].float())
+        try:
+            ours = self._read_probes(probes)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = f"the shared model cannot run it: {str(error)[:200]}"
+            raise UserError("architecture_unknown", reason=reason) from error
+        for own, expected in zip(ours, truth, strict=True):
+            apart = float((own - expected).norm() / expected.norm())
+            if not apart <= _CHECK_TOLERANCE[reference.dtype]:
+                reason = f"the shared model departs from its own code by {apart:.1e}"
+                raise UserError("architecture_unknown", reason=reason)
+
+    def _read_probes(self, probes: "list[_Probe]") -> list[torch.Tensor]:
+        """Logits of each probe, read in chunks that share their steps."""
+        for one in probes:
+            pages = self.pages.take(pages_for(len(one.tokens)))
+            if pages is None:
+                raise UserError("architecture_unknown", reason="the cache holds no two answers")
+            one.pages = pages
+        found: list[list[torch.Tensor]] = [[] for _ in probes]
+        while any(one.fed < len(one.tokens) for one in probes):
+            work: list[Work] = []
+            whose: list[int] = []
+            for number, (one, chunk) in enumerate(zip(probes, _CHECK_CHUNKS, strict=True)):
+                # The last two tokens come one by one, as in decoding.
+                left = len(one.tokens) - one.fed
+                count = min(chunk, max(1, left - 2)) if left else 0
+                if count:
+                    work.append(Work(sequence=one, start=one.fed, count=count, rows=count))
+                    whose.append(number)
+            logits = self.forward(work)
+            ends = accumulate(item.rows for item in work)
+            for number, item, end in zip(whose, work, ends, strict=True):
+                found[number].append(logits[end - item.rows : end])
+                probes[number].fed += item.count
+        for one in probes:
+            self.pages.give_back(one.pages)
+        return [torch.cat(rows) for rows in found]
+
+
+class _Backbone:
+    slot = -1
+
+
+class _Probe:
+    """Tokens of the backbone that nobody asked for."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.model: Any = _Backbone
+        self.tokens = tokens
+        self.fed = 0
+        self.pages: list[int] = []
+        self.cache: Any = None
+
+
+def _slot(item: Work) -> int:
+    return int(item.sequence.model.slot)
+
+
+def _spans(counts: Sequence[tuple[int, int]]) -> list[Span]:
+    """Neighbouring rows of one slot as one span; `counts` are (rows, slot)."""
+    spans: list[Span] = []
+    first = 0
+    for count, slot in counts:
+        if spans and spans[-1].slot == slot:
+            spans[-1] = Span(first=spans[-1].first, last=first + count, slot=slot)
+        elif count:
+            spans.append(Span(first=first, last=first + count, slot=slot))
+        first += count
+    return spans
+
+
+def _places(pages: list[int], n_tokens: int) -> torch.Tensor:
+    """Places in the cache of the first tokens of a sequence, int64 [n_tokens]."""
+    starts = torch.tensor(pages)[:, None] * PAGE_TOKENS
+    return (starts + torch.arange(PAGE_TOKENS)).flatten()[:n_tokens]
+
+
+def _back_in_order(work: Sequence[Work], order: Sequence[int]) -> torch.Tensor:
+    """Where the logits of each item lie after sorting, in the order of the work."""
+    firsts: dict[int, int] = {}
+    first = 0
+    for at in order:
+        firsts[at] = first
+        first += work[at].rows
+    rows = [firsts[at] + row for at, item in enumerate(work) for row in range(item.rows)]
+    return torch.tensor(rows, dtype=torch.long)
