@@ -12,6 +12,7 @@ _VOCABULARY_SHARE = 0.5
 _LEAST_VOCABULARY_RANK = 16
 _GRID_STEPS = 64
 _BISECTIONS = 30
+_MILLION = 10**6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,15 @@ class Budget:
         ]
         if len(given) != 1 or not (isfinite(given[0]) and given[0] > 0):
             raise UserError("budget_invalid")
+
+    @classmethod
+    def of_bits(cls, bits_per_param: float | None) -> "Budget | None":
+        """Make a budget where one was asked for.
+
+        Raises:
+            UserError: budget_invalid.
+        """
+        return None if bits_per_param is None else cls(bits_per_param=bits_per_param)
 
     def describe(self) -> str:
         """Say it in words."""
@@ -60,6 +70,16 @@ class Budget:
         return int((self.bits_per_param or 0.0) * n_params / 8)
 
 
+def check_budget(recipe: Recipe, budget: Budget | None) -> None:
+    """Refuse a budget for a recipe that has one size, before any file is seen.
+
+    Raises:
+        UserError: budget_fixed.
+    """
+    if budget is not None and recipe.method != "lowrank":
+        raise UserError("budget_fixed", name=recipe.name, asked=budget.describe())
+
+
 def fit_recipe(subject: Subject, recipe: Recipe, budget: Budget) -> Recipe:
     """Choose the bits of matrices and vocabularies that use a budget up.
 
@@ -77,12 +97,12 @@ def fit_recipe(subject: Subject, recipe: Recipe, budget: Budget) -> Recipe:
     Raises:
         UserError: budget_impossible, naming the smallest size; budget_fixed, the recipe has one.
     """
-    if recipe.method != "lowrank":
-        raise UserError("budget_fixed", name=recipe.name, asked=budget.describe())
+    check_budget(recipe, budget)
     limit = budget.limit_bytes(source_bytes=subject.source_bytes, n_params=subject.n_params)
     recipe = replace(recipe, vocabulary_rank=_LEAST_VOCABULARY_RANK)
-    widest = replace(recipe, matrix_bits=MAX_MATRIX_BITS, vocabulary_bits=MAX_MATRIX_BITS)
-    room = limit - plan_delta(subject, widest).header_bytes
+    # Bits are whole millionths, so that delta.json is as long as that of any other choice.
+    longest = replace(recipe, matrix_bits=1.000001, vocabulary_bits=1.000001)
+    room = limit - plan_delta(subject, longest).header_bytes
 
     def weigh(bits: float, vocabulary_bits: float) -> int:
         asked = replace(recipe, matrix_bits=bits, vocabulary_bits=vocabulary_bits)
@@ -101,7 +121,7 @@ def fit_recipe(subject: Subject, recipe: Recipe, budget: Budget) -> Recipe:
             ratio=f"{subject.source_bytes / smallest:.2f}",
         )
     bits = grid[fitting[-1]]
-    vocabulary_bits = bits * _VOCABULARY_SHARE
+    vocabulary_bits = _round_down(bits * _VOCABULARY_SHARE)
     low, high = bits, MAX_MATRIX_BITS
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
@@ -109,4 +129,8 @@ def fit_recipe(subject: Subject, recipe: Recipe, budget: Budget) -> Recipe:
             low = middle
         else:
             high = middle
-    return replace(recipe, matrix_bits=low, vocabulary_bits=vocabulary_bits)
+    return replace(recipe, matrix_bits=_round_down(low), vocabulary_bits=vocabulary_bits)
+
+
+def _round_down(bits: float) -> float:
+    return int(bits * _MILLION) / _MILLION

@@ -293,7 +293,7 @@ def push(  # noqa: PLR0913 - one parameter for each option
         str | None, typer.Option(help="namespace/name of the backbone; found by default.")
     ] = None,
     recipe: RecipeName = DEFAULT_RECIPE,
-    bits_per_param: Annotated[float, typer.Option(help="Budget of the matrices.")] = 1.0,
+    bits_per_param: BitsPerParam = None,
     visibility: Annotated[str, typer.Option(help="public or private.")] = "private",
     wait: Annotated[bool, typer.Option(help="Wait for the end of the job.")] = True,
     as_json: AsJson = False,

@@ -75,11 +75,15 @@ def choose_rank(rows: int, cols: int, n_changed: int, recipe: Recipe) -> int | N
     limit = int(recipe.vocabulary_bits * rows * cols / 8)
     if plain <= limit:
         return None
-    rank = recipe.vocabulary_rank
-    while rank + _RANK_STEP <= cols and (
-        basis_bytes(rows, cols, n_changed, rank + _RANK_STEP) <= limit
-    ):
-        rank += _RANK_STEP
+    fits, over = 0, (cols - recipe.vocabulary_rank) // _RANK_STEP + 1
+    while over - fits > 1:
+        middle = (fits + over) // 2
+        rank = recipe.vocabulary_rank + middle * _RANK_STEP
+        if basis_bytes(rows, cols, n_changed, rank) <= limit:
+            fits = middle
+        else:
+            over = middle
+    rank = recipe.vocabulary_rank + fits * _RANK_STEP
     if rank > cols or basis_bytes(rows, cols, n_changed, rank) >= plain:
         return None
     return rank

@@ -11,6 +11,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Q, QuerySet, Sum
 from django.db.models.functions import Now
 
+from deltacome_core.budget import Budget, check_budget
 from deltacome_core.checkpoint import Layout
 from deltacome_core.errors import UserError
 from deltacome_core.recipe import DEFAULT_RECIPE, get_recipe
@@ -36,7 +37,7 @@ class UploadSpec:
     files: tuple[FileSpec, ...]
     backbone: str | None = None
     recipe: str = DEFAULT_RECIPE
-    bits_per_param: float = 1.0
+    bits_per_param: float | None = None
     visibility: str = Repo.Visibility.PRIVATE
     description: str = ""
 
@@ -69,7 +70,7 @@ def open_upload(owner: User, spec: UploadSpec, *, idempotency_key: str | None = 
             return _same_request(before, request_sha256)
     upload_files.check_files({file.path: file.size_bytes for file in spec.files})
     if spec.kind == Repo.Kind.DELTA:
-        get_recipe(spec.recipe, matrix_bits=spec.bits_per_param)
+        check_budget(get_recipe(spec.recipe), Budget.of_bits(spec.bits_per_param))
     storage.require_space(spec.size_bytes)
     try:
         with transaction.atomic():

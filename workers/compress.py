@@ -4,6 +4,7 @@ import shutil
 from itertools import count
 from typing import Any
 
+from deltacome_core.budget import Budget
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.errors import UserError
 from deltacome_core.inspection import inspect_delta
@@ -31,7 +32,8 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
             spec.backbone,
             spec.tuned,
             spec.delta,
-            get_recipe(spec.recipe, matrix_bits=spec.bits_per_param),
+            get_recipe(spec.recipe),
+            budget=Budget.of_bits(spec.bits_per_param),
             device=pick_device(spec.device),
             on_layer=on_layer,
         )

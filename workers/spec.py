@@ -27,7 +27,7 @@ class StepSpec:
     parent_pid: int
     device: str
     recipe: str = ""
-    bits_per_param: float = 1.0
+    bits_per_param: float | None = None
     candidates: tuple[Candidate, ...] = ()
     address_bytes: int = 0
     file_bytes: int = 0

@@ -58,7 +58,7 @@ class Attempt:
             parent_pid=os.getpid(),
             device=config.device,
             recipe=asked.get("recipe", ""),
-            bits_per_param=float(asked.get("bits_per_param", 1.0)),
+            bits_per_param=asked.get("bits_per_param"),
             address_bytes=config.child_address_bytes,
             file_bytes=config.child_file_bytes,
             **fields,

@@ -41,7 +41,14 @@ class UploadSpecSerializer(serializers.Serializer[Any]):
         default=DEFAULT_RECIPE,
         help_text="; ".join(f"`{name}`: {label}" for name, label in list_recipes().items()),
     )
-    bits_per_param = serializers.FloatField(min_value=0.01, max_value=16.0, default=1.0)
+    bits_per_param = serializers.FloatField(
+        min_value=0.01,
+        max_value=16.0,
+        allow_null=True,
+        default=None,
+        help_text="Budget of the whole delta per parameter of the fine-tune, met within 1 % from "
+        "below: 1.0 is 1/16 of a bf16 checkpoint. By default the recipe's own sizes.",
+    )
     visibility = serializers.ChoiceField(
         choices=Repo.Visibility.choices, default=Repo.Visibility.PRIVATE
     )

@@ -6,15 +6,17 @@ from django.http import HttpRequest, QueryDict
 from django.http.response import HttpResponseBase
 from django.views.decorators.http import require_safe
 
+from deltacome_core.budget import Budget, check_budget, fit_recipe
 from deltacome_core.errors import UserError
+from deltacome_core.plan import DeltaPlan, Subject, plan_delta
 from deltacome_core.recipe import DEFAULT_RECIPE, get_recipe
+from deltacome_core.shards import tensor_size
 from hub import access, backbones, catalog, uploads
 from hub.access import page_access, signed_in
 from hub.models import Job, Repo, Upload
 from hub.recipes import list_recipes
 
 from . import reads
-from .estimate import Estimate, estimate_delta
 from .page import crumbs, current_user, explain, page
 
 
@@ -64,19 +66,24 @@ def estimate(request: HttpRequest) -> HttpResponseBase:
     return page(request, "uploads/estimate.html", context)
 
 
-def _estimate(request: HttpRequest, form: QueryDict) -> Estimate | None:
+def _estimate(request: HttpRequest, form: QueryDict) -> DeltaPlan | None:
     name = form.get("backbone", "")
     if not name:
         return None
     try:
-        bits_per_param = float(form.get("bits_per_param", "1"))
+        asked = form.get("bits_per_param", "")
+        budget = Budget.of_bits(float(asked) if asked else None)
     except ValueError:
-        raise UserError("recipe_invalid", reason="bits per parameter is not a number") from None
-    recipe = get_recipe(form.get("recipe", DEFAULT_RECIPE), matrix_bits=bits_per_param)
+        raise UserError("budget_invalid") from None
+    recipe = get_recipe(form.get("recipe", DEFAULT_RECIPE))
+    check_budget(recipe, budget)
     revision = catalog.find_revision(request.user, name)
     if revision.repo.kind != Repo.Kind.BACKBONE:
         raise UserError("backbone_kind", repo=str(revision.repo))
-    return estimate_delta(backbones.read_layout(revision), recipe)
+    layout = backbones.read_layout(revision)
+    source_bytes = sum(tensor_size(dtype, shape) for dtype, shape in layout.values())
+    subject = Subject(layout=layout, source_bytes=source_bytes)
+    return plan_delta(subject, fit_recipe(subject, recipe, budget) if budget else recipe)
 
 
 @signed_in

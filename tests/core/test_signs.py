@@ -84,7 +84,7 @@ def test_a_size_is_refused_by_name(name):
     with pytest.raises(UserError) as caught:
         get_recipe(name, matrix_bits=2.0)
     assert caught.value.code == "budget_fixed"
-    assert f"{name} keeps one bit per weight; 2 bits" in str(caught.value)
+    assert f"{name} has one size, which follows from the fine-tune; 2 bits" in str(caught.value)
 
 
 @pytest.mark.parametrize("recipe", [BY_MATRIX, BY_ROW], ids=lambda recipe: recipe.name)

@@ -1,14 +1,9 @@
 import factories
 import pytest
 
-from deltacome_core.checkpoint import open_checkpoint
-from deltacome_core.compress import compress_checkpoint
-from deltacome_core.entries import ExactEntry, MatrixEntry, RowsEntry
-from deltacome_core.inspection import inspect_delta
-from deltacome_core.recipe import PRESETS, get_recipe
+from deltacome_core.recipe import PRESETS
 from hub.demo.stack import ROOT
 from hub.models import Part, UploadFile
-from hub.pages.estimate import estimate_delta
 
 pytestmark = pytest.mark.django_db
 EXAMPLES = ROOT / "examples/tiny-llama"
@@ -77,28 +72,21 @@ def test_the_size_is_told_from_the_shapes(sign_in, acme, bob):
     page = sign_in(bob).get("/new/estimate?backbone=acme/base&recipe=come&bits_per_param=1")
     made = page.context["estimate"]
     assert (made.n_matrices, made.exact_bytes) == (1, 1024)
-    assert 0.9 * 512 * 512 / 8 < made.matrix_bytes <= 512 * 512 / 8
+    assert 0.99 * made.n_params / 8 < made.total_bytes <= made.n_params / 8
     assert "1 matrices" in page.text
-
-
-def test_each_expert_of_a_stack_is_a_matrix_of_the_estimate():
-    recipe = get_recipe("come", matrix_bits=1.0)
-    name = "model.layers.0.mlp.experts.down_proj"
-    stack = estimate_delta({name: ("BF16", (3, 512, 256))}, recipe)
-    one = estimate_delta({name: ("BF16", (512, 256))}, recipe)
-    assert (stack.n_matrices, stack.matrix_bytes) == (3, 3 * one.matrix_bytes)
-    biases = estimate_delta({f"{name}_bias": ("BF16", (64, 256))}, recipe)
-    assert (biases.n_matrices, biases.exact_bytes) == (0, 64 * 256 * 2)
+    by_default = sign_in(bob).get("/new/estimate?backbone=acme/base&recipe=come&bits_per_param=")
+    assert by_default.context["estimate"].matrix_bytes == 512 * 512 / 8
 
 
 @pytest.mark.parametrize(
     ("query", "words"),
     [
         ("bits_per_param=1", "Choose a backbone"),
-        ("backbone=acme/base&bits_per_param=99", "outside 0.05 to 8"),
-        ("backbone=acme/base&bits_per_param=x", "is not a number"),
+        ("backbone=acme/base&bits_per_param=.0001", "the smallest delta takes"),
+        ("backbone=acme/base&bits_per_param=-1", "one positive number"),
+        ("backbone=acme/base&bits_per_param=x", "one positive number"),
         ("backbone=acme/base&recipe=magic", "not a recipe"),
-        ("backbone=acme/base&recipe=bitdelta&bits_per_param=2", "bitdelta keeps one bit"),
+        ("backbone=acme/base&recipe=bitdelta&bits_per_param=2", "bitdelta has one size"),
         ("backbone=acme/absent", "nothing here"),
         ("backbone=acme/fine", "holds a delta"),
     ],
@@ -109,31 +97,3 @@ def test_an_impossible_choice_is_explained_at_once(sign_in, acme, bob, query, wo
     page = sign_in(bob).get(f"/new/estimate?{query}")
     assert page.status_code == 200
     assert words in page.text
-
-
-@pytest.mark.parametrize("name", ["come", "datafree", "lowrank", "bitdelta", "bitdelta-row"])
-def test_the_estimate_is_what_compression_makes(tmp_path, name):
-    recipe = get_recipe(name)
-    tuned = open_checkpoint(EXAMPLES / "dates")
-    compress_checkpoint(EXAMPLES / "backbone", EXAMPLES / "dates", tmp_path / "delta", recipe)
-    made = inspect_delta(tmp_path / "delta")
-    entries = made.manifest.entries
-    estimate = estimate_delta(tuned.layout, recipe)
-    matrices = [entry.size_bytes for entry in entries if isinstance(entry, MatrixEntry)]
-    rows = [entry.payload.size_bytes for entry in entries if isinstance(entry, RowsEntry)]
-    assert estimate.n_matrices == len(matrices)
-    # Where bands follow the spectrum the budget is all that is known before.
-    spent = 0.97 if recipe.bands == "spectrum" else 1.0
-    assert spent * estimate.matrix_bytes <= sum(matrices) <= estimate.matrix_bytes
-    assert estimate.rows_bytes >= sum(rows) > 0.9 * estimate.rows_bytes
-    assert any(isinstance(entry, ExactEntry) for entry in entries)
-    assert estimate.exact_bytes == made.sizes.exact
-
-
-def test_the_estimate_of_a_lossless_delta_is_a_bound(tmp_path):
-    recipe = get_recipe("lossless")
-    tuned = open_checkpoint(EXAMPLES / "dates")
-    compress_checkpoint(EXAMPLES / "backbone", EXAMPLES / "dates", tmp_path / "delta", recipe)
-    estimate = estimate_delta(tuned.layout, recipe)
-    assert estimate.size_bytes == estimate.source_size_bytes
-    assert inspect_delta(tmp_path / "delta").total_bytes < estimate.size_bytes

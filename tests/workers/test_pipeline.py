@@ -10,6 +10,7 @@ import pytest
 import redis
 import tiny
 
+from deltacome_core.budget import Budget
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.recipe import get_recipe
 from hub.models import Evaluation, Verification
@@ -32,8 +33,9 @@ def make_pair(folder, *, layers=2):
 
 
 def compress_undisturbed(folder, *, bits_per_param):
-    recipe = get_recipe("hub", matrix_bits=bits_per_param)
-    compress_checkpoint(folder / "base", folder / "tuned", folder / "delta", recipe)
+    budget = Budget(bits_per_param=bits_per_param)
+    places = folder / "base", folder / "tuned", folder / "delta"
+    compress_checkpoint(*places, get_recipe("hub"), budget=budget)
     return {path.name: path.read_bytes() for path in (folder / "delta").iterdir()}
 
 

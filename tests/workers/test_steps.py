@@ -98,7 +98,7 @@ def test_a_delta_below_the_threshold_is_rejected_with_the_check_named(tmp_path, 
     folder = tiny.save(tiny.make_model(), tmp_path / "base")
     tuned = tiny.save(tiny.tune(tiny.make_model(), size=0.05), tmp_path / "tuned")
     plant.publish_backbone(acme, folder)
-    job = plant.upload(alice, tuned, "acme/math", recipe="bitdelta", bits_per_param=1.0)
+    job = plant.upload(alice, tuned, "acme/math", recipe="bitdelta")
     run_all(job)
     assert (job.state, job.error_code) == ("REJECTED", "verification_failed")
     assert job.error_params["check"] == "recovery"

@@ -238,7 +238,7 @@ function requestBody() {
     kind: fields.kind,
     backbone: fields.kind === "delta" && fields.backbone ? fields.backbone : null,
     recipe: fields.recipe,
-    bits_per_param: Number(fields.bits_per_param),
+    bits_per_param: fields.bits_per_param ? Number(fields.bits_per_param) : null,
     visibility: fields.visibility,
     description: fields.description,
     files: chosen.map(({ path, file }) => ({ path, size_bytes: file.size })),
