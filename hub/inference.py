@@ -121,7 +121,9 @@ def _describe(revision: Revision) -> dict[str, Any]:
 def list_models(user: access.AnyUser) -> list[dict[str, Any]]:
     """Describe the latest revision of every repo the user may see, as the OpenAI API does."""
     published = Revision.objects.visible_to(user).published()
-    revisions = published.select_related("repo__namespace", "backbone__repo__namespace")
+    revisions = published.select_related(
+        "repo__namespace", "backbone__repo__namespace", "verification"
+    )
     latest: dict[object, Revision] = {}
     for revision in revisions.order_by("repo", "-number"):
         latest.setdefault(revision.repo_id, revision)
@@ -152,11 +154,14 @@ def _describe_model(revision: Revision, readable: Container[UUID]) -> dict[str, 
         "parent": parent,
     }
     if revision.repo.kind == Repo.Kind.DELTA:
+        verification = getattr(revision, "verification", None)
         card["x_delta"] = {
             "revision": revision.label,
             "digest": revision.digest,
             "bits_per_param": revision.bits_per_param,
             "ratio": revision.ratio,
+            # The grade of its verification; none without a record.
+            "verified": verification.grade if verification else None,
         }
     return card
 

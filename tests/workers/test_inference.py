@@ -77,6 +77,12 @@ def test_the_model_list_shows_what_the_caller_may_see(served, connect, alice, ch
     strange = {item.id: item for item in connect(charlie).models.list()}
     assert set(strange) == {"acme/base", "acme/one"}
     assert strange["acme/one"].parent == "acme/base"
+    assert strange["acme/one"].x_delta["verified"] is None
+    factories.make_verification(Revision.objects.get(repo__name="one"), grade="B")
+    assert connect(charlie).models.retrieve("acme/one").x_delta["verified"] == "B"
+    assert {item.id: item for item in connect(charlie).models.list()}["acme/one"].x_delta[
+        "verified"
+    ] == "B"
     assert connect(charlie).models.retrieve("acme/one@v1").id == "acme/one"
 
 
