@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from deltacome_core.calibrate import LayerCalibrator, read_calibration
 from deltacome_core.checkpoint import open_checkpoint
-from deltacome_core.compress import CompressReport, compress_checkpoint
+from deltacome_core.compress import compress_checkpoint
+from deltacome_core.compress_report import CompressReport
 from deltacome_core.container import open_delta
 from deltacome_core.delta import load_pair
 from deltacome_core.entries import ExactEntry, LowRankEntry, UnchangedEntry
