@@ -27,6 +27,9 @@ from deltacome_core.texts import read_texts, render_text
 # 128 sequences of 2048 tokens, as published (thunlp/Delta-CoMe, run.sh).
 MAX_SEQUENCES = 128
 SEQUENCE_TOKENS = 2048
+# A CPU takes minutes for what a GPU does in seconds; 16,384 tokens are ten times the widest input
+# of a model that is compressed on one.
+CPU_SEQUENCES = 8
 # Below this a Hessian of a few hundred columns is mostly damping.
 MIN_TOKENS = 512
 # The states of all sequences stay on the device up to this size, beyond it in host memory:
@@ -66,22 +69,25 @@ class CalibrationTokens:
         )
 
 
-def read_calibration(path: Path, tokenizer: Any, *, max_positions: int) -> CalibrationTokens:
+def read_calibration(
+    path: Path, tokenizer: Any, *, max_positions: int, max_sequences: int = MAX_SEQUENCES
+) -> CalibrationTokens:
     """Tokenise a calibration file into sequences of one length, using as many tokens as fit.
 
     Args:
         path: .txt or .jsonl file.
         tokenizer: of the fine-tune.
         max_positions: longest sequence that the model takes.
+        max_sequences: of SEQUENCE_TOKENS tokens, or as many tokens in shorter ones.
 
     Returns:
-        At most MAX_SEQUENCES sequences of at most SEQUENCE_TOKENS tokens.
+        At most max_sequences sequences of at most SEQUENCE_TOKENS tokens.
 
     Raises:
         UserError: calibration_too_short, texts_invalid.
     """
     stream: list[int] = []
-    limit = MAX_SEQUENCES * SEQUENCE_TOKENS
+    limit = max_sequences * SEQUENCE_TOKENS
     for item in read_texts(path):
         text = render_text(item, tokenizer)
         stream += tokenizer.encode(

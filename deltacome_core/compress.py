@@ -11,7 +11,13 @@ import torch
 
 from deltacome_core import __version__, strict_json
 from deltacome_core.budget import Budget, fit_recipe
-from deltacome_core.calibrate import SEQUENCE_TOKENS, CalibrationTokens, read_calibration
+from deltacome_core.calibrate import (
+    CPU_SEQUENCES,
+    MAX_SEQUENCES,
+    SEQUENCE_TOKENS,
+    CalibrationTokens,
+    read_calibration,
+)
 from deltacome_core.checkpoint import Checkpoint, at_precision, open_checkpoint
 from deltacome_core.compress_report import CompressReport, make_report
 from deltacome_core.costs import HostPeak, Stages
@@ -99,6 +105,7 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
         recipe: rank bands and quantiser.
         budget: of the whole delta, met within 1 % from below; by default the recipe's own sizes.
         calibration: .txt or .jsonl file; by default the fine-tune's own, else the built-in text.
+            On a GPU at most 262,144 tokens of it are read, on a CPU 16,384.
         device: "cpu" or "cuda", or several of one type, over which the layers are spread.
         backbone_precision: what the backbone will be served with, one of precision.PRECISIONS; the
             delta is then fine-tune minus served backbone, rounding errors included.
@@ -129,7 +136,7 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
         if not force:
             check_related(base, tuned)
         base = at_precision(base, _plan_precision(base, backbone_precision, recipe))
-        tokens = _read_tokens(base, tuned, calibration) if recipe.calibrated else None
+        tokens = _read_tokens(base, tuned, calibration, devices[0]) if recipe.calibrated else None
         with stages.measure("scan"):
             scanned = scan_checkpoint(base), scan_checkpoint(tuned)
         if budget is not None:
@@ -176,12 +183,13 @@ def _plan_precision(base: Checkpoint, name: str, recipe: Recipe) -> Precision | 
 
 
 def _read_tokens(
-    base: Checkpoint, tuned: Checkpoint, calibration: Path | None
+    base: Checkpoint, tuned: Checkpoint, calibration: Path | None, device: torch.device
 ) -> CalibrationTokens:
     return read_calibration(
         calibration or find_calibration(tuned.path),
         load_tokenizer(tuned.path, base.path),
         max_positions=find_max_positions(tuned.config, default=SEQUENCE_TOKENS),
+        max_sequences=CPU_SEQUENCES if device.type == "cpu" else MAX_SEQUENCES,
     )
 
 

@@ -168,6 +168,14 @@ def test_nearly_all_tokens_are_used_and_none_exceeds_the_positions(tmp_path):
     assert 3201 - tokens.n_tokens < n_sequences
 
 
+def test_a_long_text_is_read_up_to_the_limit(tmp_path):
+    (tmp_path / "c.txt").write_text("abcdefg " * 1000)
+    tokens = read_calibration(
+        tmp_path / "c.txt", finetunes.make_tokenizer(), max_positions=512, max_sequences=1
+    )
+    assert tokens.sequences.shape == (4, 512)
+
+
 def test_chats_are_calibrated_through_their_template(tmp_path):
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
     (tmp_path / "c.jsonl").write_text((json.dumps(chat) + "\n") * 40)
