@@ -41,7 +41,7 @@ KERNELS: Final[dict[str, Any]] = {
     "unfold": unfold_kernel,
     "gather": gather_kernel,
 }
-INSTRUCTION: Final = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+INSTRUCTION: Final = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
 ON_TENSOR_CORES: Final = ("shrink", "expand")
 _POINTERS: Final = {
     "planes_ptr": "*i64",

@@ -6,29 +6,69 @@ from dataclasses import dataclass
 import torch
 
 from deltacome_core.errors import UserError
-from deltacome_core.packed import PackedDirect, PackedFactor, PackedMatrix
+from deltacome_core.packed import PackedDirect, PackedMatrix
 from kernels.arena import DeltaArena
-from kernels.directory import EXPAND_RECORDS, RECORD_INTS, SHRINK_RECORDS, WIDTHS
+from kernels.fragments import STEP_COLUMNS
+from kernels.image import Image, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DenseFactors:
-    """One matrix of a site: scale * left @ right, or scale * left, at outputs first_row and on.
+class DensePart:
+    """One matrix of a site: .25 left @ right, or .5 left, at outputs first_row and on.
 
     Values are doubled so that odd multiples of a half become whole numbers, exact in 16 bits.
+    `hidden` says which rows of the site's right factors are this part's; None for a direct matrix.
     """
 
     first_row: int
     left: torch.Tensor
-    right: torch.Tensor | None
+    hidden: slice | None
 
     @property
-    def scale(self) -> float:
-        return 0.5 if self.right is None else 0.25
+    def rows(self) -> slice:
+        """Its outputs among those of the site."""
+        return slice(self.first_row, self.first_row + len(self.left))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseSite:
+    """A site's matrices that differ from the backbone's; right [hidden of all parts, in]."""
+
+    parts: tuple[DensePart, ...]
+    right: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """One part before it has a place: outputs, hidden values from first on, width of its left."""
+
+    first_row: int
+    rows: int
+    first: int
+    columns: int
+    is_direct: bool
+
+
+def _padded(size: int) -> int:
+    return -(-size // STEP_COLUMNS) * STEP_COLUMNS
+
+
+def _cut_parts(site: Site, image: Image) -> Iterator[_Cut]:
+    first_row = first = 0
+    for name, out in zip(site.parts, site.out_features, strict=True):
+        matrix = image.matrices.get(name)
+        if isinstance(matrix, PackedMatrix):
+            columns = sum(_padded(band.rank) for band in matrix.bands)
+            yield _Cut(first_row=first_row, rows=out, first=first, columns=columns, is_direct=False)
+            first += columns
+        elif isinstance(matrix, PackedDirect):
+            columns = site.in_features
+            yield _Cut(first_row=first_row, rows=out, first=first, columns=columns, is_direct=True)
+        first_row += out
 
 
 class Unfolder:
-    """Room for the factors of one matrix, used again for the next so that they stay in cache."""
+    """Room for the factors of one site, used again for the next."""
 
     def __init__(self, arena: DeltaArena, *, dtype: torch.dtype) -> None:
         self.arena = arena
@@ -43,8 +83,8 @@ class Unfolder:
             self._room[key] = room
         return room[:size].view(rows, columns)
 
-    def each(self, slot: int, site: int) -> Iterator[DenseFactors]:
-        """Unfold the matrices of a site one after the other; each is overwritten by the next.
+    def unfold(self, slot: int, site: int) -> DenseSite:
+        """Unfold the factors of a site in one launch, over those of the site before.
 
         Args:
             slot: whose delta.
@@ -56,52 +96,37 @@ class Unfolder:
         Raises:
             UserError: arena_slot_unknown.
         """
+        from kernels.triton_ops.unfold import unfold
+
         image = None if slot == -1 else self.arena.images[slot]
         if image is None:
             raise UserError("arena_slot_unknown", slot=slot, n_slots=self.arena.n_slots)
         where = self.arena.spec.sites[site]
-        first_row = band = 0
-        for number, (name, out) in enumerate(zip(where.parts, where.out_features, strict=True)):
-            matrix = image.matrices.get(name)
-            if isinstance(matrix, PackedMatrix):
-                yield self._unfold_matrix(slot, site, (number, band, first_row), matrix)
-                band += len(matrix.bands)
-            elif isinstance(matrix, PackedDirect):
-                left = self._take("left", out, where.in_features)
-                self._unfold_factor(
-                    slot, site, self._output(number, matrix.factor), left, matrix.factor
-                )
-                yield DenseFactors(first_row=first_row, left=left, right=None)
-            first_row += out
-
-    def _output(self, part: int, factor: PackedFactor) -> int:
-        return EXPAND_RECORDS + (part * len(WIDTHS) + WIDTHS.index(factor.bits)) * RECORD_INTS
-
-    def _unfold_matrix(
-        self, slot: int, site: int, place: tuple[int, int, int], matrix: PackedMatrix
-    ) -> DenseFactors:
-        part, band, first_row = place
-        left = self._take("left", matrix.out_features, matrix.rank)
-        right = self._take("right", matrix.rank, matrix.in_features)
-        first = 0
-        for number, packed in enumerate(matrix.bands, start=band):
-            last = first + packed.rank
-            at = SHRINK_RECORDS + number * RECORD_INTS
-            self._unfold_factor(slot, site, at, right[first:last], packed.v)
-            self._unfold_factor(
-                slot, site, self._output(part, packed.u), left[:, first:last], packed.u
+        cuts = list(_cut_parts(where, image))
+        hidden = sum(0 if cut.is_direct else cut.columns for cut in cuts)
+        widest = max((cut.columns for cut in cuts), default=0)
+        left = self._take("left", where.total_out, _padded(widest))
+        right = self._take("right", hidden, where.in_features)
+        if cuts:
+            unfold(
+                self.arena.directory[slot, site],
+                self.arena.table[slot:],
+                left,
+                right,
+                n_shrink=len(image.needs[site].shrink_rows),
+                n_parts=len(where.parts),
+                widths=self.arena.spec.widths(site),
+                grouping=self.arena.spec.grouping(site),
             )
-            first = last
-        return DenseFactors(first_row=first_row, left=left, right=right)
-
-    def _unfold_factor(
-        self, slot: int, site: int, at: int, out: torch.Tensor, factor: PackedFactor
-    ) -> None:
-        from kernels.triton_ops.unfold import unfold
-
-        record = self.arena.directory[slot, site, at:]
-        grouped = bool(factor.zero is not None or factor.group[1] not in {0, 1, factor.cols})
-        unfold(record, self.arena.table, slot, out, bits=factor.bits, is_grouped=grouped)
+        parts = (
+            DensePart(
+                first_row=cut.first_row,
+                left=left[cut.first_row : cut.first_row + cut.rows, : cut.columns],
+                hidden=None if cut.is_direct else slice(cut.first, cut.first + cut.columns),
+            )
+            for cut in cuts
+        )
+        return DenseSite(parts=tuple(parts), right=right)
 
 
 def multiply_prompt(
@@ -125,10 +150,14 @@ def multiply_prompt(
     Raises:
         UserError: arena_slot_unknown.
     """
-    for factors in unfolder.each(slot, site):
-        own = y[:, factors.first_row : factors.first_row + len(factors.left)]
-        hidden = x if factors.right is None else x @ factors.right.T
-        torch.addmm(own, hidden, factors.left.T, alpha=factors.scale, out=own)
+    dense = unfolder.unfold(slot, site)
+    hidden = x @ dense.right.T
+    for part in dense.parts:
+        own = y[:, part.rows]
+        if part.hidden is None:
+            torch.addmm(own, x, part.left.T, alpha=0.5, out=own)
+        else:
+            torch.addmm(own, hidden[:, part.hidden], part.left.T, alpha=0.25, out=own)
     return y
 
 
@@ -150,19 +179,20 @@ def merge_site(
     Raises:
         UserError: arena_slot_unknown.
     """
-    changed = []
-    for factors in unfolder.each(slot, site):
-        rows = slice(factors.first_row, factors.first_row + len(factors.left))
-        changed.append(rows)
-        if factors.right is None:
-            torch.add(weight[rows], factors.left, alpha=factors.scale, out=out[rows])
+    dense = unfolder.unfold(slot, site)
+    changed = set()
+    for part in dense.parts:
+        rows = part.rows
+        changed.add(part.first_row)
+        if part.hidden is None:
+            torch.add(weight[rows], part.left, alpha=0.5, out=out[rows])
         else:
             torch.addmm(
-                weight[rows], factors.left, factors.right, alpha=factors.scale, out=out[rows]
+                weight[rows], part.left, dense.right[part.hidden], alpha=0.25, out=out[rows]
             )
     first = 0
     for size in unfolder.arena.spec.sites[site].out_features:
-        if not any(rows.start == first for rows in changed):
+        if first not in changed:
             out[first : first + size].copy_(weight[first : first + size])
         first += size
     return out

@@ -7,7 +7,7 @@ One entry is int32 [ENTRY_INTS] for each slot and site:
 | 32 | rows of each shrink record, rounded up to whole steps |
 | 32 | output rows of each part |
 | 32 x 16 | shrink records, one a band of each part |
-| 8 x 8 | parts: first output row, bound (fp32 bits), source |
+| 8 x 8 | parts: first output row, bound (fp32 bits), source, first step of hidden values |
 | 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where absent |
 
 A record is: bits, codes, plane of the third bit, rows, row blocks, steps, row factors, group words,
@@ -76,6 +76,7 @@ class Part:
     rows: int
     bound: float
     source: int
+    first_step: int
     expand: tuple[Record, ...]
 
 
@@ -100,7 +101,7 @@ def encode_site(shrink: list[Record], parts: list[Part | None]) -> npt.NDArray[n
         entry[EXPAND_SIZES + number] = part.rows
         at = EXPAND_PARTS + number * PART_INTS
         bound = int(np.float32(part.bound).view(np.int32))
-        entry[at : at + 3] = [part.first_row, bound, part.source]
+        entry[at : at + 4] = [part.first_row, bound, part.source, part.first_step]
         for record in part.expand:
             place = number * len(WIDTHS) + WIDTHS.index(record.bits)
             at = EXPAND_RECORDS + place * RECORD_INTS

@@ -300,6 +300,7 @@ def _add_site(
             raise _refuse(name, f"{matrix.out_features} x {matrix.in_features} at {site.name}")
         expand: list[Record] = []
         bound = _LEAST_BOUND
+        first_step = step
         if isinstance(matrix, PackedDirect):
             builder.has_direct = True
             record = _add_output(builder, name, matrix.factor, scaled=True)
@@ -317,8 +318,16 @@ def _add_site(
         if len({record.bits for record in expand}) < len(expand):
             raise _refuse(name, "two rank bands of one width")
         source = SOURCE_INPUT if isinstance(matrix, PackedDirect) else SOURCE_HIDDEN
-        part = Part(first_row=first_row, rows=out, bound=bound, source=source, expand=tuple(expand))
-        parts.append(part)
+        parts.append(
+            Part(
+                first_row=first_row,
+                rows=out,
+                bound=bound,
+                source=source,
+                first_step=first_step,
+                expand=tuple(expand),
+            )
+        )
         first_row += out
     if len(shrink) > MAX_RECORDS:
         raise _refuse(site.name, f"{len(shrink)} rank bands at one site")

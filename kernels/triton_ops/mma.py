@@ -36,8 +36,8 @@ def multiply_plainly(a, b0, b1, c):
     x1 = (tl.reshape(b1, (warps, 1, 8, 4, 1)) << (24 - shift)) >> 24
     sums = ()
     for half in tl.static_range(2):
-        first = (tl.reshape(a[half], (warps, 8, 1, 4, 1)) >> shift) & 0xFF
-        second = (tl.reshape(a[half + 2], (warps, 8, 1, 4, 1)) >> shift) & 0xFF
+        first = (tl.reshape(a[half], (warps, 8, 1, 4, 1)) << (24 - shift)) >> 24
+        second = (tl.reshape(a[half + 2], (warps, 8, 1, 4, 1)) << (24 - shift)) >> 24
         terms = tl.reshape(first * x0 + second * x1, (warps, 8, 8, 16))
         sums += (tl.sum(terms, axis=3),)
     top, low = sums
@@ -53,7 +53,7 @@ def multiply_plainly(a, b0, b1, c):
 
 @triton.jit
 def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
-    """Add one step, codes u8 [16, 32] by activations s8 [32, 8], to sums s32 [16, 8] of each warp.
+    """Add one step, codes s8 [16, 32] by activations s8 [32, 8], to sums s32 [16, 8] of each warp.
 
     Args:
         a: Four int32 [threads] of four codes each, in operand order.
@@ -67,7 +67,7 @@ def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
     """
     if USE_PTX:
         d = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
             "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
             "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
             [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
@@ -128,7 +128,11 @@ def load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS: tl.co
 
 @triton.jit
 def unpack_step(words, STEP: tl.constexpr, BITS: tl.constexpr):
-    """Codes of one step of a pair: four int32 [threads] of four bytes each.
+    """Codes of one step of a pair: four int32 [threads] of four signed bytes each.
+
+    A code c of b bits is kept as c - 2^(b - 1) in b bits, with a one below it in the byte: that is
+    2^(7 - b) times the odd number 2 c - (2^b - 1), whose zero point is 0. Eight bits leave no room
+    for the one; their byte is c - 128.
 
     Args:
         words: Of `load_pair`.
@@ -139,43 +143,80 @@ def unpack_step(words, STEP: tl.constexpr, BITS: tl.constexpr):
         The operand `a` of `multiply_step`.
     """
     codes = ()
-    if BITS == 8:  # noqa: PLR2004 same
-        for i in tl.static_range(4):
+    # Masks whose highest bit is set are written as the negative numbers they are in 32 bits.
+    for i in tl.static_range(4):
+        if BITS == 8:  # noqa: PLR2004 same
             codes += (words[4 * STEP + i],)
-    elif BITS == 4:  # noqa: PLR2004 same
-        for i in tl.static_range(4):
-            codes += ((words[2 * STEP + i // 2] >> (4 * (i % 2))) & 0x0F0F0F0F,)
-    elif BITS == 1:
-        for i in tl.static_range(4):
-            codes += ((words[0] >> (4 * STEP + i)) & 0x01010101,)
-    else:
-        for i in tl.static_range(4):
-            code = (words[STEP] >> (2 * i)) & 0x03030303
-            if BITS == 3:  # noqa: PLR2004 same
-                if 4 * STEP + i >= 2:  # noqa: PLR2004 same
-                    code |= (words[2] >> (4 * STEP + i - 2)) & 0x04040404
-                else:
-                    code |= (words[2] << (2 - 4 * STEP - i)) & 0x04040404
-            codes += (code,)
+        elif BITS == 4:  # noqa: PLR2004 same
+            code = (words[2 * STEP + i // 2] << (4 - 4 * (i % 2))) & -0x0F0F0F10
+            codes += (code | 0x08080808,)
+        elif BITS == 1:
+            codes += (((words[0] << (7 - 4 * STEP - i)) & -0x7F7F7F80) | 0x40404040,)
+        elif BITS == 2:  # noqa: PLR2004 same
+            codes += (((words[STEP] << (6 - 2 * i)) & -0x3F3F3F40) | 0x20202020,)
+        else:
+            if i == 3:  # noqa: PLR2004 same
+                low = (words[STEP] >> 1) & 0x60606060
+            else:
+                low = (words[STEP] << (5 - 2 * i)) & 0x60606060
+            high = (words[2] << (7 - 4 * STEP - i)) & -0x7F7F7F80
+            codes += (low | high | 0x10101010,)
     return codes
 
 
+@triton.constexpr_function
+def spare_bits(bits):
+    """Bits of a byte below twice its code: what `unpack_step` multiplies odd numbers by."""
+    return 7 - bits if bits < 8 else 0  # noqa: PLR2004 bits of a byte
+
+
 @triton.jit
-def fold_planes(c, sums, twice_zero, weights, HALF: tl.constexpr):
+def double_sum(c, ones, twice_zero, BITS: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """Sum of (2 code - twice_zero) x from the sum of the bytes of `unpack_step` times x.
+
+    Args:
+        c: int32 [threads], the sum.
+        ones: int32 [threads], the sum of x; unread at less than eight bits without HAS_ZERO.
+        twice_zero: Twice the zero point, int32 scalar or [threads]; unread without HAS_ZERO.
+        BITS: 1, 2, 3, 4 or 8.
+        HAS_ZERO: Without it zero is mid-range, 2 twice_zero = 2^BITS - 1.
+
+    Returns:
+        int32 [threads].
+    """
+    if BITS == 8:  # noqa: PLR2004 same
+        c = 2 * c
+        if HAS_ZERO:
+            c += (256 - twice_zero) * ones
+        else:
+            c += ones
+    else:
+        c = c >> spare_bits(BITS)
+        if HAS_ZERO:
+            c += ((1 << BITS) - 1 - twice_zero) * ones
+    return c
+
+
+@triton.jit
+def fold_planes(
+    c, sums, twice_zero, weights, HALF: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr
+):
     """Sums of two planes as one fp32, the zero point taken off while they are whole numbers.
 
     Args:
         c: Of `multiply_step`.
-        sums: Two int32 [threads], the same sums for codes of 1.
-        twice_zero: Twice the zero point, int32 scalar or [threads].
+        sums: Two int32 [threads], the sums of the planes themselves; unread as `double_sum` says.
+        twice_zero: Of `double_sum`.
         weights: Two fp32 [threads], what a unit of either plane is worth.
         HALF: 0 for row g, 1 for row g + 8.
+        BITS: Of `double_sum`.
+        HAS_ZERO: Same.
 
     Returns:
         fp32 [threads], twice the product of this lane's planes.
     """
-    first = 2 * c[2 * HALF] - twice_zero * sums[0]
-    second = 2 * c[2 * HALF + 1] - twice_zero * sums[1]
+    first = double_sum(c[2 * HALF], sums[0], twice_zero, BITS, HAS_ZERO)
+    second = double_sum(c[2 * HALF + 1], sums[1], twice_zero, BITS, HAS_ZERO)
     return first.to(tl.float32) * weights[0] + second.to(tl.float32) * weights[1]
 
 
@@ -272,7 +313,8 @@ def multiply_band(
     """
     zero = tl.zeros_like(lane)
     n_pairs = (n_steps + 1) // 2
-    middle = (1 << BITS) - 1
+    # Less wide codes lose their zero point as they are unpacked.
+    needs_sums: tl.constexpr = GROUPED or BITS == 8  # noqa: PLR2004 same
     totals = (zero.to(tl.float32),) * (NT * R * 2)
     acc = (zero,) * (NT * R * 4)
     sums = (zero,) * (NT * 2)
@@ -292,9 +334,10 @@ def multiply_band(
                     b = tl.load(at + unit * unit_stride, mask=columns[unit] & exists, other=0)
                     b0 = b.to(tl.int32)
                     b1 = (b >> 32).to(tl.int32)
-                    c = (sums[2 * unit], sums[2 * unit + 1], zero, zero)
-                    d = multiply_step(ones, b0, b1, c, USE_PTX)
-                    sums = replace_items(sums, (d[0], d[1]), 2 * unit, 2)
+                    if needs_sums:
+                        c = (sums[2 * unit], sums[2 * unit + 1], zero, zero)
+                        d = multiply_step(ones, b0, b1, c, USE_PTX)
+                        sums = replace_items(sums, (d[0], d[1]), 2 * unit, 2)
                     for r in tl.static_range(R):
                         a = unpack_step(words[u * R + r], step, BITS)
                         c = four_items(acc, unit * R + r)
@@ -311,7 +354,10 @@ def multiply_band(
                             at = group_ptr + pair // 2 * group_rows + row
                             word = tl.load(at, mask=mask, other=0)
                             scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                            term = scale * fold_planes(c, own, (word >> 16) & 511, weights, half)
+                            twice_zero = (word >> 16) & 511
+                            term = scale * fold_planes(
+                                c, own, twice_zero, weights, half, BITS, True
+                            )
                             term += totals[2 * (unit * R + r) + half]
                             totals = replace_items(totals, (term,), 2 * (unit * R + r) + half, 1)
                 acc = (zero,) * (NT * R * 4)
@@ -323,5 +369,5 @@ def multiply_band(
             for r in tl.static_range(R):
                 c = four_items(acc, unit * R + r)
                 for half in tl.static_range(2):
-                    totals += (fold_planes(c, own, middle, weights, half),)
+                    totals += (fold_planes(c, own, 0, weights, half, BITS, False),)
     return totals

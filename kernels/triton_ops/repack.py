@@ -45,6 +45,8 @@ def repack_pair(
 ) -> None:
     """Write the words of two steps of one lane; see kernels/fragments.py.
 
+    The highest bit of each code is turned over, so that half of them are negative.
+
     Args:
         codes_ptr: int32 [n_rows, row_words] of the file.
         target_ptr: int32 words in operand order.
@@ -83,10 +85,10 @@ def repack_pair(
         if BITS == 8:  # noqa: PLR2004 same
             for half in tl.static_range(2):
                 at = target_ptr + number * 128 + side * 64 + lane * 2 + half
-                tl.store(at, words[half], mask=inside)
+                tl.store(at, words[half] ^ -0x7F7F7F80, mask=inside)
         elif BITS == 4:  # noqa: PLR2004 same
             at = target_ptr + number * 64 + lane * 2 + side
-            tl.store(at, words[0] | (words[1] << 4), mask=inside)
+            tl.store(at, (words[0] | (words[1] << 4)) ^ -0x77777778, mask=inside)
         else:
             low = tl.where(side == 0, 0, low)
             for half in tl.static_range(2):
@@ -97,11 +99,13 @@ def repack_pair(
                     low |= (words[half] & 0x03030303) << (2 * field)
                     high |= ((words[half] >> 2) & 0x01010101) << (4 * step + field)
             if BITS > 1:
-                tl.store(target_ptr + number * 32 + lane, low, mask=inside & (side == 1))
+                # Three bits have their sign in the other plane.
+                signed = low ^ -0x55555556 if BITS == 2 else low  # noqa: PLR2004 same
+                tl.store(target_ptr + number * 32 + lane, signed, mask=inside & (side == 1))
     if BITS == 1:
-        tl.store(target_ptr + (block * n_pairs + pair) * 32 + lane, high, mask=mask)
+        tl.store(target_ptr + (block * n_pairs + pair) * 32 + lane, ~high, mask=mask)
     elif BITS == 3:  # noqa: PLR2004 same
-        tl.store(high_ptr + (block * n_pairs + pair) * 32 + lane, high, mask=mask)
+        tl.store(high_ptr + (block * n_pairs + pair) * 32 + lane, ~high, mask=mask)
 
 
 @triton.jit

@@ -1,31 +1,52 @@
-"""A resident factor as numbers: for matrix products of many tokens, and for merging."""
+"""Resident factors as numbers: for matrix products of many tokens, and for merging."""
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.mma import load_pair, unpack_step
-from kernels.triton_ops.records import load_pointer
+from kernels.triton_ops.mma import double_sum, load_pair, unpack_step
+from kernels.triton_ops.records import (
+    EXPAND_PARTS,
+    EXPAND_RECORDS,
+    N_WIDTHS,
+    PART_INTS,
+    RECORD_INTS,
+    SHRINK_RECORDS,
+    load_pointer,
+)
 
-# Programs that walk over a factor, a few for each processor of a large device.
-_PROGRAMS = 1024
+# Programs that walk over one factor: the largest fill a device, the small ones end at once.
+_PROGRAMS = 264
+_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["n_cols", "out_stride"])
-def unfold_kernel(
+@triton.jit
+def unfold_record(
     record_ptr,
-    table_ptr,
-    slot,
+    slab,
     out_ptr,
-    n_cols,
     out_stride,
+    n_out_rows,
+    n_out_cols,
     BITS: tl.constexpr,
-    IS_GROUPED: tl.constexpr,
+    GROUPING: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     WARPS: tl.constexpr,
 ) -> None:
-    """Write out [rows, n_cols] = 2 (code - zero), times the row's factor and the tile's scale."""
-    slab = tl.load(table_ptr + slot)
+    """Write one factor, twice its values, this program's share.
+
+    Args:
+        record_ptr: int32 [16].
+        slab: Address of the tenant's slab.
+        out_ptr: First element of the factor's place.
+        out_stride: Elements between its rows.
+        n_out_rows: Rows to write, those beyond the factor's as 0.
+        n_out_cols: Columns to write; columns of a last step beyond the factor's hold any number.
+        BITS: 1, 2, 3, 4 or 8.
+        GROUPING: 0 where no factor has scales for tiles.
+        IS_ALIGNED: Elements of 16 bits, rows and columns at multiples of four.
+        WARPS: Of the program.
+    """
     codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
     high_ptr = load_pointer(slab, tl.load(record_ptr + 2), tl.int32)
     n_rows = tl.load(record_ptr + 3)
@@ -33,27 +54,29 @@ def unfold_kernel(
     n_steps = tl.load(record_ptr + 5)
     factors = tl.load(record_ptr + 6)
     factors_ptr = load_pointer(slab, factors, tl.float32)
-    group_ptr = load_pointer(slab, tl.load(record_ptr + 7), tl.int32)
+    group = tl.load(record_ptr + 7)
+    group_ptr = load_pointer(slab, group, tl.int32)
     n_pairs = (n_steps + 1) // 2
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
-    first = tl.program_id(0) * WARPS
-    for start in range(first, n_blocks * n_pairs, tl.num_programs(0) * WARPS):
+    n_items = (n_out_rows + 15) // 16 * n_pairs
+    for start in range(tl.program_id(0) * WARPS, n_items, tl.num_programs(0) * WARPS):
         item = start + thread // 32
-        mask = item < n_blocks * n_pairs
         block = item // n_pairs
         pair = item % n_pairs
-        words = load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS)
+        exists = block < n_blocks
+        words = load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, exists, BITS)
         for half in tl.static_range(2):
             row = block * 16 + lane // 4 + 8 * half
-            inside = mask & (row < n_rows)
-            factor = tl.load(factors_ptr + row, mask=inside & (factors > 0), other=1.0)
+            factor = tl.load(factors_ptr + row, mask=(row < n_rows) & (factors > 0), other=1.0)
             twice_zero = tl.zeros_like(lane) + ((1 << BITS) - 1)
-            if IS_GROUPED:
+            if GROUPING > 0:
                 at = group_ptr + pair // 2 * (n_blocks * 16) + row
-                word = tl.load(at, mask=inside, other=0)
-                twice_zero = (word >> 16) & 511
-                factor *= word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                word = tl.load(at, mask=exists & (group > 0), other=0)
+                scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                twice_zero = tl.where(group > 0, (word >> 16) & 511, twice_zero)
+                factor *= tl.where(group > 0, scale, 1.0)
+            factor = tl.where(row < n_rows, factor, 0.0)
             row_at = out_ptr + row.to(tl.int64) * out_stride
             for step in tl.static_range(2):
                 codes = unpack_step(words, step, BITS)
@@ -61,54 +84,104 @@ def unfold_kernel(
                     col = (2 * pair + step) * 32 + lane % 4 * 8 + 4 * side
                     four = tl.zeros_like(lane).to(tl.int64)
                     for byte in tl.static_range(4):
-                        code = (codes[half + 2 * side] >> (8 * byte)) & 0xFF
-                        value = (2 * code - twice_zero).to(tl.float32) * factor
-                        value = value.to(out_ptr.dtype.element_ty)
+                        code = (codes[half + 2 * side] << (24 - 8 * byte)) >> 24
+                        double = double_sum(code, 1, twice_zero, BITS, GROUPING > 0)
+                        value = (double.to(tl.float32) * factor).to(out_ptr.dtype.element_ty)
                         if IS_ALIGNED:
                             bits = value.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
                             four |= bits << (16 * byte)
                         else:
-                            tl.store(
-                                row_at + col + byte, value, mask=inside & (col + byte < n_cols)
-                            )
+                            inside = (row < n_out_rows) & (col + byte < n_out_cols)
+                            tl.store(row_at + col + byte, value, mask=inside)
                     if IS_ALIGNED:
                         at = (row_at + col).to(tl.pointer_type(tl.int64))
-                        tl.store(at, four, mask=inside & (col < n_cols))
+                        tl.store(at, four, mask=(row < n_out_rows) & (col < n_out_cols))
+
+
+@triton.jit(do_not_specialize=["n_shrink", "n_cols", "left_stride", "right_stride"])
+def unfold_kernel(
+    entry_ptr,
+    table_ptr,
+    left_ptr,
+    left_stride,
+    right_ptr,
+    right_stride,
+    n_cols,
+    n_shrink,
+    WIDTHS: tl.constexpr,
+    GROUPING: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    WARPS: tl.constexpr,
+) -> None:
+    """All factors of a tenant's delta at a site, one for each column of the grid."""
+    slab = tl.load(table_ptr)
+    item = tl.program_id(1)
+    if item < n_shrink:
+        record_ptr = entry_ptr + SHRINK_RECORDS + item * RECORD_INTS
+        n_out_rows = (tl.load(record_ptr + 3) + 31) // 32 * 32
+        n_out_cols = n_cols
+        out_ptr = right_ptr + (tl.load(record_ptr + 8) * 32).to(tl.int64) * right_stride
+        out_stride = right_stride
+    else:
+        number = item - n_shrink
+        record_ptr = entry_ptr + EXPAND_RECORDS + number * RECORD_INTS
+        part_ptr = entry_ptr + EXPAND_PARTS + number // N_WIDTHS * PART_INTS
+        n_out_rows = tl.load(record_ptr + 3)
+        n_out_cols = tl.load(record_ptr + 5) * 32
+        column = (tl.load(record_ptr + 8) - tl.load(part_ptr + 3)) * 32
+        out_ptr = left_ptr + tl.load(part_ptr).to(tl.int64) * left_stride + column
+        out_stride = left_stride
+    bits = tl.load(record_ptr)
+    for width in tl.static_range(1, 9):
+        if (WIDTHS >> width) & 1:
+            if bits == width:
+                unfold_record(
+                    record_ptr, slab, out_ptr, out_stride, n_out_rows, n_out_cols,
+                    width, GROUPING, IS_ALIGNED, WARPS,
+                )  # fmt: skip
 
 
 def unfold(
-    record: torch.Tensor,
-    table: torch.Tensor,
-    slot: int,
-    out: torch.Tensor,
+    entry: torch.Tensor,
+    address: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
     *,
-    bits: int,
-    is_grouped: bool,
+    n_shrink: int,
+    n_parts: int,
+    widths: frozenset[int],
+    grouping: int,
 ) -> None:
-    """Write twice the values of a resident factor.
+    """Write twice the values of all factors of a resident delta at a site.
 
     Args:
-        record: int32 [16], its record on the device.
-        table: int64 [slots], addresses of the slabs.
-        slot: whose it is.
-        out: [rows, columns] of the factor, columns adjacent, overwritten.
-        bits: of its codes.
-        is_grouped: whether it has a scale a tile.
+        entry: int32 [ENTRY_INTS], its directory entry on the device.
+        address: int64 [1], its slab's.
+        left: bf16, fp16 or fp32 [outputs of all parts, at least the widest part's columns]; each
+            band of a part begins at a multiple of 32 columns, a direct matrix at 0.
+        right: [at least 32 for each step of hidden values, in] in the same dtype; rows that fill a
+            band's last step are 0.
+        n_shrink: its shrink records.
+        n_parts: parts of the site.
+        widths: bits that may occur.
+        grouping: scales for tiles, 0 in no delta.
     """
     # Four values of 16 bits become one store.
-    aligned = out.element_size() == 2 and not (  # noqa: PLR2004 bytes
-        out.shape[1] % 4 or out.stride(0) % 4 or out.data_ptr() % 8
-    )
-    unfold_kernel[(_PROGRAMS,)](
-        record,
-        table,
-        slot,
-        out,
-        out.shape[1],
-        out.stride(0),
-        BITS=bits,
-        IS_GROUPED=is_grouped,
+    sizes = (right.shape[1], left.stride(0), right.stride(0))
+    places = left.data_ptr() | right.data_ptr()
+    aligned = left.element_size() == 2 and not any(size % 4 for size in sizes) and not places % 8  # noqa: PLR2004 bytes
+    unfold_kernel[(_PROGRAMS, n_shrink + n_parts * int(N_WIDTHS))](
+        entry,
+        address,
+        left,
+        left.stride(0),
+        right,
+        right.stride(0),
+        right.shape[1],
+        n_shrink,
+        WIDTHS=sum(1 << bits for bits in widths),
+        GROUPING=grouping,
         IS_ALIGNED=aligned,
-        WARPS=4,
-        num_warps=4,
+        WARPS=_WARPS,
+        num_warps=_WARPS,
     )
