@@ -179,6 +179,9 @@ def merge_site(
     Raises:
         UserError: arena_slot_unknown.
     """
+    from kernels.triton_ops.launch_batch import current_arch
+    from kernels.triton_ops.product import add_product
+
     dense = unfolder.unfold(slot, site)
     changed = set()
     for part in dense.parts:
@@ -187,8 +190,13 @@ def merge_site(
         if part.hidden is None:
             torch.add(weight[rows], part.left, alpha=0.5, out=out[rows])
         else:
-            torch.addmm(
-                weight[rows], part.left, dense.right[part.hidden], alpha=0.25, out=out[rows]
+            add_product(
+                weight[rows],
+                part.left,
+                dense.right[part.hidden],
+                scale=0.25,
+                arch=current_arch(),
+                out=out[rows],
             )
     first = 0
     for size in unfolder.arena.spec.sites[site].out_features:

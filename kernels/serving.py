@@ -7,6 +7,7 @@ from deltacome_core.errors import InternalError, UserError
 from kernels import batch_reference
 from kernels.arena import DeltaArena
 from kernels.plan import PLANS, StepPlan
+from kernels.tuning import Shape, Stage, choose_shape
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -43,22 +44,24 @@ def _check(x: torch.Tensor, out_features: int, plan: StepPlan, site: int) -> Non
         raise InternalError(f"{out_features} outputs at a site of {wanted.total_out}")
 
 
+def _choose(stage: Stage, plan: StepPlan, steps: int) -> Shape:
+    from kernels.triton_ops.launch_batch import current_arch
+
+    return choose_shape(stage, groups=plan.n_tokens, steps=steps, arch=current_arch())
+
+
 def _launch_first(x: torch.Tensor, plan: StepPlan, site: int, *, clear_terms: bool) -> None:
-    from kernels.triton_ops.launch_batch import current_arch, launch_prepare, launch_shrink
-    from kernels.tuning import choose_shape
+    from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
     launch_prepare(x, plan, site, clear_terms=clear_terms)
-    steps = plan.arena.spec.sites[site].input_steps
-    shape = choose_shape("shrink", groups=plan.n_tokens, steps=steps, arch=current_arch())
-    launch_shrink(plan, site, shape)
+    launch_shrink(plan, site, _choose("shrink", plan, plan.arena.spec.sites[site].input_steps))
 
 
 def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
-    from kernels.triton_ops.launch_batch import current_arch, launch_expand
-    from kernels.tuning import choose_shape
+    from kernels.triton_ops.launch_batch import launch_expand
 
     steps = plan.arena.spec.hidden_steps(site)
-    shape = choose_shape("expand", groups=plan.n_tokens, steps=steps, arch=current_arch())
+    shape = _choose("expand", plan, steps)
     # Without hidden values no shrink was launched that this could overlap.
     launch_expand(y, plan, site, shape, overlap=overlap and steps > 0)
 
@@ -88,6 +91,42 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     return y
 
 
+def _fits_layer(weight: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> bool:
+    # A lone token: its backbone's product is bound by memory like its delta, and leaves no gap.
+    outs = plan.arena.spec.sites[site].out_features
+    whole = all(out % shape.rows == 0 for out in outs)
+    return plan.n_tokens == 1 and whole and weight.is_contiguous() and not plan.sums_beside
+
+
+def multiply_layer(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    plan: StepPlan,
+    site: int,
+    shape: Shape,
+) -> torch.Tensor:
+    """Backbone's product and delta of a lone token in one launch after the first stage.
+
+    Args:
+        x: bf16, fp16 or fp32 [1, in].
+        weight: [out of all parts, in] in x's dtype, contiguous.
+        bias: [out of all parts] or None.
+        plan: of the step, of one token.
+        site: number of the site, the outputs of whose parts are multiples of shape.rows.
+        shape: how programs are cut.
+
+    Returns:
+        [1, out] in x's dtype, rounded once; the same with a delta that is 0 as without one.
+    """
+    from kernels.triton_ops.launch_batch import launch_layer
+
+    y = torch.empty(1, len(weight), dtype=x.dtype, device=x.device)
+    _launch_first(x, plan, site, clear_terms=False)
+    launch_layer(x, weight, bias, y, plan, site, shape)
+    return y
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _STREAMS:
         # The backbone's product fills the device: without precedence the deltas would wait for it.
@@ -102,6 +141,9 @@ def _delta_linear(
     step = PLANS[plan]
     if x.device.type != "cuda" or not step.arena.operand_order:
         return add_delta(functional.linear(x, weight, bias), x, step, site)
+    shape = _choose("layer", step, step.arena.spec.sites[site].input_steps)
+    if _fits_layer(weight, step, site, shape):
+        return multiply_layer(x, weight, bias, step, site, shape)
     main = torch.cuda.current_stream(x.device)
     side = _side_stream(x.device)
     side.wait_stream(main)

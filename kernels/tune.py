@@ -40,6 +40,10 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(2, 4, 1, 2),
         _shape(2, 2, 1, 4),
         _shape(2, 2, 2, 2),
+        _shape(4, 4, 1, 2),
+        _shape(4, 2, 1, 2),
+        _shape(2, 4, 1, 1),
+        _shape(1, 4, 1, 4),
     ),
     "expand": (
         _shape(1, 4, 1, 2),
@@ -51,6 +55,10 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(4, 1, 2, 2),
         _shape(4, 2, 2, 2),
         _shape(2, 1, 2, 2),
+        _shape(4, 1, 1, 2),
+        _shape(4, 1, 2, 4),
+        _shape(2, 1, 1, 4),
+        _shape(1, 8, 1, 2),
     ),
 }
 GROUPS: Final = (1, 8, 32)

@@ -5,6 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import directory
+from kernels.triton_ops.parts import finish_part, mask_columns, start_part, weigh_planes
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
@@ -126,58 +127,6 @@ def add_kernel(
         tl.store(at, y.to(y_ptr.dtype.element_ty), mask=col < n_out)
 
 
-@triton.jit
-def mask_columns(lane, count, NT: tl.constexpr, P: tl.constexpr):
-    """NT masks [threads] of `multiply_band`: planes of tokens that exist."""
-    columns = ()
-    for unit in tl.static_range(NT):
-        columns += ((lane // 4 % 4 < P) & (2 * unit + lane // 16 < count),)
-    return columns
-
-
-@triton.jit
-def weigh_planes(lane, P: tl.constexpr):
-    """Two fp32 [threads], what a unit of this lane's planes is worth."""
-    low = lane % 2 == 1
-    if P == 4:  # noqa: PLR2004 planes
-        weights = (tl.where(low, 256.0, 16777216.0), tl.where(low, 1.0, 65536.0))
-    else:
-        weights = (tl.where(low, 0.0, 256.0), tl.where(low, 0.0, 1.0))
-    return weights
-
-
-@triton.constexpr_function
-def width_of(number):
-    """Bits of the number-th record of a part."""
-    return (8, 4, 3, 2, 1)[number]
-
-
-@triton.constexpr_function
-def count_widths(widths, number):
-    """How many of the records before the number-th can occur."""
-    return sum(widths >> bits & 1 for bits in (8, 4, 3, 2, 1)[:number])
-
-
-@triton.jit
-def add_items(items, others):
-    """Sums of two tuples, item by item."""
-    sums = ()
-    for i in tl.static_range(len(items)):
-        sums += (items[i] + others[i],)
-    return sums
-
-
-@triton.jit
-def scale_rows(products, factors_ptr, exist, first_block, n_rows, lane, R: tl.constexpr):
-    """`products` of `multiply_band` times a factor a row, 1 where there are none."""
-    scaled = ()
-    for i in tl.static_range(len(products)):
-        row = (first_block + i // 2 % R) * 16 + lane // 4 + 8 * (i % 2)
-        factor = tl.load(factors_ptr + row, mask=exist & (row < n_rows), other=1.0)
-        scaled += (products[i] * factor,)
-    return scaled
-
-
 @triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset"])
 def batch_shrink_kernel(
     planes_ptr,
@@ -240,8 +189,8 @@ def batch_shrink_kernel(
                         if OVERLAP:
                             gdc_wait()
                         totals = finish_record(
-                            started, slab, first_block, source_ptr, x_steps * 32, columns, weights,
-                            wk, lane, width, GROUPING, R, NT, WK, U, USE_PTX,
+                            started, slab, first_block, source_ptr, x_steps * 32, columns,
+                            weights, wk, lane, width, GROUPING, R, NT, WK, U, USE_PTX,
                         )  # fmt: skip
             # A band is read in whole steps: the rows that fill its last one are written as 0.
             inside = row < (n_rows + 31) // 32 * 32
@@ -315,14 +264,8 @@ def batch_expand_kernel(
                     stride = x_steps * 32
                     columns = mask_columns(lane, count, NT, P)
                     weights = weigh_planes(lane, P)
-            totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
             first_block = (block * WR + wr) * R
-            # The widths in the order of their records; all start before the first is finished.
-            started = ()
-            for i in tl.static_range(N_WIDTHS):
-                if (WIDTHS >> width_of(i)) & 1:
-                    at = record_ptr + i * RECORD_INTS
-                    started += (start_record(at, slab, first_block, wk, lane, width_of(i), R, U),)
+            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U)
             if OVERLAP:
                 gdc_wait()
             row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
@@ -340,20 +283,10 @@ def batch_expand_kernel(
                 at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
                 at = row_at + at_token * y_stride
                 outputs += (tl.load(at, mask=exists & (row < n_rows), other=0.0).to(tl.float32),)
-            for i in tl.static_range(N_WIDTHS):
-                if (WIDTHS >> width_of(i)) & 1:
-                    band = started[count_widths(WIDTHS, i)]
-                    products = finish_record(
-                        band, slab, first_block, source_ptr + band[6].to(tl.int64) * 32, stride,
-                        columns, weights, wk, lane, width_of(i), GROUPING, R, NT, WK, U, USE_PTX,
-                    )  # fmt: skip
-                    if HAS_FACTORS:
-                        factors = tl.load(record_ptr + i * RECORD_INTS + 6)
-                        factors_ptr = load_pointer(slab, factors, tl.float32)
-                        products = scale_rows(
-                            products, factors_ptr, factors > 0, first_block, n_rows, lane, R
-                        )
-                    totals = add_items(totals, products)
+            totals = finish_part(
+                started, record_ptr, slab, first_block, n_rows, source_ptr, stride,
+                columns, weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, NT, WK, U, USE_PTX,
+            )  # fmt: skip
             for unit in tl.static_range(NT):
                 place = (group * NT + unit) * 2 + token
                 exists = 2 * unit + token < count

@@ -16,12 +16,16 @@ from kernels.triton_ops.batch import (
     prepare_kernel,
 )
 from kernels.triton_ops.gather import gather_kernel
+from kernels.triton_ops.layer import layer_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.tuning import Shape
 from kernels.vocabulary import count_tiles
 
 # Eight elements a thread of four warps.
 _ADD_BLOCK = 1024
+# Columns of the backbone's weights that a program of `layer_kernel` takes at a time.
+_LAYER_BLOCK = 512
+_LAYER_STAGES = 3
 
 
 def is_compiled() -> bool:
@@ -194,6 +198,56 @@ def launch_expand(
         HAS_DIRECT=arena.spec.has_direct(site),
         HAS_FACTORS=arena.spec.has_factors(site),
         **_cut(plan, site, shape, overlap=overlap),
+    )
+
+
+def launch_layer(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    plan: StepPlan,
+    site: int,
+    shape: Shape,
+) -> None:
+    """Write the outputs of a site for a lone token, its delta included.
+
+    Args:
+        x: bf16, fp16 or fp32 [1, in], columns adjacent.
+        weight: [out, in] of the backbone, rows and columns adjacent; `fits_layer` says whether it
+            can be cut like this.
+        bias: [out] or None.
+        y: [1, out], overwritten.
+        plan: of the step, shrunk on this stream just before.
+        site: number of the site.
+        shape: how programs are cut.
+    """
+    arena = plan.arena
+    spec = arena.spec
+    cut = _cut(plan, site, shape, overlap=overlaps())
+    del cut["NT"], cut["num_stages"]
+    layer_kernel[(len(weight) // shape.rows,)](
+        x,
+        weight,
+        weight if bias is None else bias,
+        x.shape[1],
+        plan.x_planes.view(torch.int64),
+        plan.x_step,
+        plan.x_norm,
+        plan.h_planes.view(torch.int64),
+        arena.table,
+        arena.directory,
+        arena.directory.stride(0),
+        site * arena.directory.stride(1),
+        plan.group_slots,
+        y,
+        P=plan.planes if spec.has_direct(site) else PLANES,
+        HAS_DIRECT=spec.has_direct(site),
+        HAS_FACTORS=spec.has_factors(site),
+        HAS_BIAS=bias is not None,
+        BLOCK=_LAYER_BLOCK,
+        STAGES=_LAYER_STAGES,
+        **cut,
     )
 
 

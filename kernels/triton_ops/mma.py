@@ -260,6 +260,53 @@ def load_ahead(
 
 
 @triton.jit
+def multiply_unit(
+    acc,
+    sums,
+    words,
+    at,
+    mask,
+    STEP: tl.constexpr,
+    UNIT: tl.constexpr,
+    BITS: tl.constexpr,
+    R: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """One step of R row blocks and one unit of activations, added to its sums.
+
+    Args:
+        acc: int32 [threads], four for each unit and row block.
+        sums: int32 [threads], two for each unit: of the activations themselves.
+        words: R tuples of `load_pair`.
+        at: int64 pointers [threads] to the unit's planes of this step.
+        mask: bool [threads], which of them to load; the others are 0.
+        STEP: 0 or 1.
+        UNIT: Number of the unit.
+        BITS: 1, 2, 3, 4 or 8.
+        R: Row blocks.
+        HAS_SUMS: Whether `sums` are wanted.
+        USE_PTX: Of `multiply_step`.
+
+    Returns:
+        acc and sums.
+    """
+    b = tl.load(at, mask=mask, other=0)
+    b0 = b.to(tl.int32)
+    b1 = (b >> 32).to(tl.int32)
+    if HAS_SUMS:
+        zero = tl.zeros_like(b0)
+        c = (sums[2 * UNIT], sums[2 * UNIT + 1], zero, zero)
+        d = multiply_step((zero + 0x01010101,) * 4, b0, b1, c, USE_PTX)
+        sums = replace_items(sums, (d[0], d[1]), 2 * UNIT, 2)
+    for r in tl.static_range(R):
+        a = unpack_step(words[r], STEP, BITS)
+        d = multiply_step(a, b0, b1, four_items(acc, UNIT * R + r), USE_PTX)
+        acc = replace_items(acc, d, 4 * (UNIT * R + r), 4)
+    return acc, sums
+
+
+@triton.jit
 def multiply_band(
     ahead,
     codes_ptr,
@@ -318,7 +365,6 @@ def multiply_band(
     totals = (zero.to(tl.float32),) * (NT * R * 2)
     acc = (zero,) * (NT * R * 4)
     sums = (zero,) * (NT * 2)
-    ones = (zero + 0x01010101,) * 4
     for start in range(0, n_pairs, WK * U):
         words = ahead
         following = start + (WK + wk) * U
@@ -331,18 +377,10 @@ def multiply_band(
                 at = planes_ptr + (2 * pair + step) * 32 + lane
                 exists = 2 * pair + step < n_steps
                 for unit in tl.static_range(NT):
-                    b = tl.load(at + unit * unit_stride, mask=columns[unit] & exists, other=0)
-                    b0 = b.to(tl.int32)
-                    b1 = (b >> 32).to(tl.int32)
-                    if needs_sums:
-                        c = (sums[2 * unit], sums[2 * unit + 1], zero, zero)
-                        d = multiply_step(ones, b0, b1, c, USE_PTX)
-                        sums = replace_items(sums, (d[0], d[1]), 2 * unit, 2)
-                    for r in tl.static_range(R):
-                        a = unpack_step(words[u * R + r], step, BITS)
-                        c = four_items(acc, unit * R + r)
-                        d = multiply_step(a, b0, b1, c, USE_PTX)
-                        acc = replace_items(acc, d, 4 * (unit * R + r), 4)
+                    acc, sums = multiply_unit(
+                        acc, sums, words[u * R : u * R + R], at + unit * unit_stride,
+                        columns[unit] & exists, step, unit, BITS, R, needs_sums, USE_PTX,
+                    )  # fmt: skip
             if GROUPED:
                 for unit in tl.static_range(NT):
                     own = (sums[2 * unit], sums[2 * unit + 1])

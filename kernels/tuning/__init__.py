@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final, Literal
 
-Stage = Literal["shrink", "expand"]
+Stage = Literal["shrink", "expand", "layer"]
 FOLDER: Final = Path(__file__).parent
 
 
@@ -64,6 +64,12 @@ _DEFAULTS: Final = (
         steps=1 << 30,
         shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2),
     ),
+    Choice(
+        stage="layer",
+        groups=1,
+        steps=1 << 30,
+        shape=Shape(blocks=1, along_steps=4, along_rows=1, ahead=2),
+    ),
 )
 
 
@@ -106,7 +112,8 @@ def choose_shape(stage: Stage, *, groups: int, steps: int, arch: int) -> Shape:
     Returns:
         The shape.
     """
-    own = [choice for choice in load_table(arch) if choice.stage == stage]
+    tables = (load_table(arch), _DEFAULTS)
+    own = next(own for own in ([c for c in table if c.stage == stage] for table in tables) if own)
     enough = [choice for choice in own if choice.groups >= groups]
     group_limit = min(choice.groups for choice in enough) if enough else own[-1].groups
     same = [choice for choice in own if choice.groups == group_limit]

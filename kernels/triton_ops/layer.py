@@ -1,0 +1,178 @@
+"""The whole linear layer of a lone token: backbone's product and delta in one launch."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from kernels import directory
+from kernels.triton_ops.batch import INPUT, LARGEST
+from kernels.triton_ops.parts import finish_part, mask_columns, start_part, weigh_planes
+from kernels.triton_ops.records import (
+    EXPAND_PARTS,
+    EXPAND_RECORDS,
+    EXPAND_SIZES,
+    N_WIDTHS,
+    PART_INTS,
+    RECORD_INTS,
+    add_shares,
+    row_of_share,
+)
+
+MAX_PARTS = tl.constexpr(directory.MAX_PARTS)
+
+
+@triton.jit
+def find_part(entry_ptr, row, N_PARTS: tl.constexpr):
+    """The part of a tenant's delta that has an output row.
+
+    Args:
+        entry_ptr: Directory entry of the tenant at the site.
+        row: int32, the row among those of the site.
+        N_PARTS: Parts an entry has room for.
+
+    Returns:
+        Number of the part, N_PARTS where the delta leaves the row alone, and the row within it.
+    """
+    part = tl.arange(0, N_PARTS)
+    first = tl.load(entry_ptr + EXPAND_PARTS + part * PART_INTS)
+    size = tl.load(entry_ptr + EXPAND_SIZES + part)
+    own = (first <= row) & (row < first + size)
+    number = tl.min(tl.where(own, part, N_PARTS), axis=0)
+    return number, row - tl.max(tl.where(own, first, 0), axis=0)
+
+
+@triton.jit
+def sum_delta(
+    first_row,
+    planes_ptr,
+    step_ptr,
+    norm_ptr,
+    hidden_ptr,
+    table_ptr,
+    directory_ptr,
+    slot_stride,
+    site_offset,
+    group_slot_ptr,
+    P: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUPING: tl.constexpr,
+    HAS_DIRECT: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    R: tl.constexpr,
+    WK: tl.constexpr,
+    WR: tl.constexpr,
+    U: tl.constexpr,
+    USE_PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> tl.tensor:
+    """The delta of a lone token at 16 R WR outputs, fp32 [WR, 8, 2, 2 R] as of `add_shares`.
+
+    Arguments are those of `layer_kernel`. The first loads start before `shrink` has to be done.
+    """
+    ROWS: tl.constexpr = 16 * R * WR
+    delta = tl.zeros((WR, 8, 2, 2 * R), dtype=tl.float32)
+    slot = tl.load(group_slot_ptr)
+    if slot >= 0:
+        slab = tl.load(table_ptr + slot)
+        entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
+        number, row_in_part = find_part(entry_ptr, first_row, MAX_PARTS)
+        if number < MAX_PARTS:
+            part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
+            record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
+            thread = tl.arange(0, 32 * WK * WR)
+            lane = thread % 32
+            wk = thread // 32 % WK
+            first_block = (row_in_part // ROWS * WR + thread // 32 // WK) * R
+            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U)
+            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
+            n_rows = tl.load(entry_ptr + EXPAND_SIZES + number)
+            source = tl.load(part_ptr + 2)
+            if OVERLAP:
+                gdc_wait()
+            source_ptr = hidden_ptr
+            one = tl.zeros_like(slot) + 1
+            columns = mask_columns(lane, one, 1, 4)
+            weights = weigh_planes(lane, 4)
+            worth = 0.5 * tl.load(norm_ptr) * bound / LARGEST
+            if HAS_DIRECT:
+                if source == INPUT:
+                    source_ptr = planes_ptr
+                    columns = mask_columns(lane, one, 1, P)
+                    weights = weigh_planes(lane, P)
+                    worth = 0.5 * tl.load(step_ptr)
+            totals = finish_part(
+                started, record_ptr, slab, first_block, n_rows, source_ptr, 0, columns,
+                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U, USE_PTX,
+            )  # fmt: skip
+            delta = add_shares(totals, 0, R, WK, WR) * worth
+    return delta
+
+
+@triton.jit(do_not_specialize=["slot_stride", "site_offset"])
+def layer_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    n_cols,
+    planes_ptr,
+    step_ptr,
+    norm_ptr,
+    hidden_ptr,
+    table_ptr,
+    directory_ptr,
+    slot_stride,
+    site_offset,
+    group_slot_ptr,
+    y_ptr,
+    P: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    GROUPING: tl.constexpr,
+    HAS_DIRECT: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    R: tl.constexpr,
+    WK: tl.constexpr,
+    WR: tl.constexpr,
+    U: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    USE_PTX: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    """One block of 16 R WR outputs of one token: y = x W^T + bias + U h, or + D x.
+
+    The backbone's weights stream while `prepare` and `shrink`, launched before, still run. The
+    delta is summed late among their blocks: hidden values are there, and loads stay in flight.
+    Parts of the site begin at multiples of the block.
+    """
+    ROWS: tl.constexpr = 16 * R * WR
+    first_row = tl.program_id(0) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    w_at = weight_ptr + rows.to(tl.int64)[:, None] * n_cols + col[None, :]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    delta = tl.zeros((WR, 8, 2, 2 * R), dtype=tl.float32)
+    late = n_cols // BLOCK * 3 // 4 * BLOCK
+    for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
+        inside = start + col < n_cols
+        x = tl.load(x_ptr + start + col, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(w_at + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        total += w.to(tl.float32) * x[None, :]
+        if start == late:
+            delta = sum_delta(
+                first_row, planes_ptr, step_ptr, norm_ptr, hidden_ptr, table_ptr, directory_ptr,
+                slot_stride, site_offset, group_slot_ptr, P, WIDTHS, GROUPING, HAS_DIRECT,
+                HAS_FACTORS, R, WK, WR, U, USE_PTX, OVERLAP,
+            )  # fmt: skip
+    sums = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + rows).to(tl.float32)
+    # In the order of `row_of_share` at R of 1 and 2.
+    y = tl.permute(tl.reshape(sums, (WR, R, 2, 8)), (0, 3, 2, 1))
+    y = tl.reshape(y, (WR, 8, 1, 2 * R)) + delta
+    token = tl.arange(0, 2)[None, None, :, None]
+    at = y_ptr + first_row + row_of_share(0, R, WR)
+    # A lone token has no group where it uses no delta: the launches before end first all the same.
+    if OVERLAP:
+        gdc_wait()
+    tl.store(at + token, y.to(y_ptr.dtype.element_ty), mask=token < 1)
