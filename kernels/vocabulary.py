@@ -6,18 +6,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from deltacome_core.errors import InternalError, UserError
-from deltacome_core.layout import TILE_CODES, scale_shape
+from deltacome_core.layout import scale_shape
 from deltacome_core.packed import PackedDirect, PackedFactor, PackedRows
 
 
 def head_matrix(rows: PackedRows) -> PackedDirect:
     """The delta of an output head as a direct matrix, for a site of an arena.
 
+    A head whose rows are coordinates is a site of as many inputs as its basis has ranks: what it
+    multiplies is `EmbeddingTable.project` of its input.
+
     Args:
         rows: packed rows of the head on the CPU; scales of whole or parts of single rows.
 
     Returns:
-        [rows of the backbone, cols]; a row that did not change has scales of 0.
+        [rows of the backbone, cols, or ranks of the basis]; a row that did not change has scales
+        of 0.
 
     Raises:
         UserError: arena_recipe_unknown, no row changed or rows share a scale.
@@ -48,6 +52,19 @@ class _Held:
     places: torch.Tensor
     factor: PackedFactor
     zero: torch.Tensor
+    basis: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """How rows are packed; `width` counts codes of a row, with a basis its ranks."""
+
+    cols: int
+    width: int
+    bits: int
+    group: int
+    has_zero: bool
+    has_basis: bool
 
 
 class EmbeddingTable:
@@ -57,15 +74,22 @@ class EmbeddingTable:
         self.device = torch.device(device)
         self._kind = self._read_kind(like)
         self._held: list[_Held | None] = [None] * n_slots
-        self._table = torch.zeros((n_slots, 4), dtype=torch.int64, device=self.device)
+        self._table = torch.zeros((n_slots, 5), dtype=torch.int64, device=self.device)
 
     @staticmethod
-    def _read_kind(rows: PackedRows) -> tuple[int, int, int, bool]:
+    def _read_kind(rows: PackedRows) -> _Kind:
         factor = rows.factor
         if factor is None or factor.group[0] != 1:
             reason = "no scale for single rows"
             raise UserError("arena_recipe_unknown", name=rows.name, reason=reason)
-        return factor.cols, factor.bits, factor.group[1], factor.zero is not None
+        return _Kind(
+            cols=rows.cols,
+            width=factor.cols,
+            bits=factor.bits,
+            group=factor.group[1],
+            has_zero=factor.zero is not None,
+            has_basis=rows.basis is not None,
+        )
 
     def put(self, slot: int, rows: PackedRows) -> None:
         """Hold a delta's rows.
@@ -84,13 +108,15 @@ class EmbeddingTable:
             raise InternalError(f"{rows.name} lost its rows")
         places = torch.where(packed.changed, packed.changed.cumsum(0) - 1, -1).int()
         zero = packed.factor.zero
+        basis = None if packed.basis is None else packed.basis.bfloat16().contiguous()
         held = _Held(
             places=places,
             factor=packed.factor,
             zero=torch.zeros(1, dtype=torch.uint8, device=self.device) if zero is None else zero,
+            basis=basis,
         )
-        tensors = (held.places, held.factor.codes, held.factor.scale, held.zero)
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        tensors = (held.places, held.factor.codes, held.factor.scale, held.zero, basis)
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self._table[slot] = torch.tensor(addresses, dtype=torch.int64)
         self._held[slot] = held
 
@@ -116,15 +142,25 @@ class EmbeddingTable:
             slots: int32 [tokens] on the device, checked with `check_slots`; -1 for the backbone.
 
         Returns:
-            y, each sum rounded once; exact in fp32 but for that.
+            y, each sum rounded once; but for that exact in fp32, or within 2e-6 (relative L2 of the
+            delta) where rows are coordinates in a basis.
         """
         if self.device.type != "cuda":
             return self.add_rows_plainly(y, ids, slots)
         from kernels.triton_ops.launch_batch import launch_gather
 
-        cols, bits, group, has_zero = self._kind
+        kind = self._kind
         launch_gather(
-            y, ids, slots, self._table, cols=cols, bits=bits, group=group, has_zero=has_zero
+            y,
+            ids,
+            slots,
+            self._table,
+            cols=kind.cols,
+            width=kind.width,
+            bits=kind.bits,
+            group=kind.group,
+            has_zero=kind.has_zero,
+            has_basis=kind.has_basis,
         )
         return y
 
@@ -153,18 +189,62 @@ class EmbeddingTable:
                     zero=None if factor.zero is None else factor.zero[place : place + 1],
                     rows=1,
                 )
-                y[token] = (y[token].float() + one.dequantise()[0]).to(y.dtype)
+                values = one.dequantise()[0]
+                if held.basis is not None:
+                    values = values @ held.basis.float()
+                y[token] = (y[token].float() + values).to(y.dtype)
         return y
 
+    def project(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Read inputs of a head through the bases of their deltas.
 
-def count_tiles(cols: int, group: int) -> tuple[int, int]:
-    """Tiles of a row, and scales of a row.
+        Args:
+            x: bf16, fp16 or fp32 [tokens, cols], columns adjacent.
+            slots: int32 [tokens] on the device, checked with `check_slots`; -1 for the backbone.
+
+        Returns:
+            fp32 [tokens, ranks], what the head's site of `head_matrix` multiplies; 0 for the
+            backbone, within 2e-6 of the exact one (relative L2) for the others.
+
+        Raises:
+            InternalError: rows of this table have no basis.
+        """
+        if not self._kind.has_basis:
+            raise InternalError("these rows are no coordinates")
+        if self.device.type != "cuda":
+            return self.project_plainly(x, slots)
+        from kernels.triton_ops.launch_batch import launch_project
+
+        hidden = torch.empty(len(x), self._kind.width, device=x.device)
+        launch_project(x, slots, self._table, hidden)
+        return hidden
+
+    def project_plainly(self, x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """What `project` does, in plain torch; arguments and result are the same.
+
+        Args:
+            x: same.
+            slots: same.
+
+        Returns:
+            Same.
+        """
+        hidden = torch.zeros(len(x), self._kind.width, device=x.device)
+        for token, slot in enumerate(slots.tolist()):
+            held = None if slot < 0 else self._held[slot]
+            if held is not None and held.basis is not None:
+                hidden[token] = held.basis.float() @ x[token].float()
+        return hidden
+
+
+def count_groups(width: int, group: int) -> int:
+    """Scales of one row.
 
     Args:
-        cols: columns.
-        group: columns that share a scale, 0 for all.
+        width: codes of the row.
+        group: codes that share a scale, 0 for all.
 
     Returns:
-        Both numbers.
+        Their number.
     """
-    return -(-cols // TILE_CODES), scale_shape(1, cols, (1, group))[1]
+    return scale_shape(1, width, (1, group))[1]

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from deltacome_core.errors import UserError
+from deltacome_core.errors import InternalError, UserError
 from deltacome_core.packed import PackedRows
 from kernels.bench.models import Pool
 from kernels.vocabulary import EmbeddingTable, head_matrix
@@ -11,8 +11,12 @@ from kernels.vocabulary import EmbeddingTable, head_matrix
 CHANGED = [True, False, True, True, False, True]
 
 
-def draw_rows(*, seed=0, bits=4, cols=150, group=128, symmetric=False, changed=CHANGED):
-    factor = Pool(seed).factor(sum(changed), cols, bits=bits, group=(1, group), symmetric=symmetric)
+def draw_rows(*, seed=0, bits=4, cols=150, group=128, symmetric=False, changed=CHANGED, rank=0):
+    width = rank or cols
+    factor = Pool(seed).factor(
+        sum(changed), width, bits=bits, group=(1, group), symmetric=symmetric
+    )
+    basis = torch.randn(rank, cols, generator=torch.Generator().manual_seed(seed)).bfloat16()
     return PackedRows(
         name="embed",
         rows=len(changed),
@@ -20,6 +24,7 @@ def draw_rows(*, seed=0, bits=4, cols=150, group=128, symmetric=False, changed=C
         changed=torch.tensor(changed),
         factor=factor,
         new_rows=None,
+        basis=basis if rank else None,
     )
 
 
@@ -57,10 +62,50 @@ def test_each_token_gets_the_row_of_its_own_delta(kind, add_rows):
     assert torch.equal(found, wanted)
 
 
+BASIS = {"rank": 9, "symmetric": True, "group": 0}
+
+
+@pytest.mark.parametrize("kind", [BASIS, {"rank": 130, "cols": 133, "bits": 3}], ids=str)
+def test_coordinates_are_read_through_the_basis_of_their_own_delta(kind, add_rows):
+    deltas = [draw_rows(seed=seed, **kind) for seed in (1, 2)]
+    table = EmbeddingTable(n_slots=2, like=deltas[0], device="cpu")
+    for slot, rows in enumerate(deltas):
+        table.put(slot, rows)
+    ids, slots = [0, 5, 3, 1], [0, 1, -1, 1]
+    found = add_rows(
+        table, torch.zeros(4, deltas[0].cols), torch.tensor(ids).int(), torch.tensor(slots).int()
+    ).double()
+    wanted = torch.stack([deltas[s].dequantise()[i] for i, s in zip(ids, slots, strict=True)])
+    wanted[2] = 0
+    assert torch.equal(found[2:], torch.zeros_like(found[2:]))
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("way", ["project", "project_plainly"])
+def test_a_head_reads_its_input_through_the_basis(way, monkeypatch):
+    rows = draw_rows(seed=4, cols=600, **BASIS)
+    table = EmbeddingTable(n_slots=1, like=rows, device="cpu")
+    table.put(0, rows)
+    x = torch.randn(3, 600, generator=torch.Generator().manual_seed(5))
+    slots = torch.tensor([0, -1, 0], dtype=torch.int32)
+    if way == "project":
+        monkeypatch.setattr(table, "device", torch.device("cuda"))
+    hidden = getattr(table, way)(x, slots)
+    logits = hidden @ head_matrix(rows).dequantise().T
+    wanted = x.double() @ rows.dequantise().double().T
+    wanted[1] = 0
+    assert torch.equal(hidden[1], torch.zeros(9))
+    assert float((logits.double() - wanted).norm() / wanted.norm()) < 2e-6
+    with pytest.raises(InternalError, match="no coordinates"):
+        EmbeddingTable(n_slots=1, like=draw_rows(), device="cpu").project(x, slots)
+
+
 def test_rows_of_another_kind_and_empty_slots_are_refused():
     table = EmbeddingTable(n_slots=2, like=draw_rows(), device="cpu")
     with pytest.raises(UserError, match="another kind"):
         table.put(0, draw_rows(bits=2))
+    with pytest.raises(UserError, match="another kind"):
+        table.put(0, draw_rows(rank=9))
     with pytest.raises(UserError, match="no delta"):
         table.check_slots([-1, 1])
     unchanged = replace(draw_rows(), changed=torch.zeros(6, dtype=torch.bool), factor=None)
