@@ -70,7 +70,7 @@ def build_tiny(layout: Layout) -> DeltaArena:
     """The smallest arena whose kernels are those of a real one of the same recipe."""
     site = Site(name="tiny", parts=("a",), out_features=(64,), in_features=256)
     bands = tuple(RankBand(band.bits, 16) for band in layout.wide)
-    tiny = replace(layout, square=bands, wide=bands)
+    tiny = replace(layout, square=bands, wide=bands, deep=bands)
     image = build_image((site,), Pool(0).delta((site,), tiny))
     arena = DeltaArena(ArenaSpec.covering((site,), [image]), n_slots=1, device="cuda")
     arena.load(image)

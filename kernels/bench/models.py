@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 
 from deltacome_core.layout import Group, RankBand, scale_shape, words_per_row
@@ -19,9 +20,24 @@ from kernels.image import Site
 _POOL_WORDS: Final = 1 << 22
 
 
+# Share of a delta's energy in its first singular values, a 4096 x 4096 matrix of a full fine-tune
+# of a 7B: Delta-CoMe (arXiv 2406.08903), figure 1.
+_MEASURED_SHARES: Final = {
+    2: 0.022,
+    34: 0.267,
+    128: 0.45,
+    256: 0.57,
+    512: 0.71,
+    1002: 0.84,
+    1462: 0.90,
+    2048: 0.95,
+    4096: 1.0,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A recipe as kernels see it: bands for square and for wide matrices, and scale groups."""
+    """A recipe as kernels see it: bands for square, wide and deep matrices, and scale groups."""
 
     name: str
     square: tuple[RankBand, ...]
@@ -30,17 +46,31 @@ class Layout:
     group_u: Group
     symmetric: bool
     direct_bits: int = 0
+    deep: tuple[RankBand, ...] = ()
 
     def bands(self, out_features: int, in_features: int) -> tuple[RankBand, ...]:
         """Bands of one matrix."""
-        return self.square if out_features == in_features else self.wide
+        if out_features == in_features:
+            return self.square
+        return self.deep if self.deep and in_features > out_features else self.wide
 
 
-# Bits times rank fill one bit a parameter: 2048 for 4096 x 4096, 2985 for 4096 x 11008.
+def measured_energies() -> list[float]:
+    """Energies of 4096 directions, falling: straight lines between the measured ones, log by log."""
+    ranks, shares = (np.array([0, *found]) for found in zip(*_MEASURED_SHARES.items(), strict=True))
+    middles = np.sqrt(np.maximum(ranks[:-1], 1) * ranks[1:])
+    energies = np.diff(shares) / np.diff(ranks)
+    directions = np.log(np.arange(1, 4097))
+    found = np.exp(np.interp(directions, np.log(middles), np.log(energies)))
+    return [float(energy) for energy in found / found.sum()]
+
+
+# The default recipe at one bit a parameter: what it plans for `measured_energies`.
 HUB: Final = Layout(
     name="hub",
-    square=(RankBand(8, 16), RankBand(4, 64), RankBand(3, 128), RankBand(2, 640)),
-    wide=(RankBand(8, 16), RankBand(4, 64), RankBand(3, 128), RankBand(2, 1104)),
+    square=(RankBand(4, 16), RankBand(3, 96), RankBand(2, 704), RankBand(1, 271)),
+    wide=(RankBand(4, 32), RankBand(3, 192), RankBand(2, 928), RankBand(1, 416)),
+    deep=(RankBand(4, 32), RankBand(3, 192), RankBand(2, 944), RankBand(1, 384)),
     group_v=(1, 0),
     group_u=(0, 1),
     symmetric=True,

@@ -6,8 +6,10 @@ import pytest
 import torch
 from source_tree import ROOT
 
+from deltacome_core.bands import plan_bands
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import PackedMatrix
+from deltacome_core.recipe import get_recipe
 from kernels import reference, tune
 from kernels.bench import baselines, chart, models, sections
 from kernels.bench.bars import TARGETS, judge
@@ -96,6 +98,14 @@ def test_bands_of_the_benchmark_fill_one_bit_a_parameter():
         for out, width, budget in ((4096, 4096, 2048), (11008, 4096, 2985)):
             spent = sum(band.bits * band.rank for band in layout.bands(out, width))
             assert 0.97 * budget <= spent <= budget
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (11008, 4096), (4096, 11008)], ids=str)
+def test_the_benchmark_has_the_bands_of_the_default_recipe(shape):
+    energies = models.measured_energies()
+    assert energies == sorted(energies, reverse=True)
+    recipe = get_recipe("hub", matrix_bits=1.0)
+    assert plan_bands(*shape, recipe, energies=energies) == models.HUB.bands(*shape)
 
 
 def test_the_table_takes_the_fastest_shape():
