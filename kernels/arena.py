@@ -186,6 +186,8 @@ class DeltaArena:
             (n_slots, len(spec.sites), ENTRY_INTS), dtype=torch.int32, device=self.device
         )
         self.images: list[Image | None] = [None] * n_slots
+        # When the bytes of each slot were there: for streams other than the one that loaded them.
+        self.loaded: list[torch.cuda.Event | None] = [None] * n_slots
         self._staged: list[torch.Tensor] = []
         self._copies: Any = None
         # Without kernels nothing reads a slab: `kernels.reference` reads the images.
@@ -276,6 +278,8 @@ class DeltaArena:
             if main is not None:
                 read[number % _N_STAGED] = main.record_event()
         self.directory[slot].copy_(image.directory, non_blocking=True)
+        if main is not None:
+            self.loaded[slot] = main.record_event()
 
     def _stage(self, image: Image) -> None:
         size = max((chunk.size for chunk in image.chunks), default=0)
@@ -296,6 +300,8 @@ class DeltaArena:
         self._slabs[target].copy_(self._slabs[source])
         self.directory[target].copy_(self.directory[source])
         self.images[target] = self.images[source]
+        if self.device.type == "cuda":
+            self.loaded[target] = torch.cuda.current_stream(self.device).record_event()
 
     def evict(self, slot: int) -> None:
         """Free a slot; its slab keeps its place and waits for the next delta.

@@ -23,12 +23,13 @@ from triton.errors import TritonError
 from kernels.compile_matrix import WARP_SIZE
 from kernels.config import SHARED_LIMIT_BYTES
 from kernels.triton_ops.batch import (
-    add_kernel,
     batch_expand_kernel,
     batch_shrink_kernel,
     prepare_kernel,
 )
-from kernels.triton_ops.gather import gather_kernel
+from kernels.triton_ops.gather import gather_kernel, project_kernel
+from kernels.triton_ops.layer import layer_kernel
+from kernels.triton_ops.product import product_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.triton_ops.unfold import unfold_kernel
 
@@ -36,13 +37,15 @@ KERNELS: Final[dict[str, Any]] = {
     "prepare": prepare_kernel,
     "shrink": batch_shrink_kernel,
     "expand": batch_expand_kernel,
-    "add": add_kernel,
+    "layer": layer_kernel,
     "repack": repack_kernel,
     "unfold": unfold_kernel,
+    "product": product_kernel,
     "gather": gather_kernel,
+    "project": project_kernel,
 }
 INSTRUCTION: Final = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
-ON_TENSOR_CORES: Final = ("shrink", "expand")
+ON_TENSOR_CORES: Final = ("shrink", "expand", "layer")
 _POINTERS: Final = {
     "planes_ptr": "*i64",
     "hidden_ptr": "*i64",
@@ -53,6 +56,16 @@ _POINTERS: Final = {
     "jobs_ptr": "*i64",
     "source_ptr": "i64",
     "slab_ptr": "i64",
+}
+_OF_THE_MODEL: Final = {
+    "x_ptr",
+    "y_ptr",
+    "out_ptr",
+    "weight_ptr",
+    "bias_ptr",
+    "left_ptr",
+    "right_ptr",
+    "base_ptr",
 }
 _ALL_WIDTHS: Final = (1, 2, 3, 4, 8)
 # Overlapping launches need Hopper.
@@ -92,8 +105,10 @@ def list_variants() -> Iterator[ArenaVariant]:
     """All widths and groupings on the newest architecture, turns of them on the others."""
     newest = max(SHARED_LIMIT_BYTES)
     for turn, arch in enumerate(SHARED_LIMIT_BYTES):
-        widths = _ALL_WIDTHS if arch == newest else (_ALL_WIDTHS[turn + 1],)
         for kernel in KERNELS:
+            # A layer sums its delta as `expand` does: once with all widths is enough.
+            every = arch == newest and kernel != "layer"
+            widths = _ALL_WIDTHS if every else (_ALL_WIDTHS[turn + 1],)
             yield ArenaVariant(
                 kernel=kernel,
                 arch=arch,
@@ -116,6 +131,15 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "IS_ALIGNED": variant.dtype != "fp32",
         "HAS_DIRECT": True,
         "HAS_FACTORS": True,
+        "HAS_BIAS": True,
+        "HAS_BASIS": True,
+        "ROWS": 16,
+        "BLOCK_M": 128,
+        "BLOCK_N": 128,
+        "BLOCK_K": 32,
+        "BLOCK_R": 8,
+        "BAND": 8,
+        "STAGES": 3,
         "R": 2,
         "NT": variant.units,
         "WK": 2,
@@ -130,12 +154,14 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
 
 
 def _argument_type(name: str, variant: ArenaVariant) -> str:
-    if name in {"x_ptr", "y_ptr", "out_ptr"}:
+    if name in _OF_THE_MODEL:
         return f"*{variant.dtype}"
     if name == "planes_ptr" and variant.kernel == "prepare":
         return "*i8"
-    if name == "hidden_ptr" and variant.kernel == "shrink":
-        return "*i8"
+    if name == "hidden_ptr" and variant.kernel in {"shrink", "project"}:
+        return "*i8" if variant.kernel == "shrink" else "*fp32"
+    if name == "scale":
+        return "fp32"
     return _POINTERS.get(name, "*i32" if name.endswith("_ptr") else "i32")
 
 

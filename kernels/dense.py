@@ -1,5 +1,6 @@
 """Resident deltas as plain matrices: prompts of hundreds of tokens, and whole fine-tunes."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from deltacome_core.packed import PackedDirect, PackedMatrix
 from kernels.arena import DeltaArena
 from kernels.fragments import STEP_COLUMNS
 from kernels.image import Image, Site
+from kernels.streams import side_stream
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,36 +70,44 @@ def _cut_parts(site: Site, image: Image) -> Iterator[_Cut]:
 
 
 class Unfolder:
-    """Room for the factors of one site, used again for the next."""
+    """Room for the factors of two sites: one is filled while the other's are multiplied."""
 
     def __init__(self, arena: DeltaArena, *, dtype: torch.dtype) -> None:
         self.arena = arena
         self.dtype = dtype
-        self._room: dict[str, torch.Tensor] = {}
+        self._rooms: tuple[dict[str, torch.Tensor], ...] = ({}, {})
+        # When each room was last read, and whether that was within the capture of a graph.
+        self._read: list[tuple[torch.cuda.Event, bool] | None] = [None, None]
+        self._turn = 0
 
     def _take(self, key: str, rows: int, columns: int) -> torch.Tensor:
         size = rows * columns
-        room = self._room.get(key)
+        rooms = self._rooms[self._turn]
+        room = rooms.get(key)
         if room is None or room.numel() < size:
             room = torch.empty(size, dtype=self.dtype, device=self.arena.device)
-            self._room[key] = room
+            rooms[key] = room
+            # Memory that the current stream may still be using for what it had there before.
+            self._read[self._turn] = None
         return room[:size].view(rows, columns)
 
     def unfold(self, slot: int, site: int) -> DenseSite:
-        """Unfold the factors of a site in one launch, over those of the site before.
+        """Unfold the factors of a site in one launch, over those of the site before the last.
+
+        On a CUDA device this runs beside what the current stream still has to do, but after the
+        delta was loaded; the current stream waits for it. In a graph it runs after what was queued.
 
         Args:
             slot: whose delta.
             site: number of the site.
 
         Returns:
-            The matrices that differ from the backbone's, in the dtype of this unfolder.
+            The matrices that differ from the backbone's, in the dtype of this unfolder; to be given
+            back with `release`.
 
         Raises:
             UserError: arena_slot_unknown.
         """
-        from kernels.triton_ops.unfold import unfold
-
         image = None if slot == -1 else self.arena.images[slot]
         if image is None:
             raise UserError("arena_slot_unknown", slot=slot, n_slots=self.arena.n_slots)
@@ -108,16 +118,7 @@ class Unfolder:
         left = self._take("left", where.total_out, _padded(widest))
         right = self._take("right", hidden, where.in_features)
         if cuts:
-            unfold(
-                self.arena.directory[slot, site],
-                self.arena.table[slot:],
-                left,
-                right,
-                n_shrink=len(image.needs[site].shrink_rows),
-                n_parts=len(where.parts),
-                widths=self.arena.spec.widths(site),
-                grouping=self.arena.spec.grouping(site),
-            )
+            self._launch(slot, site, image, left, right)
         parts = (
             DensePart(
                 first_row=cut.first_row,
@@ -127,6 +128,50 @@ class Unfolder:
             for cut in cuts
         )
         return DenseSite(parts=tuple(parts), right=right)
+
+    def _launch(
+        self, slot: int, site: int, image: Image, left: torch.Tensor, right: torch.Tensor
+    ) -> None:
+        from kernels.triton_ops.unfold import unfold
+
+        spec = self.arena.spec
+        is_cuda = self.arena.device.type == "cuda"
+        side = side_stream(self.arena.device) if is_cuda else None
+        if side is not None:
+            self._wait_for_room(slot, side)
+        with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
+            unfold(
+                self.arena.directory[slot, site],
+                self.arena.table[slot:],
+                left,
+                right,
+                n_shrink=len(image.needs[site].shrink_rows),
+                n_parts=len(spec.sites[site].parts),
+                widths=spec.widths(site),
+                grouping=spec.grouping(site),
+            )
+        if side is not None:
+            torch.cuda.current_stream(self.arena.device).wait_stream(side)
+
+    def _wait_for_room(self, slot: int, side: torch.cuda.Stream) -> None:
+        main = torch.cuda.current_stream(self.arena.device)
+        capturing = torch.cuda.is_current_stream_capturing()
+        read = self._read[self._turn]
+        if read is None or read[1] or capturing:
+            # Made just now, or events that are of one graph and not of another.
+            side.wait_stream(main)
+            return
+        side.wait_event(read[0])
+        loaded = self.arena.loaded[slot]
+        if loaded is not None:
+            side.wait_event(loaded)
+
+    def release(self) -> None:
+        """Say that what the last `unfold` gave has been read by all that is queued so far."""
+        if self.arena.device.type == "cuda":
+            event = torch.cuda.current_stream(self.arena.device).record_event()
+            self._read[self._turn] = (event, torch.cuda.is_current_stream_capturing())
+        self._turn = 1 - self._turn
 
 
 def multiply_prompt(
@@ -158,6 +203,7 @@ def multiply_prompt(
             torch.addmm(own, x, part.left.T, alpha=0.5, out=own)
         else:
             torch.addmm(own, hidden[:, part.hidden], part.left.T, alpha=0.25, out=own)
+    unfolder.release()
     return y
 
 
@@ -198,6 +244,7 @@ def merge_site(
                 arch=current_arch(),
                 out=out[rows],
             )
+    unfolder.release()
     first = 0
     for size in unfolder.arena.spec.sites[site].out_features:
         if first not in changed:

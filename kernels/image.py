@@ -283,6 +283,21 @@ def _at(record: Record, *, step: int, part: int) -> Record:
     )
 
 
+def _sum_needs(
+    builder: _Builder, shrink: list[Record], outputs: list[Record], hidden_steps: int
+) -> SiteNeeds:
+    records = shrink + outputs
+    return SiteNeeds(
+        shrink_rows=tuple(-(-record.rows // STEP_COLUMNS) * STEP_COLUMNS for record in shrink),
+        hidden_steps=hidden_steps,
+        widths=frozenset(builder.widths),
+        has_groups=any(record.groups for record in records),
+        has_plain=not all(record.groups for record in records),
+        has_direct=builder.has_direct,
+        has_factors=any(record.factors for record in outputs),
+    )
+
+
 def _add_site(
     builder: _Builder, site: Site, matrices: Mapping[str, PackedLinear]
 ) -> tuple[npt.NDArray[np.int32], SiteNeeds]:
@@ -331,19 +346,8 @@ def _add_site(
         first_row += out
     if len(shrink) > MAX_RECORDS:
         raise _refuse(site.name, f"{len(shrink)} rank bands at one site")
-    rows = tuple(-(-record.rows // STEP_COLUMNS) * STEP_COLUMNS for record in shrink)
     outputs = [record for part in parts if part is not None for record in part.expand]
-    records = shrink + outputs
-    needs = SiteNeeds(
-        shrink_rows=rows,
-        hidden_steps=step,
-        widths=frozenset(builder.widths),
-        has_groups=any(record.groups for record in records),
-        has_plain=not all(record.groups for record in records),
-        has_direct=builder.has_direct,
-        has_factors=any(record.factors for record in outputs),
-    )
-    return encode_site(shrink, parts), needs
+    return encode_site(shrink, parts), _sum_needs(builder, shrink, outputs, step)
 
 
 def _cut(ends: list[tuple[int, int]]) -> Iterator[Chunk]:

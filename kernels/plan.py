@@ -11,7 +11,7 @@ import torch
 
 from deltacome_core.errors import InternalError
 from kernels.arena import DeltaArena
-from kernels.fragments import PLANES, STEP_COLUMNS, UNIT_TOKENS
+from kernels.fragments import PLANES, STEP_COLUMNS, STEP_ROWS, UNIT_TOKENS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +64,7 @@ class StepPlan:
 
     All layers of a step share it; `assign` fills it for the next step in place, so that a captured
     graph sees the new tokens. units_per_group: a unit is two tokens; more of them let the tokens
-    of a busy tenant read its codes once. sums_beside: `delta_linear` sums the terms beside the
-    backbone's product and adds them after it, instead of expanding after it; slower where measured
-    on one stream priority (docs/benchmarks/kernels.json).
+    of a busy tenant read its codes once.
     """
 
     def __init__(
@@ -76,7 +74,6 @@ class StepPlan:
         n_tokens: int,
         units_per_group: int = 1,
         planes: int = PLANES,
-        sums_beside: bool = False,
     ) -> None:
         if planes not in {2, PLANES} or units_per_group < 1:
             raise InternalError(f"{planes} planes, {units_per_group} units a group")
@@ -86,7 +83,6 @@ class StepPlan:
         self.n_tokens = n_tokens
         self.units_per_group = units_per_group
         self.planes = planes
-        self.sums_beside = sums_beside
         n_units = n_tokens * units_per_group
         device = arena.device
         self.group_slots = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)
@@ -101,10 +97,10 @@ class StepPlan:
         width = UNIT_TOKENS * PLANES * STEP_COLUMNS
         self.x_planes = torch.empty((n_units, steps * width), dtype=torch.int8, device=device)
         self.h_planes = torch.empty((n_units, hidden * width), dtype=torch.int8, device=device)
-        # Delta terms of a site, where they are summed beside the backbone's product.
+        # The delta term of a lone token, and which of its blocks are summed: the least has 16 rows.
         widest = max(site.total_out for site in arena.spec.sites)
-        n_terms = n_tokens * widest if sums_beside else 0
-        self.terms = torch.empty(n_terms, device=device)
+        self.terms = torch.empty(widest if n_tokens == 1 else 0, device=device)
+        self.flags = torch.zeros((1, -(-widest // STEP_ROWS)), dtype=torch.int32, device=device)
         self.x_step = torch.empty(n_units * UNIT_TOKENS, device=device)
         self.x_norm = torch.empty(n_units * UNIT_TOKENS, device=device)
 

@@ -7,9 +7,8 @@ from deltacome_core.errors import InternalError, UserError
 from kernels import batch_reference
 from kernels.arena import DeltaArena
 from kernels.plan import PLANS, StepPlan
+from kernels.streams import side_stream
 from kernels.tuning import Shape, Stage, choose_shape
-
-_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def find_site(arena: DeltaArena, name: str) -> int:
@@ -50,10 +49,12 @@ def _choose(stage: Stage, plan: StepPlan, steps: int) -> Shape:
     return choose_shape(stage, groups=plan.n_tokens, steps=steps, arch=current_arch())
 
 
-def _launch_first(x: torch.Tensor, plan: StepPlan, site: int, *, clear_terms: bool) -> None:
+def _launch_first(
+    x: torch.Tensor, plan: StepPlan, site: int, *, cleared: torch.Tensor | None = None
+) -> None:
     from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
-    launch_prepare(x, plan, site, clear_terms=clear_terms)
+    launch_prepare(x, plan, site, cleared=cleared)
     launch_shrink(plan, site, _choose("shrink", plan, plan.arena.spec.sites[site].input_steps))
 
 
@@ -86,7 +87,7 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     _check(x, y.shape[1], plan, site)
     if not plan.arena.operand_order:
         return batch_reference.add_delta(y, x, plan, site)
-    _launch_first(x, plan, site, clear_terms=False)
+    _launch_first(x, plan, site)
     _launch_last(y, plan, site, overlap=True)
     return y
 
@@ -95,7 +96,7 @@ def _fits_layer(weight: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -
     # A lone token: its backbone's product is bound by memory like its delta, and leaves no gap.
     outs = plan.arena.spec.sites[site].out_features
     whole = all(out % shape.rows == 0 for out in outs)
-    return plan.n_tokens == 1 and whole and weight.is_contiguous() and not plan.sums_beside
+    return plan.n_tokens == 1 and whole and weight.is_contiguous()
 
 
 def multiply_layer(
@@ -122,16 +123,9 @@ def multiply_layer(
     from kernels.triton_ops.launch_batch import launch_layer
 
     y = torch.empty(1, len(weight), dtype=x.dtype, device=x.device)
-    _launch_first(x, plan, site, clear_terms=False)
+    _launch_first(x, plan, site, cleared=plan.flags)
     launch_layer(x, weight, bias, y, plan, site, shape)
     return y
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _STREAMS:
-        # The backbone's product fills the device: without precedence the deltas would wait for it.
-        _STREAMS[device] = torch.cuda.Stream(device, priority=-1)
-    return _STREAMS[device]
 
 
 @torch.library.custom_op("deltacome::delta_linear", mutates_args=())
@@ -145,22 +139,13 @@ def _delta_linear(
     if _fits_layer(weight, step, site, shape):
         return multiply_layer(x, weight, bias, step, site, shape)
     main = torch.cuda.current_stream(x.device)
-    side = _side_stream(x.device)
+    side = side_stream(x.device)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        _launch_first(x, step, site, clear_terms=step.sums_beside)
-        if step.sums_beside:
-            n_out = len(weight)
-            terms = step.terms[: step.n_tokens * n_out].view(-1, n_out)
-            _launch_last(terms, step, site, overlap=True)
+        _launch_first(x, step, site)
     y = functional.linear(x, weight, bias)
     main.wait_stream(side)
-    if step.sums_beside:
-        from kernels.triton_ops.launch_batch import launch_add
-
-        launch_add(y, step, site)
-    else:
-        _launch_last(y, step, site, overlap=False)
+    _launch_last(y, step, site, overlap=False)
     return y
 
 
@@ -182,7 +167,8 @@ def delta_linear(
 ) -> torch.Tensor:
     """Backbone's product and each token's delta, x W^T + bias + x V^T diag(sigma) U^T.
 
-    The first stage of the deltas, or all of them, runs beside the backbone's product.
+    The first stage of the deltas runs beside the backbone's product; a lone token's layer is one
+    launch after it (`multiply_layer`).
 
     The layer is one operator: torch.compile sees one call, and a CUDA graph may capture it. The
     tokens' slots are those the plan holds when the operator, or the graph, runs.

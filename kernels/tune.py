@@ -16,6 +16,7 @@ from typing import Any, Final
 import torch
 
 from deltacome_core.layout import RankBand
+from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.bench.models import HUB, LLAMA_7B, Layout, Pool
 from kernels.bench.sections import fill_slots
@@ -99,6 +100,19 @@ def compile_shape(
         terms = torch.zeros(1, 64, device="cuda")
         launch_expand(terms, plan, 0, shape, overlap=True)
         launch_expand(terms.bfloat16(), plan, 0, shape)
+
+
+def compile_layer(arena: DeltaArena, *, planes: int) -> None:
+    """Compile the layer of a lone token by running it on a tiny arena.
+
+    Args:
+        arena: of `build_tiny`.
+        planes: of the activations.
+    """
+    plan = StepPlan(arena, n_tokens=1, planes=planes)
+    plan.assign([0])
+    x, weight = (torch.randn(n, 256, device="cuda").bfloat16() for n in (1, 64))
+    serving.delta_linear(x, weight, arena, 0, plan)
 
 
 def compile_share(worker: int) -> None:

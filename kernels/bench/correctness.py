@@ -1,11 +1,13 @@
 """The arena kernels against float64, before anything is timed."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file
 
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import PackedDirect, PackedLinear
@@ -28,6 +30,18 @@ _ODD: Final = Layout(
     group_u=(0, 1),
     symmetric=True,
 )
+_ODD_TILES: Final = replace(
+    _ODD,
+    name="odd-tiles",
+    wide=(RankBand(8, 3), RankBand(3, 41), RankBand(2, 130)),
+    group_v=(1, 128),
+    group_u=(1, 128),
+    symmetric=False,
+)
+# Recipes in one arena are compiled twice for each width: two widths say what all would.
+_SOME: Final = replace(_ODD, name="some", wide=(RankBand(3, 128), RankBand(2, 640)))
+_SOME_TILES: Final = replace(_ODD_TILES, name="some-tiles", wide=_SOME.wide)
+ACTIVATIONS: Final = Path(__file__).parent / "activations.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +55,12 @@ class BatchCase:
     planes: int = 4
     units: int = 1
     outliers: bool = False
+    recorded: str = ""
 
     def __str__(self) -> str:
         layouts = "+".join(layout.name for layout in self.layouts)
         flags = "-outliers" if self.outliers else ""
+        flags += f"-smollm2-{self.recorded}" if self.recorded else ""
         sizes = f"{'+'.join(map(str, self.outs))}x{self.width}"
         return f"{layouts}-{sizes}-t{len(self.slots)}-p{self.planes}-u{self.units}{flags}"
 
@@ -54,14 +70,19 @@ def list_cases() -> Iterator[BatchCase]:
     for layout, planes in product((HUB, COME, BITDELTA), (4, 2)):
         yield BatchCase(layouts=(layout, layout), slots=(0, 1, -1, 0), planes=planes)
     many = tuple([0] * 9 + [1] * 3 + [-1] * 2 + [2] * 5)
-    yield BatchCase(layouts=(HUB, COME, BITDELTA), slots=many)
+    yield BatchCase(layouts=(_SOME, _SOME_TILES, BITDELTA), slots=many)
     for units in (2, 4):
         yield BatchCase(layouts=(HUB, HUB, HUB), slots=many, units=units)
     yield BatchCase(layouts=(HUB,), slots=(0,), outs=(4096,), width=11008, outliers=True)
     yield BatchCase(layouts=(HUB,), slots=(0, -1), planes=2, outliers=True)
-    for planes in (4, 2):
+    for layout, planes in product((_ODD, _ODD_TILES), (4, 2)):
+        slots = (0, 1, 0, -1)
         yield BatchCase(
-            layouts=(_ODD, COME), slots=(0, 1, 0, -1), outs=(417, 96), width=300, planes=planes
+            layouts=(layout, layout), slots=slots, outs=(417, 96), width=300, planes=planes
+        )
+    for planes, (key, width) in product((4, 2), (("28.qkv", 576), ("28.down", 1536))):
+        yield BatchCase(
+            layouts=(_ODD,), slots=(0,) * 8, outs=(576,), width=width, planes=planes, recorded=key
         )
 
 
@@ -74,7 +95,19 @@ def exact_delta(matrix: PackedLinear) -> torch.Tensor:
     return left @ (right * matrix.sigma.double()[:, None])
 
 
-def _draw(case: BatchCase, generator: torch.Generator) -> torch.Tensor:
+def draw_inputs(case: BatchCase, generator: torch.Generator) -> torch.Tensor:
+    """bf16 [tokens, in] of a case: random, with outliers, or recorded from a real model.
+
+    Args:
+        case: the case.
+        generator: of the random ones.
+
+    Returns:
+        The inputs.
+    """
+    if case.recorded:
+        # Made by benchmarks/record_activations.py.
+        return load_file(ACTIVATIONS)[case.recorded][: len(case.slots)]
     x = torch.randn(len(case.slots), case.width, generator=generator)
     if case.outliers:
         # A few channels of a language model are hundreds of times the others.
@@ -110,7 +143,7 @@ def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> d
     arena = DeltaArena(spec, n_slots=len(images), device=device, operand_order=True)
     held = [arena.load(image) for image in images]
     slots = [held[slot] if slot >= 0 else -1 for slot in case.slots]
-    x = _draw(case, torch.Generator().manual_seed(seed)).to(device)
+    x = draw_inputs(case, torch.Generator().manual_seed(seed)).to(device)
     plan = StepPlan(arena, n_tokens=len(slots), units_per_group=case.units, planes=case.planes)
 
     def run(base: torch.Tensor, rows: torch.Tensor, order: list[int]) -> torch.Tensor:

@@ -56,7 +56,7 @@ class Layout:
 
 
 def measured_energies() -> list[float]:
-    """Energies of 4096 directions, falling: straight lines between the measured ones, log by log."""
+    """Energies of 4096 directions, falling: straight lines between measured ones, log by log."""
     ranks, shares = (np.array([0, *found]) for found in zip(*_MEASURED_SHARES.items(), strict=True))
     middles = np.sqrt(np.maximum(ranks[:-1], 1) * ranks[1:])
     energies = np.diff(shares) / np.diff(ranks)

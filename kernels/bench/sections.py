@@ -135,19 +135,10 @@ def time_decode(
     """
     inputs = bench.inputs(len(slots))
     base_us = time_graph(base_step(bench, inputs))
-    steps_us = {}
-    for sums_beside in (False, True):
-        plan = StepPlan(
-            bench.arena,
-            n_tokens=len(slots),
-            units_per_group=units,
-            planes=planes,
-            sums_beside=sums_beside,
-        )
-        plan.assign(slots)
-        steps_us["beside" if sums_beside else "after"] = time_graph(delta_step(bench, inputs, plan))
+    plan = StepPlan(bench.arena, n_tokens=len(slots), units_per_group=units, planes=planes)
+    plan.assign(slots)
+    step_us = time_graph(delta_step(bench, inputs, plan))
     term_us = time_graph(term_step(bench, inputs, plan))
-    step_us = min(steps_us.values())
     n_tenants = len(set(slots) - {-1})
     moved = bench.base_bytes + n_tenants * bench.image.slab_bytes
     return {
@@ -158,7 +149,6 @@ def time_decode(
         "base_us": base_us,
         "term_us": term_us,
         "step_us": step_us,
-        "steps_us": steps_us,
         "factor": step_us / base_us,
         "moved_bytes": moved,
         "gbps": moved / step_us / 1e3,
@@ -174,7 +164,7 @@ def draw_zipf(n_tokens: int, n_slots: int, *, seed: int) -> list[int]:
 
 
 def time_prefill(bench: Bench, *, n_tokens: int) -> dict[str, float]:
-    """A prompt of one tenant over the whole model, in a graph a site to bound its memory."""
+    """A prompt of one tenant over the whole model."""
     unfolder = Unfolder(bench.arena, dtype=torch.bfloat16)
     base_us = delta_us = 0.0
     # Layers are alike: the first four of them, one after the other, stand for all.
@@ -191,8 +181,10 @@ def time_prefill(bench: Bench, *, n_tokens: int) -> dict[str, float]:
             multiply_prompt(functional.linear(x, weight), x, unfolder, 0, site)
 
     scale = len(bench.weights) / n_sites
-    base_us = time_graph(base, n_calls=7) * scale
-    delta_us = time_graph(with_delta, n_calls=7) * scale
+    base()
+    with_delta()
+    base_us = time_calls(base, n_calls=7) * scale
+    delta_us = time_calls(with_delta, n_calls=7) * scale
     return {
         "n_tokens": float(n_tokens),
         "base_us": base_us,

@@ -54,7 +54,7 @@ def round_to_int(value) -> tl.tensor:
 
 
 @triton.jit(
-    do_not_specialize=["n_cols", "n_steps", "x_stride", "slot_stride", "site_offset", "n_out"]
+    do_not_specialize=["n_cols", "n_steps", "x_stride", "slot_stride", "site_offset", "n_cleared"]
 )
 def prepare_kernel(
     x_ptr,
@@ -69,8 +69,8 @@ def prepare_kernel(
     directory_ptr,
     slot_stride,
     site_offset,
-    term_ptr,
-    n_out,
+    cleared_ptr,
+    n_cleared,
     GROUP_TOKENS: tl.constexpr,
     N_PLANES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,7 +78,7 @@ def prepare_kernel(
 ) -> None:
     """One token: x [n_cols] as int8 planes, the worth of a unit, and its length.
 
-    Also clears the token's row of the delta term, and touches the directory so that the kernels
+    Also clears n_cleared elements of the token, and touches the directory so that the kernels
     that follow find it in the cache.
     """
     if OVERLAP:
@@ -93,9 +93,9 @@ def prepare_kernel(
         col = tl.arange(0, BLOCK)
         x_at = x_ptr + token.to(tl.int64) * x_stride + col
         x = tl.load(x_at, mask=col < n_cols, other=0.0).to(tl.float32)
-        for start in range(0, n_out, BLOCK):
-            term_at = term_ptr + token.to(tl.int64) * n_out + start + col
-            tl.store(term_at, tl.zeros_like(x), mask=start + col < n_out)
+        for start in range(0, n_cleared, BLOCK):
+            at = cleared_ptr + token.to(tl.int64) * n_cleared + start + col
+            tl.store(at, tl.zeros_like(x), mask=start + col < n_cleared)
         # Zeros must not divide by zero: a token of them has the length of the least one.
         largest = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST)
         norm = largest * tl.sqrt(tl.sum((x / largest) * (x / largest), axis=0))
@@ -106,25 +106,6 @@ def prepare_kernel(
         at = planes_ptr + (((place // 2).to(tl.int64) * n_steps + col // 32) * 8 + column) * 32
         value = round_to_int(x * (units / largest))
         store_planes(at + col % 32, value, col < n_steps * 32, N_PLANES)
-
-
-@triton.jit(do_not_specialize=["y_stride", "n_out"])
-def add_kernel(
-    y_ptr,
-    y_stride,
-    term_ptr,
-    n_out,
-    group_tokens_ptr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One token that uses a delta: y [n_out] += its term."""
-    token = tl.load(group_tokens_ptr + tl.program_id(1))
-    if token >= 0:
-        col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        at = y_ptr + token.to(tl.int64) * y_stride + col
-        term = tl.load(term_ptr + token.to(tl.int64) * n_out + col, mask=col < n_out, other=0.0)
-        y = tl.load(at, mask=col < n_out, other=0.0).to(tl.float32) + term
-        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=col < n_out)
 
 
 @triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset"])

@@ -10,7 +10,6 @@ from deltacome_core.layout import TILE_CODES, words_per_row
 from kernels.fragments import PLANES, UNIT_TOKENS
 from kernels.plan import StepPlan
 from kernels.triton_ops.batch import (
-    add_kernel,
     batch_expand_kernel,
     batch_shrink_kernel,
     prepare_kernel,
@@ -21,14 +20,13 @@ from kernels.triton_ops.repack import repack_kernel
 from kernels.tuning import Shape
 from kernels.vocabulary import count_groups
 
-# Eight elements a thread of four warps.
-_ADD_BLOCK = 1024
 # Eight ranks by 512 columns: 32 values of a basis a thread in flight.
 _PROJECT_RANKS = 8
 _PROJECT_COLUMNS = 512
 # Columns of the backbone's weights that a program of `layer_kernel` takes at a time.
 _LAYER_BLOCK = 512
 _LAYER_STAGES = 3
+LAYER_ROWS = 16
 
 
 def is_compiled() -> bool:
@@ -77,7 +75,7 @@ def launch_repack(
 
 
 def launch_prepare(
-    x: torch.Tensor, plan: StepPlan, site: int, *, clear_terms: bool = False
+    x: torch.Tensor, plan: StepPlan, site: int, *, cleared: torch.Tensor | None = None
 ) -> None:
     """Write the int8 planes of the tokens that use a delta.
 
@@ -85,11 +83,10 @@ def launch_prepare(
         x: bf16, fp16 or fp32 [tokens, in], columns adjacent.
         plan: of the step.
         site: number of the site.
-        clear_terms: set the terms of these tokens to 0.
+        cleared: 32-bit elements [tokens, n], adjacent: rows of tokens that use a delta become 0.
     """
     arena = plan.arena
-    where = arena.spec.sites[site]
-    steps = where.input_steps
+    steps = arena.spec.sites[site].input_steps
     block = triton.next_power_of_2(steps * 32)
     prepare_kernel[(len(plan.group_tokens),)](
         x,
@@ -104,8 +101,8 @@ def launch_prepare(
         arena.directory,
         arena.directory.stride(0),
         site * arena.directory.stride(1),
-        plan.terms,
-        where.total_out if clear_terms else 0,
+        plan.x_norm if cleared is None else cleared.view(torch.float32),
+        0 if cleared is None else cleared.shape[1],
         GROUP_TOKENS=plan.units_per_group * UNIT_TOKENS,
         N_PLANES=plan.planes,
         BLOCK=block,
@@ -217,23 +214,24 @@ def launch_layer(
 
     Args:
         x: bf16, fp16 or fp32 [1, in], columns adjacent.
-        weight: [out, in] of the backbone, rows and columns adjacent; `fits_layer` says whether it
-            can be cut like this.
+        weight: [out, in] of the backbone, contiguous; parts begin at multiples of shape.rows.
         bias: [out] or None.
         y: [1, out], overwritten.
-        plan: of the step, shrunk on this stream just before.
+        plan: of the step, of one token; prepared with its flags cleared, and shrunk just before.
         site: number of the site.
-        shape: how programs are cut.
+        shape: how the programs of the delta are cut.
     """
     arena = plan.arena
     spec = arena.spec
     cut = _cut(plan, site, shape, overlap=overlaps())
     del cut["NT"], cut["num_stages"]
-    layer_kernel[(len(weight) // shape.rows,)](
+    n_delta = len(weight) // shape.rows
+    layer_kernel[(n_delta + len(weight) // LAYER_ROWS,)](
         x,
         weight,
         weight if bias is None else bias,
         x.shape[1],
+        n_delta,
         plan.x_planes.view(torch.int64),
         plan.x_step,
         plan.x_norm,
@@ -243,29 +241,17 @@ def launch_layer(
         arena.directory.stride(0),
         site * arena.directory.stride(1),
         plan.group_slots,
+        plan.terms,
+        plan.flags,
         y,
         P=plan.planes if spec.has_direct(site) else PLANES,
         HAS_DIRECT=spec.has_direct(site),
         HAS_FACTORS=spec.has_factors(site),
         HAS_BIAS=bias is not None,
+        ROWS=LAYER_ROWS,
         BLOCK=_LAYER_BLOCK,
         STAGES=_LAYER_STAGES,
         **cut,
-    )
-
-
-def launch_add(y: torch.Tensor, plan: StepPlan, site: int) -> None:
-    """Add the terms of a site to its outputs.
-
-    Args:
-        y: bf16, fp16 or fp32 [tokens, out], columns adjacent.
-        plan: of the step, its terms expanded.
-        site: number of the site.
-    """
-    n_out = plan.arena.spec.sites[site].total_out
-    grid = (triton.cdiv(n_out, _ADD_BLOCK), len(plan.group_tokens))
-    add_kernel[grid](
-        y, y.stride(0), plan.terms, n_out, plan.group_tokens, BLOCK=_ADD_BLOCK, num_warps=4
     )
 
 

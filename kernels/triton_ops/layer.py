@@ -108,12 +108,37 @@ def sum_delta(
     return delta
 
 
-@triton.jit(do_not_specialize=["slot_stride", "site_offset"])
+@triton.jit
+def multiply_rows(
+    first_row,
+    x_ptr,
+    weight_ptr,
+    n_cols,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tl.tensor:
+    """Products of rows of the backbone's weight and one token, fp32 [ROWS]."""
+    rows = first_row + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    w_at = weight_ptr + rows.to(tl.int64)[:, None] * n_cols + col[None, :]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
+        inside = start + col < n_cols
+        x = tl.load(x_ptr + start + col, mask=inside, other=0.0).to(tl.float32)
+        # Weights are read once: they should not push anything out of the caches.
+        w = tl.load(w_at + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        total += w.to(tl.float32) * x[None, :]
+    return tl.sum(total, axis=1)
+
+
+@triton.jit(do_not_specialize=["n_delta", "slot_stride", "site_offset"])
 def layer_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     n_cols,
+    n_delta,
     planes_ptr,
     step_ptr,
     norm_ptr,
@@ -123,6 +148,8 @@ def layer_kernel(
     slot_stride,
     site_offset,
     group_slot_ptr,
+    term_ptr,
+    flag_ptr,
     y_ptr,
     P: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -134,45 +161,47 @@ def layer_kernel(
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One block of 16 R WR outputs of one token: y = x W^T + bias + U h, or + D x.
+    """One token: y = x W^T + bias + U h, or + D x; the first n_delta programs sum the delta.
 
-    The backbone's weights stream while `prepare` and `shrink`, launched before, still run. The
-    delta is summed late among their blocks: hidden values are there, and loads stay in flight.
-    Parts of the site begin at multiples of the block.
+    The others stream the backbone's weights while `prepare` and `shrink`, launched before, still
+    run, and add the terms of their rows when all is summed. Programs start in order, so that those
+    of the delta never wait for the ones that wait for them. Parts of the site begin at multiples of
+    the delta's blocks.
     """
-    ROWS: tl.constexpr = 16 * R * WR
-    first_row = tl.program_id(0) * ROWS
-    rows = first_row + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK)
-    w_at = weight_ptr + rows.to(tl.int64)[:, None] * n_cols + col[None, :]
-    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    delta = tl.zeros((WR, 8, 2, 2 * R), dtype=tl.float32)
-    late = n_cols // BLOCK * 3 // 4 * BLOCK
-    for start in tl.range(0, n_cols, BLOCK, num_stages=STAGES):
-        inside = start + col < n_cols
-        x = tl.load(x_ptr + start + col, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(w_at + start, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-        total += w.to(tl.float32) * x[None, :]
-        if start == late:
+    DELTA_ROWS: tl.constexpr = 16 * R * WR
+    program = tl.program_id(0)
+    if program < n_delta:
+        if tl.load(group_slot_ptr) >= 0:
+            first_row = program * DELTA_ROWS
             delta = sum_delta(
                 first_row, planes_ptr, step_ptr, norm_ptr, hidden_ptr, table_ptr, directory_ptr,
                 slot_stride, site_offset, group_slot_ptr, P, WIDTHS, GROUPING, HAS_DIRECT,
                 HAS_FACTORS, R, WK, WR, U, USE_PTX, OVERLAP,
             )  # fmt: skip
-    sums = tl.sum(total, axis=1)
-    if HAS_BIAS:
-        sums += tl.load(bias_ptr + rows).to(tl.float32)
-    # In the order of `row_of_share` at R of 1 and 2.
-    y = tl.permute(tl.reshape(sums, (WR, R, 2, 8)), (0, 3, 2, 1))
-    y = tl.reshape(y, (WR, 8, 1, 2 * R)) + delta
-    token = tl.arange(0, 2)[None, None, :, None]
-    at = y_ptr + first_row + row_of_share(0, R, WR)
-    # A lone token has no group where it uses no delta: the launches before end first all the same.
-    if OVERLAP:
-        gdc_wait()
-    tl.store(at + token, y.to(y_ptr.dtype.element_ty), mask=token < 1)
+            token = tl.arange(0, 2)[None, None, :, None]
+            at = term_ptr + first_row + row_of_share(0, R, WR)
+            tl.store(at + token, delta, mask=token < 1)
+            tl.debug_barrier()
+            tl.atomic_xchg(flag_ptr + program, 1, sem="release")
+    else:
+        first_row = (program - n_delta) * ROWS
+        rows = first_row + tl.arange(0, ROWS)
+        y = multiply_rows(first_row, x_ptr, weight_ptr, n_cols, ROWS, BLOCK, STAGES)
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + rows).to(tl.float32)
+        # The flags are those of this launch once the launches before have ended.
+        if OVERLAP:
+            gdc_wait()
+        if tl.load(group_slot_ptr) >= 0:
+            at = flag_ptr + first_row // DELTA_ROWS
+            while tl.atomic_add(at, 0, sem="acquire") == 0:
+                pass
+            tl.debug_barrier()
+            y += tl.load(term_ptr + rows, cache_modifier=".cg")
+        tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))

@@ -68,7 +68,7 @@ _DEFAULTS: Final = (
         stage="layer",
         groups=1,
         steps=1 << 30,
-        shape=Shape(blocks=1, along_steps=4, along_rows=1, ahead=2),
+        shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2),
     ),
 )
 

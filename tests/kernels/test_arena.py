@@ -3,18 +3,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import kernels.arena
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.layout import RankBand
 from kernels import batch_reference, serving
 from kernels.arena import ArenaSpec, DeltaArena
-from kernels.bench.correctness import BatchCase, exact_delta, run_case
+from kernels.bench.correctness import ACTIVATIONS, BatchCase, exact_delta, run_case
 from kernels.bench.models import Layout, Pool
 from kernels.dense import Unfolder, merge_site, multiply_prompt
 from kernels.fragments import FragmentShape
 from kernels.image import Site, build_image
 from kernels.plan import StepPlan
+from kernels.tuning import Shape
 
 BY_VECTOR = Layout(
     name="vector",
@@ -94,6 +96,41 @@ def test_recipes_of_every_kind_share_a_batch(planes, units, limit):
     wanted = expected_terms(deltas, numbers, x)
     assert relative(y, wanted) <= limit
     assert torch.equal(y[wanted == 0], torch.zeros(int((wanted == 0).sum())))
+
+
+@pytest.mark.parametrize("without", [(), ("q",)], ids=["all", "one-part"])
+def test_a_lone_token_has_its_whole_layer_in_one_launch(without):
+    site = replace(SITE, out_features=(64, 32))
+    delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site, without=without)
+    arena, (slot,) = build_arena([delta], site=site)
+    generator = torch.Generator().manual_seed(11)
+    x, weight = (torch.randn(n, 70, generator=generator) for n in (1, 96))
+    bias = torch.randn(96, generator=generator)
+    plan = StepPlan(arena, n_tokens=1)
+    shape = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2)
+    base = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    found = {}
+    # The second of two runs must not take the first one's flags for its own.
+    for number in (0, -1, 0):
+        plan.terms.fill_(torch.nan)
+        plan.assign([slot if number == 0 else -1])
+        y = serving.multiply_layer(x, weight, bias, plan, 0, shape)
+        assert torch.equal(y, found.setdefault(number, y))
+        wanted = base + expected_terms([delta], [number], x, site)
+        assert relative(y, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("key", ["28.qkv", "28.down"])
+def test_inputs_of_a_real_model_cost_no_precision(key):
+    recorded = load_file(ACTIVATIONS)[key][:1]
+    assert float(recorded.abs().amax() / recorded.float().square().mean().sqrt()) > 10
+    site = Site(name="s", parts=("a",), out_features=(16,), in_features=recorded.shape[1])
+    delta = draw(replace(BY_VECTOR, wide=(RankBand(3, 9),)), site=site)
+    arena, (slot,) = build_arena([delta], site=site)
+    plan = StepPlan(arena, n_tokens=1)
+    plan.assign([slot])
+    y = serving.add_delta(torch.zeros(1, 16), recorded, plan, 0)
+    assert relative(y, expected_terms([delta], [0], recorded, site)) <= 2e-6
 
 
 def test_outliers_cost_no_precision():
