@@ -19,16 +19,8 @@ from deltacome_core.entries import (
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_config, load_model, load_tokenizer
-<<<<<<< HEAD
-from deltacome_core.packed import PackedLinear
-from deltacome_core.parameters import Piece, locate_parameters
-from deltacome_core.precision import NATIVE
-from deltacome_core.reconstruct import apply_entry
-from deltacome_core.tensors import TORCH_DTYPES, load_tensor
-from kernels import delta_linear
-=======
 from deltacome_core.parameters import locate_parameters
->>>>>>> 8bf87d5 (Hold the steps of a GPU against dense checkpoints in the interpreter)
+from deltacome_core.precision import NATIVE
 from workers.engine.canary import UNTESTED, CanaryResult
 from workers.engine.executor import Executor, PlainExecutor
 from workers.engine.own_module import (
