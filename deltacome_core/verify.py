@@ -168,16 +168,11 @@ def verify_delta(
             reconstruct_checkpoint(base_dir, delta_dir, rebuilt, device=device)
         weights = compare_weights(base_dir, tuned_dir, delta_dir, rebuilt)
         original = load_model(tuned_dir, device=device)
-        model = load_model(rebuilt, device=device)
-        fidelity = compare_models(original, model, texts)
-        match, exact = compare_answers(original, model, tokenizer, [text.opening for text in texts])
-        prompts_read = [text.tokens for text in texts]
-        rebuilt_logits = read_last_logits(model, prompts_read)
-        del model
+        fidelity, (match, exact), logits = _compare_rebuilt(
+            original, load_model(rebuilt, device=device), tokenizer, texts
+        )
         with served_backbone(base_dir, delta_dir) as served:
-            bare = load_model(served, device=device)
-            backbone = compare_models(original, bare, texts)
-            canary = make_canary(prompts_read, rebuilt_logits, read_last_logits(bare, prompts_read))
+            backbone, canary = _compare_backbone(original, served, texts, logits, device=device)
     recovery = measure_recovery(fidelity.kl, backbone.kl)
     checks = _list_checks(weights, recovery, fidelity.ppl_ratio)
     return VerifyReport(
@@ -198,6 +193,29 @@ def verify_delta(
         seconds=time.monotonic() - started,
         canary=canary,
     )
+
+
+def _compare_rebuilt(
+    original: Any, rebuilt: Any, tokenizer: Any, texts: Sequence[ScoredText]
+) -> tuple[Comparison, tuple[float, float], list[torch.Tensor]]:
+    """Predictions and answers of the reconstruction, and its logits for the canary."""
+    fidelity = compare_models(original, rebuilt, texts)
+    answers = compare_answers(original, rebuilt, tokenizer, [text.opening for text in texts])
+    return fidelity, answers, read_last_logits(rebuilt, [text.tokens for text in texts])
+
+
+def _compare_backbone(
+    original: Any,
+    base_dir: Path,
+    texts: Sequence[ScoredText],
+    rebuilt_logits: list[torch.Tensor],
+    *,
+    device: str,
+) -> tuple[Comparison, Canary]:
+    backbone = load_model(base_dir, device=device)
+    prompts = [text.tokens for text in texts]
+    canary = make_canary(prompts, rebuilt_logits, read_last_logits(backbone, prompts))
+    return compare_models(original, backbone, texts), canary
 
 
 def save_report(report: VerifyReport, delta_dir: Path) -> Path:

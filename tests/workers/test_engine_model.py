@@ -7,7 +7,8 @@ from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
-from workers.engine.model import DeltaLinear, load_backbone, load_delta, measure_delta
+from workers.engine.model import load_backbone, load_delta, measure_delta
+from workers.engine.own_module import DeltaLinear
 
 PROMPT = torch.tensor([[40, 41, 42, 200, 7, 8, 9]])
 SHAPES = {

@@ -44,7 +44,7 @@ def blobs(models):
 def residency(models, blobs, tmp_path):
     made = open_residency(models, blobs, tmp_path)
     yield made
-    made.close()
+    made._loaders.shutdown(wait=True)
 
 
 def open_residency(models, blobs, tmp_path, **fields):
@@ -122,7 +122,8 @@ def test_a_fetch_that_takes_too_long_asks_to_come_back(models, blobs, tmp_path):
     assert (refusal.value.status, refusal.value.code) == (503, "model_loading")
     assert refusal.value.retry_after_s
     blobs.gate.set()
-    residency.close()
+    # It goes on without anyone waiting; the next test must not meet it.
+    residency._loaders.shutdown(wait=True)
 
 
 def test_a_file_that_rotted_in_the_cache_is_refused_and_fetched_again(models, residency, tmp_path):

@@ -1,5 +1,10 @@
 """Tokens of many tenants in one step: each answer is the one its own checkpoint gives."""
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -12,6 +17,7 @@ from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from workers.engine.executor import PlainExecutor, Work
+from workers.engine.graphs import DecodeGraphs, _Captured
 from workers.engine.model import load_backbone, load_shared, share_backbone
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.shared import SharedExecutor
@@ -40,10 +46,12 @@ def make_deltas(folder, tuned, recipe):
         reconstruct_checkpoint(folder / "base", folder / f"d{number}", folder / f"r{number}")
 
 
-def load_all(folder, n, *, factor_bytes=1 << 30, n_slots=4):
+def load_all(folder, n, *, factor_bytes=1 << 30, n_slots=4, arena=False):
+    """The backbone and its deltas; with `arena` in slots of a GPU, run by the kernels' reference."""
     backbone = load_backbone(folder / "base", device="cpu")
-    shared = share_backbone(backbone, folder / "base", kv_bytes=1 << 23, n_slots=n_slots)
-    assert isinstance(shared.executor, SharedExecutor)
+    room = {"device": "cpu", "kv_bytes": 1 << 23, "n_slots": n_slots}
+    executor = SharedExecutor(backbone.module, folder / "base", arena=arena, **room)
+    shared = replace(backbone, executor=executor)
     deltas = [
         load_shared(shared, folder / "base", folder / f"d{number}", factor_bytes=factor_bytes)
         for number in range(n)
@@ -71,9 +79,16 @@ def folder(tmp_path_factory, request):
     return root
 
 
-@pytest.mark.parametrize("factor_bytes", [0, 1 << 30], ids=["packed", "factors"])
-def test_tenants_in_one_step_answer_as_their_checkpoints_do(folder, factor_bytes):
-    models = load_all(folder, 3, factor_bytes=factor_bytes)
+WAYS = {
+    "packed": {"factor_bytes": 0},
+    "factors": {"factor_bytes": 1 << 30},
+    "arena": {"arena": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tenants_in_one_step_answer_as_their_checkpoints_do(folder, way):
+    models = load_all(folder, 3, **WAYS[way])
     scheduler = Scheduler(Limits(prefill_tokens=9))
     asked = [(model, prompt) for model in models for prompt in PROMPTS]
     heard = [Heard() for _ in asked]
@@ -102,8 +117,9 @@ def logits_of(executor, model, prompt):
     return Work(sequence=source, start=0, count=len(prompt), rows=len(prompt))
 
 
-def test_logits_of_a_mixed_step_are_those_of_each_alone(folder):
-    models = load_all(folder, 3)
+@pytest.mark.parametrize("way", ["factors", "arena"])
+def test_logits_of_a_mixed_step_are_those_of_each_alone(folder, way):
+    models = load_all(folder, 3, **WAYS[way])
     executor = models[0].executor
     work = [logits_of(executor, model, prompt) for model in models for prompt in PROMPTS]
     mixed = executor.forward(work).split([item.rows for item in work])
@@ -136,8 +152,9 @@ def test_a_slot_is_used_again_without_a_trace_of_who_left(folder):
     )
 
 
-def test_a_slot_without_a_delta_is_never_the_backbone(folder):
-    models = load_all(folder, 1)
+@pytest.mark.parametrize("way", ["factors", "arena"])
+def test_a_slot_without_a_delta_is_never_the_backbone(folder, way):
+    models = load_all(folder, 1, **WAYS[way])
     models[0].executor.evict(models[1].slot)
     heard = answer([models[1]])[0]
     assert heard.end.error.code == "arena_slot_unknown"
@@ -194,3 +211,153 @@ def test_a_class_the_shared_model_would_get_wrong_runs_by_its_own_code(tmp_path)
     assert answer([shared], prompt=PROMPTS[0], max_tokens=8)[0].ids == greedy(
         tmp_path, PROMPTS[0], 8
     )
+
+
+def test_an_arena_takes_deltas_of_its_recipe_and_another_one_when_it_is_empty(tmp_path):
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    tuned = tiny.tune(tiny.make_model())
+    make_deltas(tmp_path, [tuned], get_recipe("datafree", matrix_bits=3.0))
+    pair = tmp_path / "base", tmp_path / "t0"
+    compress_checkpoint(*pair, tmp_path / "d1", get_recipe("bitdelta"))
+    shared, delta = load_all(tmp_path, 1, arena=True)
+    options = {"factor_bytes": 0}
+    with pytest.raises(UserError) as refusal:
+        load_shared(shared, tmp_path / "base", tmp_path / "d1", **options)
+    assert refusal.value.code == "arena_recipe_unknown"
+    shared.executor.evict(delta.slot)
+    other = load_shared(shared, tmp_path / "base", tmp_path / "d1", **options)
+    assert answer([other], max_tokens=8)[0].ids
+    # Both recipes may be resident now.
+    again = load_shared(shared, tmp_path / "base", tmp_path / "d0", **options)
+    assert answer([again], prompt=PROMPTS[0], max_tokens=20)[0].ids == greedy(
+        tmp_path / "r0", PROMPTS[0]
+    )
+
+
+GPU_PATH = """
+import sys
+sys.path.insert(0, "tests/workers")
+from pathlib import Path
+from test_engine_sharing import run_as_on_a_gpu
+run_as_on_a_gpu(Path(sys.argv[1]))
+print("right")
+"""
+
+
+class Replay:
+    """What a captured graph does: the same work on the same buffers, with what they hold now."""
+
+    def __init__(self, run, inputs, hidden):
+        self.replay = lambda: hidden.copy_(run(inputs))
+
+
+def run_as_on_a_gpu(root):
+    """Padded steps, the kernel for single tokens and a graph's fixed buffers, interpreted."""
+    models = load_all(root, 3, arena=True)
+    executor = models[0].executor
+    executor._pads = True
+    graphs = DecodeGraphs(executor._run, n_pages=executor.pages.capacity)
+    captured = []
+
+    def capture(inputs):
+        hidden = executor._run(inputs)
+        captured.append(len(inputs.places))
+        return _Captured(Replay(executor._run, inputs, hidden), inputs, hidden)
+
+    graphs._capture = capture
+    executor._graphs = graphs
+    heard = [
+        answer(models, prompt=prompt, max_tokens=8, limits=Limits(prefill_tokens=9))
+        for prompt in PROMPTS
+    ]
+    names = ("base", "r0", "r1", "r2")
+    for prompt, answers in zip(PROMPTS, heard, strict=True):
+        for name, one in zip(names, answers, strict=True):
+            assert one.ids == greedy(root / name, prompt, 8), (name, prompt)
+    assert len(captured) < 8
+
+    def refuse(_inputs):
+        raise RuntimeError("not while capturing")
+
+    graphs._captured.clear()
+    graphs._capture = refuse
+    assert answer(models, prompt=PROMPTS[0], max_tokens=8)[2].ids == heard[0][2].ids
+    assert set(captured) <= {1, 2, 4}
+
+
+def test_steps_of_a_gpu_give_the_same_tokens(folder):
+    """In the interpreter, which must be asked for before Triton is imported."""
+    assert run_interpreted(GPU_PATH, str(folder)) == "right\n"
+
+
+def run_interpreted(code, *arguments):
+    return run_here(code, *arguments, TRITON_INTERPRET="1")
+
+
+def run_here(code, *arguments, **env):
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=inherited | env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(keepends=True)[-1]
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from workers.engine.paged_kernel import decode_kernel
+
+names = decode_kernel.arg_names
+constants = {"GROUP": 4, "ROWS": 16, "WIDTH": 128, "COLUMNS": 128, "PAGE": 16, "BLOCK": 64}
+pointers = dict.fromkeys(("query_ptr", "keys_ptr", "values_ptr", "out_ptr"), "*bf16")
+pointers |= dict.fromkeys(("pages_ptr", "lengths_ptr"), "*i32")
+kinds = {name: pointers.get(name, "fp32" if name == "scale" else "i32") for name in names}
+kinds |= dict.fromkeys(constants, "constexpr")
+places = {(names.index(name),): value for name, value in constants.items()}
+source = ASTSource(fn=decode_kernel, signature=kinds, constexprs=places)
+made = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32))
+assert made.metadata.shared < 100_000, made.metadata.shared
+print("right")
+"""
+
+KERNEL = """
+import torch
+from workers.engine.attention import DecodeRows
+from workers.engine.paged_kernel import attend_decode
+
+torch.manual_seed(0)
+lengths = [1, 16, 77, 130]
+for heads, key_heads, width, window in ((4, 4, 16, None), (8, 2, 24, None), (8, 2, 32, 37)):
+    keys, values = torch.randn(2, 32 * 16, key_heads, width).unbind()
+    pages = torch.zeros(4, 12, dtype=torch.int32)
+    order = (torch.randperm(31) + 1).int()
+    for row, length in enumerate(lengths):
+        count = -(-length // 16)
+        pages[row, :count], order = order[:count], order[count:]
+    query = torch.randn(4, heads, width)
+    out = torch.full_like(query, float("nan"))
+    rows = DecodeRows(pages=pages, lengths=torch.tensor(lengths, dtype=torch.int32))
+    attend_decode(query, keys, values, rows, scaling=None, window=window, out=out)
+    for row, length in enumerate(lengths):
+        places = (pages[row].long()[:, None] * 16 + torch.arange(16)).flatten()[:length]
+        places = places if window is None else places[-window:]
+        near = keys[places].double().repeat_interleave(heads // key_heads, 1)
+        far = values[places].double().repeat_interleave(heads // key_heads, 1)
+        scores = torch.einsum("hd,lhd->hl", query[row].double(), near) * width**-0.5
+        truth = torch.einsum("hl,lhd->hd", scores.softmax(-1), far)
+        assert (out[row] - truth).norm() < 2e-6 * truth.norm(), (heads, row)
+print("right")
+"""
+
+
+def test_the_attention_kernel_reads_pages_as_plain_attention_would():
+    assert run_interpreted(KERNEL) == "right\n"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_attention_kernel_compiles_without_a_gpu(arch):
+    assert run_here(COMPILE, str(arch)) == "right\n"

@@ -22,6 +22,8 @@ from workers.engine.slots import Lock, Span
 log = logging.getLogger(__name__)
 
 HEAD = "head"
+# Rows of single tokens: graphs are captured, and plans made, for these sizes.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Rows of one tenant above which its factors are unfolded once instead of read for each row.
 _PROMPT_ROWS = 128
 # Deltas of one recipe differ a little in size and ranks.
@@ -39,9 +41,11 @@ class ArenaSlots:
         head_shape: tuple[int, ...],
         n_slots: int,
         device: torch.device,
+        dtype: torch.dtype,
         delta_bytes: int,
     ) -> None:
         self._n_slots = n_slots
+        self._dtype = dtype
         self._device = device
         self._delta_bytes = delta_bytes
         head = Site(
@@ -125,8 +129,7 @@ class ArenaSlots:
         self._arena = DeltaArena(spec, n_slots=n_slots, device=self._device)
         self._generation += 1
         if self._device.type == "cuda":
-            dtype = torch.bfloat16
-            self._unfolder = Unfolder(self._arena, dtype=dtype)
+            self._unfolder = Unfolder(self._arena, dtype=self._dtype)
         log.info("arena_made: %d slots of %d bytes", n_slots, spec.slab_bytes)
         return self._arena
 
@@ -222,6 +225,7 @@ class ArenaSlots:
                     self._add_segment(y, x, span, self._head)
             return
         slots = _slots_of(spans, len(x))
+        slots += [-1] * (len(x) - len(slots))
         add_delta(y, x, self._take_plan("head", slots), self._head)
 
 
@@ -292,8 +296,14 @@ class PackedVocabulary:
 
     def logits(self, hidden: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
         """f32 [rows, largest vocabulary], minus infinity beyond a tenant's own."""
+        n_rows = len(hidden)
+        if any(span.slot >= 0 for span in spans):
+            # Plans are made for few sizes; rows beyond the last one are nobody's.
+            size = next((size for size in BUCKETS if size >= n_rows), n_rows)
+            hidden = functional.pad(hidden, (0, 0, 0, size - n_rows))
         y = functional.linear(hidden, self._head)
         self._slots.add_head(y, hidden, spans)
+        y = y[:n_rows]
         grown = {s.slot: self._new_heads[s.slot] for s in spans if s.slot in self._new_heads}
         if not grown:
             return y.float()

@@ -98,29 +98,18 @@ def paged_attention(
     keys, values = (part[module.layer_idx] for part in (step.cache.keys, step.cache.values))
     if keys.shape[2] != values.shape[2]:
         raise UserError("architecture_unknown", reason="its keys and values differ in width")
-    heads, rows = query.shape[1], query.shape[2]
-    output = query.new_empty((rows, heads, values.shape[2]))
+    output = query.new_empty((query.shape[2], query.shape[1], values.shape[2]))
+    options: dict[str, Any] = {"scaling": scaling, "window": sliding_window}
     if step.decode is not None:
         from workers.engine.paged_kernel import attend_decode
 
         n_decode = len(step.decode.lengths)
-        attend_decode(
-            query[0, :, :n_decode].transpose(0, 1),
-            keys,
-            values,
-            step.decode,
-            scaling=scaling,
-            window=sliding_window,
-            out=output[:n_decode],
-        )
+        singles = query[0, :, :n_decode].transpose(0, 1)
+        attend_decode(singles, keys, values, step.decode, out=output[:n_decode], **options)
     for chunk in step.chunks:
-        output[chunk.first : chunk.last] = _attend_chunk(
-            query[:, :, chunk.first : chunk.last],
-            keys[chunk.places],
-            values[chunk.places],
-            scaling=scaling,
-            window=sliding_window,
-        )
+        rows = slice(chunk.first, chunk.last)
+        near, far = keys[chunk.places], values[chunk.places]
+        output[rows] = _attend_chunk(query[:, :, rows], near, far, **options)
     return output[None], None
 
 

@@ -1,5 +1,6 @@
 """Steps of single tokens as CUDA graphs, so that a step costs one launch and not a thousand."""
 
+import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 
 from workers.engine.attention import Chunk, DecodeRows
+
+log = logging.getLogger(__name__)
 
 _WARM_UPS = 2
 
@@ -39,6 +42,7 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, Hashable], _Captured] = {}
         self._generation: Hashable = None
         self._pool: Any = None
+        self._is_refused = False
 
     def run(self, inputs: StepInputs, *, key: tuple[Hashable, Hashable]) -> torch.Tensor:
         """Hidden states [rows, hidden] of single tokens.
@@ -53,11 +57,25 @@ class DecodeGraphs:
             self._generation = key[0]
         place = (inputs.embeds.shape[1], key[1])
         captured = self._captured.get(place)
+        if captured is None and not self._is_refused:
+            captured = self._try_capture(place, inputs)
         if captured is None:
-            captured = self._captured[place] = self._capture(self._widen(inputs))
+            return self._run(inputs)
         _copy(captured.inputs, inputs)
         captured.graph.replay()
         return captured.hidden
+
+    def _try_capture(self, place: tuple[int, Hashable], inputs: StepInputs) -> _Captured | None:
+        try:
+            captured = self._captured[place] = self._capture(self._widen(inputs))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            # Slower, and just as right; this model or this driver will not do otherwise later.
+            log.exception("step_not_captured")
+            self._is_refused = True
+            return None
+        return captured
 
     def _widen(self, inputs: StepInputs) -> StepInputs:
         """Buffers of the graph's own, with room for the longest answer's pages."""

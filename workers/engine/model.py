@@ -1,4 +1,4 @@
-"""A fine-tune as the engine runs it: modules of its own over the weights of the shared backbone."""
+"""Backbones and deltas made ready to answer: in the shared model where possible, else alone."""
 
 import json
 import logging
@@ -9,30 +9,27 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from torch.nn import functional
-
-from deltacome_core.checkpoint import Checkpoint, checkpoint_digest, open_checkpoint
+from deltacome_core.checkpoint import checkpoint_digest, open_checkpoint
 from deltacome_core.container import Delta, open_delta
 from deltacome_core.entries import (
     DeltaEntry,
-    MatrixEntry,
     RowsEntry,
     UnchangedEntry,
-    needs_backbone,
 )
 from deltacome_core.errors import UserError
 from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_config, load_model, load_tokenizer
-from deltacome_core.packed import PackedLinear
-from deltacome_core.parameters import Piece, locate_parameters
+from deltacome_core.parameters import locate_parameters
 from deltacome_core.precision import NATIVE
-from deltacome_core.reconstruct import apply_entry
-from deltacome_core.tensors import TORCH_DTYPES, load_tensor
-from kernels import delta_linear
 from workers.engine.canary import UNTESTED, CanaryResult
 from workers.engine.executor import Executor, PlainExecutor
+from workers.engine.own_module import (
+    DeltaLinear,
+    fill_module,
+    locate_tensors,
+    own_bytes,
+    runs_packed,
+)
 from workers.engine.parts import is_shareable, read_parts, same_decoder
 from workers.engine.shared import SharedExecutor
 
@@ -59,34 +56,6 @@ class LoadedModel:
     slot: int = -1
     key: str = ""
     canary: CanaryResult = UNTESTED
-
-
-class DeltaLinear(nn.Module):
-    """A linear layer of the backbone plus the packed delta of one fine-tune.
-
-    With `factors` (U [out, rank], V [rank, in] with sigma; or a direct matrix [out, in] alone) the
-    delta runs as plain products; without, the kernel reads the packed codes.
-    """
-
-    def __init__(
-        self,
-        linear: nn.Linear,
-        matrix: PackedLinear,
-        factors: tuple[torch.Tensor, ...] | None,
-    ) -> None:
-        super().__init__()
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self._matrix = matrix
-        self._factors = factors
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._factors is not None:
-            base = functional.linear(x, self.weight, self.bias)
-            for factor in reversed(self._factors):
-                x = x @ factor.T
-            return base + x
-        return delta_linear(x, self.weight, self._matrix, self.bias)
 
 
 def load_backbone(folder: Path, *, device: str, kv_bytes: int = 1 << 28) -> LoadedModel:
@@ -202,12 +171,13 @@ def load_delta(
     delta = open_delta(folder)
     _check_backbone(delta, backbone_folder)
     module = build_skeleton(folder, backbone.module.dtype)
-    matrices = _fill(module, backbone, delta, open_checkpoint(backbone_folder))
-    size_bytes = _own_bytes(module, backbone.module)
+    files = open_checkpoint(backbone_folder)
+    matrices = fill_module(module, backbone.module, delta, files, device=backbone.device)
+    size_bytes = own_bytes(module, backbone.module)
     for name, matrix in matrices.items():
-        factors: tuple[torch.Tensor, ...] | None = None
-        if matrix.factors_size_bytes <= factor_bytes:
-            factors = matrix.factors()
+        fits = matrix.factors_size_bytes <= factor_bytes
+        factors = matrix.factors() if fits else None
+        if fits:
             factor_bytes -= matrix.factors_size_bytes
             size_bytes += matrix.factors_size_bytes
         size_bytes += matrix.size_bytes
@@ -236,12 +206,12 @@ def measure_delta(folder: Path, backbone: LoadedModel) -> int:
     if isinstance(executor, SharedExecutor) and executor.vocabulary.keeps_packed:
         return max(stored_bytes, executor.slots.size_bytes(-1))
     item_bytes = int(backbone.module.dtype.itemsize)
-    places = _locate_tensors(backbone.module, manifest.entries)
+    places = locate_tensors(backbone.module, manifest.entries)
     dense = sum(
         prod(entry.shape) * item_bytes
         for entry in manifest.entries
         if not isinstance(entry, UnchangedEntry)
-        and not _runs_packed(backbone.module, entry, places.get(entry.name))
+        and not runs_packed(backbone.module, entry, places.get(entry.name))
     )
     return dense + stored_bytes
 
@@ -264,76 +234,6 @@ def _check_backbone(delta: Delta, backbone_folder: Path) -> None:
         )
 
 
-def _fill(
-    module: Any, backbone: LoadedModel, delta: Delta, files: Checkpoint
-) -> dict[str, PackedLinear]:
-    """Give every parameter its tensor; return the matrices that run beside their linear layer."""
-    base = dict(backbone.module.named_parameters(remove_duplicate=False))
-    device = backbone.device
-    wanted = _untied_parameters(module)
-    matrices: dict[str, PackedLinear] = {}
-    own: dict[str, torch.Tensor] = {}
-    places = _locate_tensors(module, delta.entries.values())
-    for entry in delta.entries.values():
-        packed = delta.load(entry.name)
-        if packed is None:
-            continue
-        place = places.get(entry.name)
-        if place is None or place.parameter not in wanted:
-            raise UserError("architecture_unknown", reason=f"it has no parameter {entry.name}")
-        name = place.parameter
-        if isinstance(packed, PackedLinear) and _runs_packed(module, entry, place):
-            matrices[name] = packed.to(device)
-            continue
-        # From the files: in memory the backbone may be narrower than what a delta was made from.
-        source = load_tensor(files, entry.name) if needs_backbone(entry) else None
-        # Rounded to the fine-tune's dtype first: the very numbers its checkpoint had.
-        exact = apply_entry(source, packed, dtype=TORCH_DTYPES[entry.dtype])
-        exact = exact.to(device=device, dtype=wanted[name].dtype)
-        if place.piece.block == ():
-            own[name] = exact
-        else:
-            whole = own.setdefault(name, base[name].detach().clone())
-            whole[place.piece.block] = exact.mT if place.piece.transposed else exact
-    for name, parameter in wanted.items():
-        tensor = own.get(name, base.get(name))
-        if tensor is None or tensor.shape != parameter.shape:
-            raise UserError("tensor_missing", tensors=[name])
-        _assign(module, name, nn.Parameter(tensor.detach(), requires_grad=False))
-    module.tie_weights()
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, buffer.to(device))
-    return matrices
-
-
-def _untied_parameters(module: Any) -> dict[str, torch.Tensor]:
-    """Every parameter but those that `tie_weights` will point at another one."""
-    tied = set(getattr(module, "all_tied_weights_keys", ()) or ())
-    return {
-        name: parameter
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if name not in tied
-    }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Place:
-    """The parameter that a tensor of the files fills, wholly or in part."""
-
-    parameter: str
-    piece: Piece
-
-
-def _locate_tensors(module: Any, entries: Iterable[DeltaEntry]) -> dict[str, _Place]:
-    layout = {entry.name: (entry.dtype, entry.shape) for entry in entries}
-    return {
-        piece.tensor: _Place(parameter=name, piece=piece)
-        for name, pieces in locate_parameters(module, layout).items()
-        for piece in pieces
-    }
-
-
 def _name_parameters(module: Any, entries: Iterable[DeltaEntry]) -> dict[str, str]:
     """The parameter of the backbone that each tensor fills wholly, or outgrows by new rows."""
     layout = {
@@ -350,29 +250,6 @@ def _name_parameters(module: Any, entries: Iterable[DeltaEntry]) -> dict[str, st
         for name, pieces in locate_parameters(module, layout).items()
         if pieces[0].block == ()
     }
-
-
-def _runs_packed(module: Any, entry: DeltaEntry, place: _Place | None) -> bool:
-    """Whether a matrix can stay packed: it is all of the weight of a linear layer."""
-    if place is None or place.piece.block != () or not isinstance(entry, MatrixEntry):
-        return False
-    return entry.is_plain and _is_linear(module, place.parameter)
-
-
-def _assign(module: Any, name: str, parameter: nn.Parameter) -> None:
-    layer, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(layer), leaf, parameter)
-
-
-def _is_linear(module: Any, name: str) -> bool:
-    layer, _, leaf = name.rpartition(".")
-    return leaf == "weight" and type(module.get_submodule(layer)) is nn.Linear
-
-
-def _own_bytes(module: Any, backbone: Any) -> int:
-    shared = {tensor.data_ptr() for tensor in backbone.parameters()}
-    own = {t.data_ptr(): t for t in module.parameters() if t.data_ptr() not in shared}
-    return sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
 
 def _loaded(

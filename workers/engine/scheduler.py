@@ -4,58 +4,24 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 
 import torch
 
 from workers.engine.errors import ApiError, too_busy, too_many
-from workers.engine.executor import Executor, Work
 from workers.engine.fairness import DeficitRoundRobin
 from workers.engine.generate import Sequence
+from workers.engine.lanes import Due, Lane, Limits
 from workers.engine.metrics import EngineMetrics
 from workers.engine.paging import PAGE_TOKENS, pages_for
 from workers.engine.sampling import choose_tokens
 
+__all__ = ["Limits", "Scheduler"]
+
 log = logging.getLogger(__name__)
 
-# What a step reads of prompts is shared out among tenants in blocks of this many tokens.
-_BLOCK_TOKENS = 64
 _IDLE_S = 0.02
 _MIN_RETRY_S, _MAX_RETRY_S = 1, 60
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """max_sequences: answers in one step; max_running: in the cache; max_waiting: before it.
-
-    max_waiting_tenant: of one tenant; prefill_tokens: of prompts in one step.
-    """
-
-    max_sequences: int = 32
-    max_running: int = 128
-    max_waiting: int = 256
-    max_waiting_tenant: int = 64
-    prefill_tokens: int = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Due(Work):
-    """Work of an answer, which the scheduler knows more of than an executor does."""
-
-    sequence: Sequence
-
-
-@dataclass(slots=True)
-class _Lane:
-    """The answers of one executor, and whose turn it is among their tenants."""
-
-    executor: Executor
-    running: list[Sequence] = field(default_factory=list)
-    decode_turns: DeficitRoundRobin = field(default_factory=lambda: DeficitRoundRobin(quantum=1))
-    prefill_turns: DeficitRoundRobin = field(
-        default_factory=lambda: DeficitRoundRobin(quantum=_BLOCK_TOKENS)
-    )
 
 
 class Scheduler:
@@ -66,7 +32,7 @@ class Scheduler:
         self._metrics = metrics or EngineMetrics()
         self._changed = threading.Condition()
         self._waiting: dict[str, deque[Sequence]] = {}
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, Lane] = {}
         self._admit_turns = DeficitRoundRobin(quantum=1)
         self._closing = False
         self._draining = False
@@ -222,9 +188,7 @@ class Scheduler:
     def _collect_finished(self) -> None:
         for lane in self._lanes.values():
             for sequence in [item for item in lane.running if item.finished]:
-                lane.running.remove(sequence)
-                lane.executor.pages.give_back(sequence.pages)
-                sequence.forget()
+                lane.remove(sequence)
                 elapsed_s = time.monotonic() - sequence.submitted_s
                 self._metrics.answer_seconds.observe(elapsed_s)
         self._waiting = {name: queue for name, queue in self._waiting.items() if queue}
@@ -237,7 +201,7 @@ class Scheduler:
             ready = [
                 name
                 for name, queue in self._waiting.items()
-                if room and self._missing_pages(queue[0]) <= 0
+                if room and self._lane(queue[0]).missing_pages(queue[0]) <= 0
             ]
             turn = self._admit_turns.pick({name: [1] for name in ready}, budget=1)
             name = turn[0] if turn else self._make_way()
@@ -255,14 +219,6 @@ class Scheduler:
         running = sum(len(lane.running) for lane in self._lanes.values())
         return running < self._limits.max_running
 
-    def _missing_pages(self, sequence: Sequence) -> int:
-        """Pages short of what the answer has now, beside what others still have to feed."""
-        lane = self._lane(sequence)
-        promised = sum(
-            max(0, pages_for(len(other.tokens)) - len(other.pages)) for other in lane.running
-        )
-        return promised + pages_for(len(sequence.tokens)) - lane.executor.pages.free
-
     def _make_way(self) -> str | None:
         """A tenant with nothing in the cache may push out one that holds more than its share.
 
@@ -273,8 +229,8 @@ class Scheduler:
         for name in [name for name in self._waiting if name not in present]:
             sequence = self._waiting[name][0]
             lane = self._lane(sequence)
-            while self._missing_pages(sequence) > 0 or not self._has_place():
-                victim = self._find_excess(lane)
+            while lane.missing_pages(sequence) > 0 or not self._has_place():
+                victim = lane.find_excess(self._limits)
                 if victim is None:
                     break
                 self._preempt(lane, victim)
@@ -282,35 +238,21 @@ class Scheduler:
                 return name
         return None
 
-    def _find_excess(self, lane: _Lane) -> Sequence | None:
-        """The newest answer of the tenant that holds most, if that is more than an equal share."""
-        held: dict[str, list[Sequence]] = {}
-        for item in lane.running:
-            held.setdefault(item.tenant, []).append(item)
-        if not held:
-            return None
-
-        def part(name: str) -> float:
-            pages = sum(len(item.pages) for item in held[name]) / lane.executor.pages.capacity
-            return max(pages, len(held[name]) / self._limits.max_running)
-
-        largest = max(held, key=part)
-        fair = 1 / (len(held) + 1)
-        return held[largest][-1] if part(largest) > fair and len(held[largest]) > 1 else None
-
-    def _preempt(self, lane: _Lane, victim: Sequence) -> None:
-        lane.running.remove(victim)
-        lane.executor.pages.give_back(victim.pages)
-        victim.forget()
+    def _preempt(self, lane: Lane, victim: Sequence) -> None:
+        lane.remove(victim)
         self._waiting.setdefault(victim.tenant, deque()).appendleft(victim)
         self._metrics.preemptions.add(1)
 
-    def _lane(self, sequence: Sequence) -> _Lane:
-        executor = sequence.model.executor
-        return self._lanes.setdefault(id(executor), _Lane(executor))
+    def _push_out(self, lane: Lane, victim: Sequence) -> None:
+        with self._changed:
+            self._preempt(lane, victim)
 
-    def _step(self, lane: _Lane) -> None:
-        work = self._compose(lane)
+    def _lane(self, sequence: Sequence) -> Lane:
+        executor = sequence.model.executor
+        return self._lanes.setdefault(id(executor), Lane(executor))
+
+    def _step(self, lane: Lane) -> None:
+        work = lane.compose(self._limits, lambda victim: self._push_out(lane, victim))
         if not work:
             self._deliver()
             return
@@ -329,7 +271,7 @@ class Scheduler:
             seconds=time.monotonic() - started_s,
         )
 
-    def _step_alone(self, lane: _Lane, work: list[_Due]) -> None:
+    def _step_alone(self, lane: Lane, work: list[Due]) -> None:
         """Find whose tokens broke the step: one answer's failure must not end the others."""
         for item in work:
             try:
@@ -340,80 +282,7 @@ class Scheduler:
             else:
                 self._apply([item], logits, is_async=False)
 
-    def _compose(self, lane: _Lane) -> list[_Due]:
-        """Choose the tokens of a step: one of each answer under way, then pieces of prompts."""
-        decoding = [item for item in lane.running if item.is_decoding]
-        prompts = [item for item in lane.running if not item.is_decoding]
-        work = [
-            _work(sequence, 1)
-            for sequence in self._choose(
-                lane.decode_turns,
-                decoding,
-                cost=lambda _sequence: [1],
-                budget=self._limits.max_sequences,
-            )
-        ]
-        blocks = self._choose(
-            lane.prefill_turns, prompts, cost=self._blocks, budget=self._limits.prefill_tokens
-        )
-        counts: dict[int, tuple[Sequence, int]] = {}
-        for sequence in blocks:
-            _, n_blocks = counts.get(id(sequence), (sequence, 0))
-            counts[id(sequence)] = (sequence, n_blocks + 1)
-        for sequence, n_blocks in counts.values():
-            work.append(_work(sequence, sum(self._blocks(sequence)[:n_blocks])))
-        reserved = [item for item in work if self._reserve(lane, item)]
-        # A later one may have pushed out an earlier one.
-        return [item for item in reserved if item.sequence in lane.running]
-
-    def _choose(
-        self,
-        turns: DeficitRoundRobin,
-        sequences: Iterable[Sequence],
-        *,
-        cost: Callable[[Sequence], list[int]],
-        budget: int,
-    ) -> list[Sequence]:
-        items: dict[str, list[tuple[Sequence, int]]] = {}
-        for sequence in sequences:
-            own = items.setdefault(sequence.tenant, [])
-            own.extend((sequence, each) for each in cost(sequence))
-        costs = {name: [each for _, each in own] for name, own in items.items()}
-        places = {name: iter(own) for name, own in items.items()}
-        return [next(places[name])[0] for name in turns.pick(costs, budget=budget)]
-
-    def _blocks(self, sequence: Sequence) -> list[int]:
-        size = min(_BLOCK_TOKENS, self._limits.prefill_tokens)
-        whole, rest = divmod(sequence.unfed, size)
-        return [size] * whole + ([rest] if rest else [])
-
-    def _reserve(self, lane: _Lane, item: _Due) -> bool:
-        """Give a sequence pages for its next tokens, from the largest holder if none is free."""
-        sequence = item.sequence
-        if sequence not in lane.running:
-            # Pushed out by one before it in this step.
-            return False
-        missing = pages_for(sequence.fed + item.count) - len(sequence.pages)
-        pages = lane.executor.pages
-        while (taken := pages.take(max(0, missing))) is None:
-            victim = self._choose_victim(lane)
-            with self._changed:
-                self._preempt(lane, victim)
-            if victim is sequence:
-                return False
-        sequence.pages.extend(taken)
-        return True
-
-    def _choose_victim(self, lane: _Lane) -> Sequence:
-        """The newest answer of the tenant that holds most pages."""
-        held: dict[str, int] = {}
-        for sequence in lane.running:
-            held[sequence.tenant] = held.get(sequence.tenant, 0) + len(sequence.pages)
-        largest = max(held, key=lambda name: held[name])
-        own = [item for item in lane.running if item.tenant == largest and item.pages]
-        return own[-1]
-
-    def _apply(self, work: list[_Due], logits: torch.Tensor, *, is_async: bool) -> None:
+    def _apply(self, work: list[Due], logits: torch.Tensor, *, is_async: bool) -> None:
         """Hand each sequence its rows, and choose the tokens of those that are due."""
         try:
             self._advance(work, logits)
@@ -426,7 +295,7 @@ class Scheduler:
         if not is_async:
             self._deliver()
 
-    def _advance(self, work: list[_Due], logits: torch.Tensor) -> None:
+    def _advance(self, work: list[Due], logits: torch.Tensor) -> None:
         due: list[tuple[Sequence, int]] = []
         row = 0
         for item in work:
@@ -463,12 +332,6 @@ class Scheduler:
         self._metrics.waiting.set(sum(map(len, self._waiting.values())))
         used = sum(lane.executor.pages.used for lane in self._lanes.values())
         self._metrics.kv_pages_used.set(used)
-
-
-def _work(sequence: Sequence, count: int) -> _Due:
-    return _Due(
-        sequence=sequence, start=sequence.fed, count=count, rows=sequence.rows_wanted(count)
-    )
 
 
 def _stopping() -> ApiError:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltacome_core.errors import UserError
+from workers.engine.arena_slots import BUCKETS, ArenaSlots, PackedVocabulary
 from workers.engine.attention import AttentionStep, Chunk, DecodeRows, running
 from workers.engine.executor import Work
 from workers.engine.graphs import DecodeGraphs, StepInputs
@@ -32,8 +33,6 @@ _CHECK_TOKENS = (21, 13)
 _CHECK_CHUNKS = (16, 5)
 # Largest error of the logits against the model's own code, relative to their norm.
 _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-# Rows of single tokens on a GPU: graphs are captured, and plans made, for these sizes.
-_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +64,8 @@ class SharedExecutor:
     ) -> None:
         self._device = torch.device(device)
         self.is_async = self._device.type == "cuda"
+        # Rows of single tokens in sizes that graphs are captured for, and one kernel for all.
+        self._pads = self.is_async
         self.lock = threading.RLock()
         twin = make_twin(module, folder, self._device)
         geometry = probe(twin, self._device)
@@ -80,13 +81,12 @@ class SharedExecutor:
         self._graphs: DecodeGraphs | None = None
         # Slots of an arena also run without a GPU, by the reference of their kernels.
         if self.is_async if arena is None else arena:
-            from workers.engine.arena_slots import ArenaSlots, PackedVocabulary
-
             slots = ArenaSlots(
                 sites,
                 head_shape=tuple(parameters[head].shape),
                 n_slots=n_slots,
                 device=self._device,
+                dtype=module.dtype,
                 delta_bytes=delta_bytes,
             )
             self.slots = slots
@@ -160,22 +160,17 @@ class SharedExecutor:
     def _lay_out(self, work: Sequence[Work]) -> Layout:
         n_single = sum(item.count == 1 for item in work)
         filled = n_single
-        if self._device.type == "cuda" and n_single:
-            filled = next(size for size in _BUCKETS if size >= n_single)
-        firsts, counts = [], []
-        row = 0
-        for number, item in enumerate(work):
-            if number == n_single:
-                counts.append((filled - n_single, -1))
-                row = filled
-            firsts.append(row)
-            counts.append((item.count, _slot(item)))
-            row += item.count
-        if n_single == len(work):
-            counts.append((filled - n_single, -1))
-            row = filled
+        if self._pads and n_single:
+            filled = next(size for size in BUCKETS if size >= n_single)
+        # Spans end where the single tokens do, whoever comes before and after.
+        singles = [(1, _slot(item)) for item in work[:n_single]] + [(filled - n_single, -1)]
+        chunks = [(item.count, _slot(item)) for item in work[n_single:]]
+        ends = list(accumulate((count for count, _ in chunks), initial=filled))
         return Layout(
-            firsts=tuple(firsts), spans=tuple(_spans(counts)), n_single=filled, n_rows=row
+            firsts=(*range(n_single), *ends[:-1]),
+            spans=(*_spans(singles), *_spans(chunks, first=filled)),
+            n_single=filled,
+            n_rows=ends[-1],
         )
 
     def _prepare(self, work: Sequence[Work], layout: Layout) -> StepInputs:
@@ -184,14 +179,13 @@ class SharedExecutor:
         # Rows that fill up write to page 0, which belongs to nobody.
         written = torch.zeros(layout.n_rows, dtype=torch.long)
         chunks = []
-        on_cuda = self._device.type == "cuda"
         for item, first in zip(work, layout.firsts, strict=True):
             rows = slice(first, first + item.count)
             seen = _places(item.sequence.pages, item.start + item.count)
             ids[rows] = torch.tensor(item.tokens)
             positions[rows] = torch.arange(item.start, item.start + item.count)
             written[rows] = seen[item.start :]
-            if item.count > 1 or not on_cuda:
+            if item.count > 1 or not self._pads:
                 chunks.append(
                     Chunk(first=first, last=first + item.count, places=seen.to(self._device))
                 )
@@ -202,7 +196,7 @@ class SharedExecutor:
             places=written.to(self._device),
             owners=owners.to(self._device),
             chunks=tuple(chunks),
-            decode=self._decode_rows(work, layout) if on_cuda and layout.n_single else None,
+            decode=self._decode_rows(work, layout) if self._pads and layout.n_single else None,
         )
 
     def _decode_rows(self, work: Sequence[Work], layout: Layout) -> DecodeRows:
@@ -314,10 +308,9 @@ def _slot(item: Work) -> int:
     return int(item.sequence.model.slot)
 
 
-def _spans(counts: Sequence[tuple[int, int]]) -> list[Span]:
+def _spans(counts: Sequence[tuple[int, int]], *, first: int = 0) -> list[Span]:
     """Neighbouring rows of one slot as one span; `counts` are (rows, slot)."""
     spans: list[Span] = []
-    first = 0
     for count, slot in counts:
         if spans and spans[-1].slot == slot:
             spans[-1] = Span(first=spans[-1].first, last=first + count, slot=slot)

@@ -1,0 +1,152 @@
+"""The answers of one executor: whose tokens go into its next step, and who holds its pages."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from workers.engine.executor import Executor, Work
+from workers.engine.fairness import DeficitRoundRobin
+from workers.engine.generate import Sequence
+from workers.engine.paging import pages_for
+
+# What a step reads of prompts is shared out among tenants in blocks of this many tokens.
+_BLOCK_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """max_sequences: answers in one step; max_running: in the cache; max_waiting: before it.
+
+    max_waiting_tenant: of one tenant; prefill_tokens: of prompts in one step.
+    """
+
+    max_sequences: int = 32
+    max_running: int = 128
+    max_waiting: int = 256
+    max_waiting_tenant: int = 64
+    prefill_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due(Work):
+    """Work of an answer, which the scheduler knows more of than an executor does."""
+
+    sequence: Sequence
+
+
+@dataclass(slots=True)
+class Lane:
+    """Answers under way, oldest first; each tenant has its turn in decoding and in prompts."""
+
+    executor: Executor
+    running: list[Sequence] = field(default_factory=list)
+    _decode_turns: DeficitRoundRobin = field(default_factory=lambda: DeficitRoundRobin(quantum=1))
+    _prefill_turns: DeficitRoundRobin = field(
+        default_factory=lambda: DeficitRoundRobin(quantum=_BLOCK_TOKENS)
+    )
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take an answer out of the cache; it may come again."""
+        self.running.remove(sequence)
+        self.executor.pages.give_back(sequence.pages)
+        sequence.forget()
+
+    def missing_pages(self, sequence: Sequence) -> int:
+        """Pages short of what the answer has now, beside what others still have to feed."""
+        promised = sum(
+            max(0, pages_for(len(other.tokens)) - len(other.pages)) for other in self.running
+        )
+        return promised + pages_for(len(sequence.tokens)) - self.executor.pages.free
+
+    def find_excess(self, limits: Limits) -> Sequence | None:
+        """The newest answer of the tenant that holds most, if that is more than an equal share."""
+        held = self._by_tenant(self.running)
+        if not held:
+            return None
+
+        def part(name: str) -> float:
+            pages = sum(len(item.pages) for item in held[name]) / self.executor.pages.capacity
+            return max(pages, len(held[name]) / limits.max_running)
+
+        largest = max(held, key=part)
+        fair = 1 / (len(held) + 1)
+        return held[largest][-1] if part(largest) > fair and len(held[largest]) > 1 else None
+
+    def compose(self, limits: Limits, push_out: Callable[[Sequence], None]) -> list[Due]:
+        """Choose the tokens of a step: one of each answer under way, then pieces of prompts.
+
+        Args:
+            limits: of a step.
+            push_out: called with an answer whose pages others need; it must leave the lane.
+        """
+
+        def blocks(sequence: Sequence) -> list[int]:
+            size = min(_BLOCK_TOKENS, limits.prefill_tokens)
+            whole, rest = divmod(sequence.unfed, size)
+            return [size] * whole + ([rest] if rest else [])
+
+        decoding = [item for item in self.running if item.is_decoding]
+        prompts = [item for item in self.running if not item.is_decoding]
+        singles = _choose(
+            self._decode_turns, decoding, cost=lambda _: [1], budget=limits.max_sequences
+        )
+        pieces = _choose(self._prefill_turns, prompts, cost=blocks, budget=limits.prefill_tokens)
+        work = [_due(sequence, 1) for sequence in singles]
+        work += [
+            _due(sequence, sum(blocks(sequence)[: pieces.count(sequence)]))
+            for sequence in dict.fromkeys(pieces)
+        ]
+        reserved = [item for item in work if self._reserve(item, push_out)]
+        # A later one may have pushed out an earlier one.
+        return [item for item in reserved if item.sequence in self.running]
+
+    def _reserve(self, item: Due, push_out: Callable[[Sequence], None]) -> bool:
+        """Give a sequence pages for its next tokens, from the largest holder if none is free."""
+        sequence = item.sequence
+        if sequence not in self.running:
+            # Pushed out by one before it in this step.
+            return False
+        missing = pages_for(sequence.fed + item.count) - len(sequence.pages)
+        while (taken := self.executor.pages.take(max(0, missing))) is None:
+            victim = self._find_victim()
+            if victim is not None:
+                push_out(victim)
+            if victim is None or victim is sequence:
+                return False
+        sequence.pages.extend(taken)
+        return True
+
+    def _find_victim(self) -> Sequence | None:
+        """The newest answer of the tenant that holds most pages; None when no answer has any."""
+        held = self._by_tenant(item for item in self.running if item.pages)
+        if not held:
+            return None
+        largest = max(held, key=lambda name: sum(len(item.pages) for item in held[name]))
+        return held[largest][-1]
+
+    @staticmethod
+    def _by_tenant(sequences: Iterable[Sequence]) -> dict[str, list[Sequence]]:
+        held: dict[str, list[Sequence]] = {}
+        for sequence in sequences:
+            held.setdefault(sequence.tenant, []).append(sequence)
+        return held
+
+
+def _choose(
+    turns: DeficitRoundRobin,
+    sequences: Iterable[Sequence],
+    *,
+    cost: Callable[[Sequence], list[int]],
+    budget: int,
+) -> list[Sequence]:
+    """Sequences whose turn it is, as often as their items were chosen."""
+    items: dict[str, list[tuple[Sequence, int]]] = {}
+    for sequence in sequences:
+        own = items.setdefault(sequence.tenant, [])
+        own.extend((sequence, each) for each in cost(sequence))
+    costs = {name: [each for _, each in own] for name, own in items.items()}
+    places = {name: iter(own) for name, own in items.items()}
+    return [next(places[name])[0] for name in turns.pick(costs, budget=budget)]
+
+
+def _due(sequence: Sequence, count: int) -> Due:
+    return Due(sequence=sequence, start=sequence.fed, count=count, rows=sequence.rows_wanted(count))
