@@ -2,9 +2,8 @@
 
 import hashlib
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ from deltacome_core.calibrate import (
     read_calibration,
 )
 from deltacome_core.checkpoint import Checkpoint, at_precision, open_checkpoint
-from deltacome_core.compress_report import CompressReport, make_report
-from deltacome_core.costs import HostPeak, Stages
+from deltacome_core.compress_report import CompressReport, Meter, make_report
+from deltacome_core.costs import Stages
 from deltacome_core.delta import (
     ScannedCheckpoint,
     check_backbone,
@@ -78,6 +77,16 @@ def parts_folder(out_dir: Path) -> Path:
     return out_dir.with_name(f".{out_dir.name}.parts")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What a run is asked for beside its inputs."""
+
+    budget: Budget | None
+    calibration: Path | None
+    backbone_precision: str
+    force: bool
+
+
 def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by name
     base_dir: Path,
     tuned_dir: Path,
@@ -93,10 +102,9 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
 ) -> CompressReport:
     """Compress a fine-tune into a delta folder.
 
-    Finished layers are kept beside out_dir, under a fingerprint of both checkpoints, the recipe,
-    the calibration text, the type of device and the versions. A run that was killed continues after
-    the last of them and writes the bytes an undisturbed run would have written, on any number of
-    devices.
+    Finished layers are kept beside out_dir, under a fingerprint of all inputs, the type of device
+    and the versions. A run that was killed continues after the last of them and writes the bytes an
+    undisturbed run would have written, on any number of devices.
 
     Args:
         base_dir: checkpoint folder of the backbone.
@@ -107,8 +115,7 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
         calibration: .txt or .jsonl file; by default the fine-tune's own, else the built-in text.
             On a GPU at most 262,144 tokens of it are read, on a CPU 16,384.
         device: "cpu" or "cuda", or several of one type, over which the layers are spread.
-        backbone_precision: what the backbone will be served with, one of precision.PRECISIONS; the
-            delta is then fine-tune minus served backbone, rounding errors included.
+        backbone_precision: one of PRECISIONS; the delta is fine-tune minus what is served.
         force: go on where the weights say that the fine-tune comes from another backbone.
         on_layer: told about each layer once it is on disk, by one thread at a time.
 
@@ -118,62 +125,68 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
     Raises:
         UserError: output_exists, backbone_mismatch, backbone_unrelated, nan_weights,
             calibration_too_short, model_not_runnable, device_unavailable, budget_impossible,
-            budget_fixed, precision_unknown, precision_unusable, and what opening the checkpoints
-            raises.
+            budget_fixed, precision_unknown, precision_unusable, and those of open_checkpoint.
 
     Source: Delta-CoMe (arXiv 2406.08903).
     """
-    started, stages = time.monotonic(), Stages()
-    devices = resolve_devices(device)
+    asked = _Asked(
+        budget=budget, calibration=calibration, backbone_precision=backbone_precision, force=force
+    )
+    meter, devices = Meter(), resolve_devices(device)
     if out_dir.exists():
         raise UserError("output_exists", path=str(out_dir))
-    with HostPeak() as host:
-        for each in devices:
-            if each.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(each)
-        base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
-        check_backbone(base, tuned)
-        if not force:
-            check_related(base, tuned)
-        base = at_precision(base, _plan_precision(base, backbone_precision, recipe))
-        tokens = _read_tokens(base, tuned, calibration, devices[0]) if recipe.calibrated else None
-        with stages.measure("scan"):
-            scanned = scan_checkpoint(base), scan_checkpoint(tuned)
-        if budget is not None:
-            recipe = fit_recipe(describe_subject(*scanned), recipe, budget)
-        work = Work(
-            base=scanned[0],
-            tuned=scanned[1],
-            recipe=recipe,
-            device=devices[0],
-            fingerprint=_fingerprint(*scanned, recipe=recipe, tokens=tokens, device=devices[0]),
-            stages=stages,
-            tokens=tokens,
-        )
-        folder = parts_folder(out_dir)
-        units = plan_units(tuned, _open_parts(folder, work.fingerprint))
-        resumed = write_parts(
-            work,
-            units,
-            devices=devices,
-            makers=Makers(compress=compress_unit, code=code_unit),
-            on_layer=on_layer or (lambda _done: None),
-        )
-        with stages.measure("join"):
-            parts = [unit.path for unit in units]
-            head = _head(work, tokens, sum(read_part(path).with_feedback for path in parts))
-            write_delta(out_dir, parts, head=head, sidecars=tuned.sidecars)
-            shutil.rmtree(folder)
-    seconds = time.monotonic() - started
-    return make_report(
-        out_dir,
-        seconds=seconds,
+    with meter.measuring(devices):
+        pair = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
+        work = _open_work(*pair, recipe, asked, devices[0], meter.stages)
+        resumed = _write(work, out_dir, devices, on_layer or (lambda _done: None))
+    return make_report(out_dir, meter, mode=work.recipe.mode, resumed_layers=resumed)
+
+
+def _open_work(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    recipe: Recipe,
+    asked: _Asked,
+    device: torch.device,
+    stages: Stages,
+) -> Work:
+    check_backbone(base, tuned)
+    if not asked.force:
+        check_related(base, tuned)
+    base = at_precision(base, _plan_precision(base, asked.backbone_precision, recipe))
+    tokens = _read_tokens(base, tuned, asked.calibration, device) if recipe.calibrated else None
+    with stages.measure("scan"):
+        scanned = scan_checkpoint(base), scan_checkpoint(tuned)
+    if asked.budget is not None:
+        recipe = fit_recipe(describe_subject(*scanned), recipe, asked.budget)
+    return Work(
+        base=scanned[0],
+        tuned=scanned[1],
+        recipe=recipe,
+        device=device,
+        fingerprint=_fingerprint(*scanned, recipe=recipe, tokens=tokens, device=device),
         stages=stages,
-        host=host,
-        devices=devices,
-        mode=recipe.mode,
-        resumed_layers=resumed,
+        tokens=tokens,
     )
+
+
+def _write(
+    work: Work,
+    out_dir: Path,
+    devices: Sequence[torch.device],
+    on_layer: Callable[[LayerDone], None],
+) -> int:
+    """Write the parts that are missing, then join all; return how many were there already."""
+    folder, tuned = parts_folder(out_dir), work.tuned.checkpoint
+    units = plan_units(tuned, _open_parts(folder, work.fingerprint))
+    makers = Makers(compress=compress_unit, code=code_unit)
+    resumed = write_parts(work, units, devices=devices, makers=makers, on_layer=on_layer)
+    with work.stages.measure("join"):
+        parts = [unit.path for unit in units]
+        head = _head(work, sum(read_part(path).with_feedback for path in parts))
+        write_delta(out_dir, parts, head=head, sidecars=tuned.sidecars)
+        shutil.rmtree(folder)
+    return resumed
 
 
 def _plan_precision(base: Checkpoint, name: str, recipe: Recipe) -> Precision | None:
@@ -233,8 +246,8 @@ def _open_parts(folder: Path, fingerprint: str) -> Path:
     return own
 
 
-def _head(work: Work, tokens: CalibrationTokens | None, with_feedback: int) -> DeltaManifest:
-    tuned = work.tuned.checkpoint
+def _head(work: Work, with_feedback: int) -> DeltaManifest:
+    tuned, tokens = work.tuned.checkpoint, work.tokens
     return DeltaManifest(
         recipe=RecipeRecord(name=work.recipe.name, settings=work.recipe.settings),
         backbone=BackboneRecord(

@@ -1,6 +1,8 @@
 """What a compression made and what it cost."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,24 +51,43 @@ class CompressReport:
         return asdict(self) | {"out": str(self.out)}
 
 
-def make_report(
-    out_dir: Path,
-    *,
-    seconds: float,
-    stages: Stages,
-    host: HostPeak,
-    devices: Sequence[torch.device],
-    mode: str,
-    resumed_layers: int,
-) -> CompressReport:
+class Meter:
+    """Counts what a run costs, from its making on."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._host = HostPeak()
+        self._cards: list[torch.device] = []
+        self.stages = Stages()
+
+    @contextmanager
+    def measuring(self, devices: Sequence[torch.device]) -> Iterator[None]:
+        """Watch the memory of this process and of its cards until the block ends."""
+        self._cards = [device for device in devices if device.type == "cuda"]
+        for card in self._cards:
+            torch.cuda.reset_peak_memory_stats(card)
+        with self._host:
+            yield
+
+    def read(self) -> dict[str, Any]:
+        """Give seconds, seconds by stage and peaks of memory, as CompressReport names them."""
+        return {
+            "seconds": time.monotonic() - self._started,
+            "stages": self.stages.seconds,
+            "peak_host_bytes": self._host.bytes,
+            "peak_gpu_bytes": max(map(torch.cuda.max_memory_allocated, self._cards), default=0),
+            "peak_gpu_reserved_bytes": max(
+                map(torch.cuda.max_memory_reserved, self._cards), default=0
+            ),
+        }
+
+
+def make_report(out_dir: Path, meter: Meter, *, mode: str, resumed_layers: int) -> CompressReport:
     """Look at a finished delta and at the counters of the run that made it.
 
     Args:
         out_dir: the delta.
-        seconds: from start to end.
-        stages: seconds by stage.
-        host: peak of this process.
-        devices: where units were made.
+        meter: counters of the run.
         mode: of the recipe.
         resumed_layers: parts of an earlier run.
 
@@ -74,16 +95,10 @@ def make_report(
         The report.
     """
     inspected = inspect_delta(out_dir)
-    cards = [device for device in devices if device.type == "cuda"]
     calibration = inspected.manifest.calibration
     return CompressReport(
         out=out_dir,
         mode=mode,
-        seconds=seconds,
-        stages=stages.seconds,
-        peak_host_bytes=host.bytes,
-        peak_gpu_bytes=max(map(torch.cuda.max_memory_allocated, cards), default=0),
-        peak_gpu_reserved_bytes=max(map(torch.cuda.max_memory_reserved, cards), default=0),
         total_bytes=inspected.total_bytes,
         payload_bytes=inspected.payload_bytes,
         ratio=inspected.ratio,
@@ -94,4 +109,5 @@ def make_report(
         with_feedback=0 if calibration is None else calibration.n_matrices,
         calibration=calibration,
         resumed_layers=resumed_layers,
+        **meter.read(),
     )

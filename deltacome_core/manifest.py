@@ -10,10 +10,9 @@ from deltacome_core import strict_json
 from deltacome_core.entries import (
     CodedEntry,
     DeltaEntry,
-    entry_to_json,
     needs_backbone,
-    parse_entries,
 )
+from deltacome_core.entries_json import entry_to_json, parse_entries
 from deltacome_core.errors import UserError
 from deltacome_core.fields import Fields, invalid
 from deltacome_core.precision import NATIVE, SCHEMES, Precision

@@ -19,12 +19,11 @@ from deltacome_core.entries import (
     MatrixEntry,
     RowsEntry,
     UnchangedEntry,
-    entry_to_json,
     expected_tensors,
     needs_backbone,
-    parse_entries,
     site_order,
 )
+from deltacome_core.entries_json import entry_to_json, parse_entries
 from deltacome_core.errors import InternalError
 from deltacome_core.fields import invalid
 from deltacome_core.layout import Group

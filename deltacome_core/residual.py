@@ -9,7 +9,8 @@ import torch
 from deltacome_core import strict_json
 from deltacome_core.container import Delta, range_reader
 from deltacome_core.delta_folder import StoredTensor, read_data_header
-from deltacome_core.entries import CodedEntry, expected_tensors, parse_entries
+from deltacome_core.entries import CodedEntry, expected_tensors
+from deltacome_core.entries_json import parse_entries
 from deltacome_core.errors import UserError
 from deltacome_core.fields import Fields, invalid
 from deltacome_core.lossless import decode_tensor

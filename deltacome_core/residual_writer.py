@@ -9,7 +9,7 @@ from deltacome_core import __version__, strict_json
 from deltacome_core.atomic import new_file
 from deltacome_core.checkpoint import Checkpoint, checkpoint_digest, hash_tensors, open_checkpoint
 from deltacome_core.container import Delta, open_delta
-from deltacome_core.entries import entry_to_json
+from deltacome_core.entries_json import entry_to_json
 from deltacome_core.errors import UserError
 from deltacome_core.lossless import ZSTD_VERSION, read_elements, slice_elements
 from deltacome_core.lossless_spool import CodedSpool, equals_cast, open_spool

@@ -158,6 +158,29 @@ def read_order(names: Sequence[str], hessians: Sequence[SharedHessian]) -> list[
     return [row for name, row in row_of.items() if row[0] == name]
 
 
+class _Progress:
+    """Tells somebody about each part that is on disk."""
+
+    def __init__(self, units: Sequence[Unit], on_layer: Callable[[LayerDone], None]) -> None:
+        self._place = {unit.group: index for index, unit in enumerate(units)}
+        self._on_layer = on_layer
+
+    def __call__(
+        self, unit: Unit, errors: Sequence[float], seconds: float, *, resumed: bool
+    ) -> None:
+        self._on_layer(
+            LayerDone(
+                group=unit.group,
+                index=self._place[unit.group],
+                n_layers=len(self._place),
+                n_matrices=len(errors),
+                relative_error=sum(errors) / len(errors) if errors else 0.0,
+                seconds=seconds,
+                resumed=resumed,
+            )
+        )
+
+
 def write_parts(
     work: Work,
     units: Sequence[Unit],
@@ -178,21 +201,8 @@ def write_parts(
     Returns:
         How many parts were there already.
     """
-    place = {unit.group: index for index, unit in enumerate(units)}
     pending = {unit.group: unit for unit in units if not unit.path.is_file()}
-
-    def announce(unit: Unit, errors: Sequence[float], seconds: float, *, resumed: bool) -> None:
-        on_layer(
-            LayerDone(
-                group=unit.group,
-                index=place[unit.group],
-                n_layers=len(units),
-                n_matrices=len(errors),
-                relative_error=sum(errors) / len(errors) if errors else 0.0,
-                seconds=seconds,
-                resumed=resumed,
-            )
-        )
+    announce = _Progress(units, on_layer)
 
     def store(unit: Unit, made: Compressed, started: float) -> None:
         with work.stages.measure("write"):

@@ -153,14 +153,13 @@ def verify_delta(
             beside the delta and removed again.
 
     Returns:
-        The measurements with a grade; at most two models were in memory at a time.
+        The measurements; at most two models were in memory at a time.
 
     Raises:
         UserError: backbone_digest_mismatch, delta_invalid, texts_invalid, tokenizer_missing,
             architecture_unknown, model_not_runnable.
     """
-    started = time.monotonic()
-    tokenizer = load_tokenizer(tuned_dir, delta_dir, base_dir)
+    started, tokenizer = time.monotonic(), load_tokenizer(tuned_dir, delta_dir, base_dir)
     texts = _read_prompts(prompts or find_prompts(tuned_dir), tokenizer, tuned_dir)
     with tempfile.TemporaryDirectory(dir=delta_dir.parent, prefix=".verify.") as scratch:
         rebuilt = reconstructed_dir or Path(scratch) / "checkpoint"
