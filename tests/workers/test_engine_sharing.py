@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config, Qwen3C
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
+from deltacome_core.packed import PackedRows
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from workers.engine.executor import PlainExecutor, Work
 from workers.engine.graphs import DecodeGraphs, _Captured
 from workers.engine.model import load_backbone, load_shared, share_backbone
+from workers.engine.parts import TenantParts
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.shared import SharedExecutor
 
@@ -232,6 +234,22 @@ def test_an_arena_takes_deltas_of_its_recipe_and_another_one_when_it_is_empty(tm
     assert answer([again], prompt=PROMPTS[0], max_tokens=20)[0].ids == greedy(
         tmp_path / "r0", PROMPTS[0]
     )
+
+
+def test_rows_in_a_basis_are_not_taken_for_rows_of_an_arena(folder):
+    shared = load_all(folder, 0, arena=True)[0]
+    rows = PackedRows(
+        name="model.embed_tokens.weight",
+        rows=4,
+        cols=8,
+        changed=torch.zeros(4, dtype=torch.bool),
+        factor=None,
+        new_rows=None,
+        basis=torch.zeros(0, 8, dtype=torch.bfloat16),
+    )
+    with pytest.raises(UserError) as refusal:
+        shared.executor.load(TenantParts(embedding=rows))
+    assert refusal.value.code == "arena_recipe_unknown"
 
 
 GPU_PATH = """

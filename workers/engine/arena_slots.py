@@ -78,6 +78,11 @@ class ArenaSlots:
 
     def load(self, parts: TenantParts, *, lock: Lock, factor_bytes: int) -> int:
         del factor_bytes
+        for table in (parts.embedding, parts.head):
+            if isinstance(table, PackedRows) and table.basis is not None:
+                # No kernel reads rows as coordinates yet.
+                reason = "its rows are coordinates in a basis"
+                raise UserError("arena_recipe_unknown", name=table.name, reason=reason)
         matrices = dict(parts.matrices)
         if isinstance(parts.head, PackedRows) and parts.head.factor is not None:
             matrices[HEAD] = head_matrix(parts.head)

@@ -161,7 +161,7 @@ class SharedExecutor:
         n_single = sum(item.count == 1 for item in work)
         filled = n_single
         if self._pads and n_single:
-            filled = next(size for size in BUCKETS if size >= n_single)
+            filled = next((size for size in BUCKETS if size >= n_single), n_single)
         # Spans end where the single tokens do, whoever comes before and after.
         singles = [(1, _slot(item)) for item in work[:n_single]] + [(filled - n_single, -1)]
         chunks = [(item.count, _slot(item)) for item in work[n_single:]]
