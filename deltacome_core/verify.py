@@ -167,9 +167,8 @@ def verify_delta(
             reconstruct_checkpoint(base_dir, delta_dir, rebuilt, device=device)
         weights = compare_weights(base_dir, tuned_dir, delta_dir, rebuilt)
         original = load_model(tuned_dir, device=device)
-        fidelity, (match, exact), logits = _compare_rebuilt(
-            original, load_model(rebuilt, device=device), tokenizer, texts
-        )
+        found = _compare_rebuilt(original, load_model(rebuilt, device=device), tokenizer, texts)
+        fidelity, (match, exact), logits = found
         with served_backbone(base_dir, delta_dir) as served:
             backbone, canary = _compare_backbone(original, served, texts, logits, device=device)
     recovery = measure_recovery(fidelity.kl, backbone.kl)
