@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=36000.0)
     parser.add_argument("--train-at-once", type=int, default=3, help="six need more than 80 GB")
-    parser.add_argument("--measure-at-once", type=int, default=6)
+    parser.add_argument("--measure-at-once", type=int, default=3, help="so do six of these")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--only")
     args = parser.parse_args()
