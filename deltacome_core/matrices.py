@@ -26,18 +26,20 @@ def is_quantised(shape: tuple[int, int], recipe: Recipe) -> bool:
 
 
 def plan_stack(slices: Sequence[torch.Tensor], recipe: Recipe) -> tuple[RankBand, ...] | None:
-    """Choose one set of bands for all slices of a stack, from the mean of their spectra.
+    """Choose one set of bands for all slices of a stack, where it matters from their mean spectrum.
 
     Args:
         slices: float32 [out, in] each, on the device that does the work.
         recipe: how they will be packed.
 
     Returns:
-        The bands; None where each matrix gets its own or none.
+        The bands; None where matrices have none.
     """
-    if recipe.method != "lowrank" or recipe.bands != "spectrum":
+    if recipe.method != "lowrank":
         return None
     shape = slices[0].shape[0], slices[0].shape[1]
+    if recipe.bands != "spectrum":
+        return plan_bands(*shape, recipe)
     energies = torch.stack([singular_energies(each) for each in slices]).mean(dim=0)
     return plan_bands(*shape, recipe, energies=energies.tolist())
 

@@ -14,7 +14,8 @@ import zstandard
 from deltacome_core import layout, parts, safetensors_file
 from deltacome_core.bitpack import PLANES, pack_codes, unpack_codes, words_per_row
 from deltacome_core.checkpoint import checkpoint_digest
-from deltacome_core.entries import expected_tensors, parse_entries
+from deltacome_core.entries import expected_tensors
+from deltacome_core.entries_json import parse_entries
 from deltacome_core.lossless import BLOCK_ELEMENTS, encode_blocks, slice_elements
 from deltacome_core.manifest import FORMAT_VERSION
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload

@@ -79,7 +79,7 @@ def make_delta(folder, make, recipe):
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape), alpha=0.02)
+            weight.add_(torch.randn(weight.shape), alpha=0.005)
     tiny.save(model, folder / "tuned")
     tiny.write_calibration(folder / "tuned")
     chosen = get_recipe(recipe, matrix_bits=4.0)

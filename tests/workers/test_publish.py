@@ -7,7 +7,13 @@ from workers import publish
 
 pytestmark = pytest.mark.django_db
 
-SIZE = {"recipe": {"name": "come"}, "total_bytes": 1000, "ratio": 16.0, "bits_per_param": 1.234}
+SIZE = {
+    "recipe": {"name": "come"},
+    "total_bytes": 1000,
+    "payload_bytes": 900,
+    "ratio": 16.0,
+    "bits_per_param": 1.234,
+}
 VERIFIED = {"verification": {"grade": "A", "recovery": 0.999}}
 
 
