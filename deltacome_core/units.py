@@ -12,7 +12,7 @@ from deltacome_core.calibrate import CalibrationTokens, LayerCalibrator
 from deltacome_core.checkpoint import Checkpoint, find_heads
 from deltacome_core.costs import Stages
 from deltacome_core.delta import ScannedCheckpoint
-from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of
+from deltacome_core.entries import REST_GROUP, UnchangedEntry, group_of, layer_order
 from deltacome_core.lossless_spool import CodedSpool, open_spool
 from deltacome_core.moments import SharedHessian
 from deltacome_core.packed import PackedTensor
@@ -126,10 +126,6 @@ def plan_units(tuned: Checkpoint, folder: Path) -> list[Unit]:
     groups: dict[str, list[str]] = {}
     for name in sorted(tuned.tensors):
         groups.setdefault(group_of(name), []).append(name)
-
-    def layer_order(group: str) -> tuple[str, int]:
-        prefix, _, number = group.rpartition(".")
-        return (prefix, int(number)) if number.isdigit() else (group, -1)
 
     return [
         Unit(group=group, names=tuple(groups[group]), path=folder / f"{index:05d}.safetensors")

@@ -119,8 +119,8 @@ def _fit_basis(
 ) -> tuple[torch.Tensor, list[PackedFactor]]:
     """Find the directions that matter most and round each row's coordinates in them.
 
-    Rows are weighted by the fourth root of their counts and directions by H^(1/4): half of the
-    logarithm of what plain and fully whitened decompositions do; each won on some fine-tunes.
+    Rows are weighted by the fourth root of their counts and directions by H^(1/4), midway between
+    no weights and full ones (ADR 11).
     """
     cols = base.shape[1]
     whiten = None if use is None or use.hessian is None else _root(use.hessian.to(device))
@@ -130,8 +130,9 @@ def _fit_basis(
     for delta, index in _changed_rows(base, tuned, changed, device):
         rows = delta.double() if whiten is None else delta.double() @ whiten[0]
         if weights is not None:
-            rows *= weights[index.to(device)][:, None]
-            total += float(weights[index.to(device)].square().sum())
+            own = weights[index.to(device)]
+            rows *= own[:, None]
+            total += float(own.square().sum())
         else:
             total += len(index)
         gram += rows.T @ rows

@@ -11,7 +11,7 @@ import torch
 
 from deltacome_core.errors import UserError
 from deltacome_core.layout import TILE_CODES
-from deltacome_core.packed import PackedBand, PackedDirect, PackedFactor, PackedLinear, PackedMatrix
+from deltacome_core.packed import PackedBand, PackedDirect, PackedFactor, PackedLinear
 from kernels.directory import (
     MAX_RECORDS,
     SOURCE_HIDDEN,
@@ -418,12 +418,3 @@ def build_image(
         needs=tuple(needs),
         matrices=matrices,
     )
-
-
-def linear_matrices(matrices: Mapping[str, object]) -> dict[str, PackedLinear]:
-    """Those of a delta's packed tensors that an arena takes."""
-    return {
-        name: matrix
-        for name, matrix in matrices.items()
-        if isinstance(matrix, PackedMatrix | PackedDirect)
-    }

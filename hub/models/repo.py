@@ -1,5 +1,3 @@
-from collections.abc import Collection
-
 from django.contrib.auth.models import AnonymousUser
 from django.core.validators import RegexValidator
 from django.db import models
@@ -22,10 +20,6 @@ class RepoQuerySet(models.QuerySet["Repo"]):
             return self.filter(public)
         mine = Membership.objects.filter(user=user).values("namespace")
         return self.filter(public | models.Q(namespace__in=mine))
-
-    def held_by(self, user: User, roles: Collection[str]) -> "RepoQuerySet":
-        mine = Membership.objects.filter(user=user, role__in=roles).values("namespace")
-        return self.filter(namespace__in=mine)
 
     def kept(self) -> "RepoQuerySet":
         """Leave out names of which nothing is left: each upload was aborted or has expired."""

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from deltacome_core.layout import PLANES, TILE_CODES
 from deltacome_core.packed import PackedFactor, PackedMatrix
-from kernels import reference
 from kernels.bench.models import Layout, Pool
 from kernels.bench.timing import time_calls, time_graph
 
@@ -189,14 +188,3 @@ def time_binary(*, n_tenants: int) -> float:
             raise RuntimeError("the one-bit baseline is wrong")
         times.append(time_graph(partial(multiply_binary, x, words)))
     return _sum_over_model(times)
-
-
-def check_eager(layout: Layout) -> float:
-    """Largest relative error of the eager baseline against the reference in fp32."""
-    errors = []
-    for matrix in draw_matrices(layout, seed=1):
-        x = torch.randn(1, matrix.in_features, device="cuda").bfloat16()
-        wanted = reference.expand(reference.shrink(x, matrix), matrix)
-        found = eager_delta(x, matrix).float()
-        errors.append(float((found - wanted).norm() / wanted.norm()))
-    return max(errors)
