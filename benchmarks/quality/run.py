@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.run --base SMOLLM2_DIR --work DIR --out DIR --device cuda
 
-Trains the fine-tunes that are not in the work folder yet, all at once, then measures them side by
-side. Candidates are rebuilt and compared in fp32: rounding to bf16 would hide the small ones.
+Trains the fine-tunes that are not in the work folder yet, then measures them, some side by side.
+Rows already in the out folder are kept, so a run that was cut off goes on where it stopped.
+Candidates are rebuilt and compared in fp32: rounding to bf16 would hide the small ones.
 """
 
 import argparse
@@ -47,6 +48,10 @@ class Candidate:
     ratio: float | None = None
     calibration: str = "none"
 
+    @property
+    def budget(self) -> str | None:
+        return None if self.ratio is None else f"1/{self.ratio:g}"
+
 
 _CALIBRATED = ("hub", "come")
 
@@ -86,9 +91,10 @@ class FineTune:
         self._scratch.mkdir(parents=True)
         options = BenchOptions(device=device, dtype=torch.float32)
         self._bench = Bench(self._tuned, base, options)
-        self._rows: list[dict[str, Any]] = []
-        self._add(Candidate(method="backbone"), self._bench.backbone, size={})
-        self._add(Candidate(method="fine-tune"), self._bench.reference, size={})
+        self._rows: list[dict[str, Any]] = _read_rows(out)
+        if not self._rows:
+            self._add(Candidate(method="backbone"), self._bench.backbone, size={})
+            self._add(Candidate(method="fine-tune"), self._bench.reference, size={})
 
     def _add(self, candidate: Candidate, found: Measurement, *, size: dict[str, Any]) -> None:
         self._rows.append(
@@ -96,7 +102,7 @@ class FineTune:
                 "finetune": self._task,
                 "method": candidate.method,
                 "calibration": candidate.calibration,
-                "budget": candidate.ratio and f"1/{candidate.ratio:g}",
+                "budget": candidate.budget,
                 "total_bytes": size.get("total_bytes"),
                 "bits_per_param": size.get("bits_per_param"),
                 "ratio": size.get("ratio"),
@@ -126,6 +132,11 @@ class FineTune:
             self._bench.measure(read_state(self._tuned))
             write_items(path, sample_texts(self._bench.model, self._bench.tokenizer))
         return path
+
+    def has(self, candidate: Candidate) -> bool:
+        """Whether a row of this candidate is there, from this run or an earlier one."""
+        wanted = (candidate.method, candidate.calibration, candidate.budget)
+        return any(wanted == (r["method"], r["calibration"], r["budget"]) for r in self._rows)
 
     def run(self, candidate: Candidate) -> None:
         """Make one candidate and measure it."""
@@ -183,7 +194,7 @@ def measure_one(args: argparse.Namespace) -> None:
         args.base, args.work, args.only, device=args.device, out=args.out / f"{args.only}.json"
     )
     for candidate in CANDIDATES:
-        if time.monotonic() < deadline:
+        if time.monotonic() < deadline and not own.has(candidate):
             own.run(candidate)
 
 
