@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.chart import draw, read_points
 from benchmarks.quality.drawing import SEED
 from benchmarks.quality.lora import train_lora
 from benchmarks.quality.measure import Bench, BenchOptions, Measurement
@@ -210,11 +211,13 @@ def run_all(commands: dict[str, list[str]], logs: Path, *, at_once: int) -> None
 
 
 def write_table(out: Path) -> None:
+    """Join the rows of all fine-tunes as quality.csv and draw them."""
     rows = [row for task in TASKS for row in _read_rows(out / f"{task}.json")]
     with (out / "quality.csv").open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    (out / "quality.svg").write_text(draw(read_points(out / "quality.csv")))
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
