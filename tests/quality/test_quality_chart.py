@@ -41,7 +41,7 @@ def test_a_smaller_and_closer_delta_lies_further_left_and_lower(tmp_path: Path) 
             ("<code>", "come", "own", "16000000", "1e-2"),
         ],
     )
-    root = ET.fromstring(draw(read_points(table)))
+    root = ET.fromstring(draw(read_points(table)))  # noqa: S314 - our own drawing
     places = {
         title.split(",")[0]: (float(circle.attrib["cx"]), float(circle.attrib["cy"]))
         for circle in root.findall(f"{_SVG}circle")
