@@ -196,6 +196,18 @@ class Bench:
             compare_states(self._text_states, self._head, text, head),
         )
 
+    def diverge(self, state: State) -> tuple[Divergence, Divergence]:
+        """Measure a candidate's predictions alone, without letting it answer.
+
+        Args:
+            state: as for `measure`.
+
+        Returns:
+            On the task and on general text.
+        """
+        load_in_place(self.model, state)
+        return self._diverge()
+
     def measure(self, state: State) -> Measurement:
         """Measure a candidate.
 
@@ -211,8 +223,7 @@ class Bench:
             ValueError: a shape does not fit.
         """
         started = time.perf_counter()
-        load_in_place(self.model, state)
-        task, text = self._diverge()
+        task, text = self.diverge(state)
         answers, continued = self._decode()
         graded: Score = self._sheet.grade(answers)
         backbone_task, backbone_text = self.kl_backbone

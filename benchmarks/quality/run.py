@@ -26,7 +26,7 @@ from benchmarks.quality.chart import draw, read_points
 from benchmarks.quality.drawing import SEED
 from benchmarks.quality.lora import train_lora
 from benchmarks.quality.measure import Bench, BenchOptions, Measurement
-from benchmarks.quality.models import read_state
+from benchmarks.quality.models import State, read_state
 from benchmarks.quality.sample import sample_texts
 from benchmarks.quality.tasks import TASKS, write_items
 from benchmarks.quality.train import TrainOptions
@@ -53,6 +53,10 @@ class Candidate:
     def budget(self) -> str | None:
         return None if self.ratio is None else f"1/{self.ratio:g}"
 
+
+# Columns of rows that are recipes; the two parts do not add up to the whole.
+PARTS = ("kl_task_matrices", "kl_task_vocabulary", "kl_text_matrices", "kl_text_vocabulary")
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 
 _CALIBRATED = ("hub", "come")
 
@@ -84,20 +88,28 @@ CANDIDATES = (
 class FineTune:
     """One fine-tune, its bench and the rows measured so far."""
 
-    def __init__(self, base: Path, work: Path, task: str, *, device: str, out: Path) -> None:
-        self._base, self._task, self._device, self._out = base, task, device, out
+    def __init__(
+        self, base: Path, work: Path, task: str, *, options: BenchOptions, out: Path
+    ) -> None:
+        self._base, self._task, self._device, self._out = base, task, options.device, out
         self._tuned = work / task
         self._scratch = work / f"scratch-{task}"
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
-        options = BenchOptions(device=device, dtype=torch.float32)
         self._bench = Bench(self._tuned, base, options)
         self._rows: list[dict[str, Any]] = _read_rows(out)
         if not self._rows:
             self._add(Candidate(method="backbone"), self._bench.backbone, size={})
             self._add(Candidate(method="fine-tune"), self._bench.reference, size={})
 
-    def _add(self, candidate: Candidate, found: Measurement, *, size: dict[str, Any]) -> None:
+    def _add(
+        self,
+        candidate: Candidate,
+        found: Measurement,
+        *,
+        size: dict[str, Any],
+        parts: dict[str, float] | None = None,
+    ) -> None:
         self._rows.append(
             {
                 "finetune": self._task,
@@ -116,6 +128,8 @@ class FineTune:
                 "greedy_match": found.greedy_match,
                 "greedy_text": found.greedy_text,
                 "compress_seconds": size.get("seconds"),
+                **dict.fromkeys(PARTS),
+                **(parts or {}),
             }
         )
         print(json.dumps(self._rows[-1]), flush=True)
@@ -163,9 +177,22 @@ class FineTune:
             "ratio": sizes.ratio,
             "seconds": round(report.seconds, 2),
         }
-        self._add(candidate, self._bench.measure(read_state(rebuilt)), size=size)
+        state = read_state(rebuilt)
+        found = self._bench.measure(state)
+        self._add(candidate, found, size=size, parts=self._part(state))
         for folder in (delta, rebuilt):
             shutil.rmtree(folder)
+
+    def _part(self, state: State) -> dict[str, float]:
+        """KL of what the matrices lost with an exact vocabulary, and the other way round."""
+        tuned = read_state(self._tuned)
+        vocabulary = {name for name in state if name.endswith(VOCABULARY)}
+        found: dict[str, float] = {}
+        for part, names in (("matrices", set(state) - vocabulary), ("vocabulary", vocabulary)):
+            mixed = {name: (state if name in names else tuned)[name] for name in state}
+            task, text = self._bench.diverge(mixed)
+            found |= {f"kl_task_{part}": task.kl, f"kl_text_{part}": text.kl}
+        return found
 
     def _run_lora(self, candidate: Candidate) -> None:
         """Train LoRA to at most the bytes of the first delta, the same number of steps."""
@@ -191,9 +218,9 @@ class FineTune:
 
 def measure_one(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + args.seconds
-    own = FineTune(
-        args.base, args.work, args.only, device=args.device, out=args.out / f"{args.only}.json"
-    )
+    options = BenchOptions(device=args.device, dtype=torch.float32)
+    out = args.out / f"{args.only}.json"
+    own = FineTune(args.base, args.work, args.only, options=options, out=out)
     for candidate in CANDIDATES:
         if time.monotonic() < deadline and not own.has(candidate):
             own.run(candidate)
@@ -241,6 +268,7 @@ def main() -> None:
     parser.add_argument("--train-at-once", type=int, default=3, help="six need more than 80 GB")
     parser.add_argument("--measure-at-once", type=int, default=3, help="so do six of these")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--commit", default="unknown", help="which code ran")
     parser.add_argument("--only")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -277,9 +305,10 @@ def main() -> None:
     )
     write_table(args.out)
     record = describe(args.device) | {
+        "commit": args.commit,
         "training": {
             t: json.loads((args.work / t / "train_log.json").read_text()) for t in args.tasks
-        }
+        },
     }
     (args.out / "quality.json").write_text(json.dumps(record, indent=1) + "\n")
 
