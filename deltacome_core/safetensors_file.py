@@ -128,8 +128,10 @@ def _header_length(raw: bytes, *, file_size_bytes: int, file: str) -> int:
             raise UserError("not_safetensors", file=file, found=foreign)
         raise UserError("header_truncated", file=file)
     length: int = struct.unpack("<Q", raw[:LENGTH_BYTES])[0]
-    is_plausible = length <= MAX_HEADER_BYTES and raw[LENGTH_BYTES:][:1] in {b"{", b""}
-    foreign = None if is_plausible else _foreign_format(raw)
+    opens = raw[LENGTH_BYTES:][:1] in {b"{", b""}
+    foreign = None if opens and length <= MAX_HEADER_BYTES else _foreign_format(raw)
+    if not opens and length > MAX_HEADER_BYTES:
+        foreign = foreign or "data of a format that is not known here"
     if foreign:
         raise UserError("not_safetensors", file=file, found=foreign)
     if length > MAX_HEADER_BYTES:

@@ -84,6 +84,7 @@ HOSTILE = {
     "gguf": (b"GGUF\x03\x00\x00\x00" + bytes(60), "not_safetensors"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(60), "not_safetensors"),
     "numpy": (b"\x93NUMPY\x01\x00" + bytes(60), "not_safetensors"),
+    "random bytes": (bytes.fromhex("9f3c77a1e20b5d846e19"), "not_safetensors"),
     "gzip": (b"\x1f\x8b\x08" + bytes(60), "not_safetensors"),
     "short zip": (b"PK\x03\x04", "not_safetensors"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "not_safetensors"),

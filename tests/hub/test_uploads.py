@@ -202,7 +202,8 @@ def test_parts_wait_for_the_headers(robot, backbone):
         (b"\x80\x04\x95" + b"\0" * 20, "not_safetensors"),
         (b"GGUF" + b"\0" * 20, "not_safetensors"),
         (b"", "header_truncated"),
-        (b"\xff" * 16, "header_too_large"),
+        (b"\xff" * 16, "not_safetensors"),
+        (b"\xff" * 8 + b"{" * 8, "header_too_large"),
     ],
 )
 def test_what_is_no_safetensors_header_is_refused(robot, backbone, raw, code):
