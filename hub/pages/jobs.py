@@ -119,8 +119,9 @@ def detail(request: HttpRequest, job_id: UUID) -> HttpResponseBase:
 @page_access
 @require_safe
 def state(request: HttpRequest, job_id: UUID) -> HttpResponseBase:
-    """The part of the job's page that changes while it runs."""
-    return page(request, "jobs/state.html", _context(request, access.get_job(request.user, job_id)))
+    """The parts of the job's page that change while it runs."""
+    context = _context(request, access.get_job(request.user, job_id))
+    return page(request, "jobs/parts.html", context | {"is_part": True})
 
 
 @signed_in

@@ -113,7 +113,10 @@ def test_a_person_uploads_resumes_watches_downloads_rebuilds_and_chats(
     assert missing
     assert resume(page, upload_id) == missing
 
+    page.evaluate("globalThis.isSamePage = true")
     expect(page.locator("#log")).to_contain_text("compress", timeout=JOB_TIMEOUT_MS)
+    expect(page.locator("#history")).to_contain_text("running")
+    assert page.evaluate("globalThis.isSamePage")
     page.get_by_role("link", name="Open ada/dates@v1").click(timeout=JOB_TIMEOUT_MS)
     expect(page.get_by_role("heading", level=1)).to_have_text("ada/dates")
     expect(page.get_by_role("region", name="Size saved")).to_contain_text("1/")

@@ -59,6 +59,17 @@ def test_each_step_has_its_state_and_duration(sign_in, make_job, bob):
     assert re.search(r'<progress[^>]+max="8"\s+value="3"', page.text)
 
 
+def test_changes_of_state_come_with_the_state(sign_in, make_job, bob):
+    job = make_job(state="RUNNING", step="compress")
+    whole = sign_in(bob).get(f"/jobs/{job.pk}").text
+    parts = sign_in(bob).get(f"/jobs/{job.pk}/state").text
+    assert "hx-swap-oob" not in whole
+    assert parts.count('id="history" hx-swap-oob="true"') == 1
+    rows = re.compile(r"<td>\s*running\s*</td>\s*<td>\s*compress\s*</td>")
+    assert rows.search(whole)
+    assert rows.search(parts)
+
+
 def test_a_page_without_scripts_reloads_until_the_end(sign_in, make_job, bob):
     running, done = make_job(state="RUNNING"), make_job("other", state="DONE", step="publish")
     reload = re.compile(r'<noscript>\s*<meta http-equiv="refresh"')
