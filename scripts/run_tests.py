@@ -29,11 +29,11 @@ def find_missing() -> list[str]:
     return missing
 
 
-def run_pytest(paths: tuple[str, ...], env: dict[str, str]) -> dict[str, int]:
+def run_pytest(paths: tuple[str, ...], marks: str, env: dict[str, str]) -> dict[str, int]:
     """Run pytest on two processes and return its counts."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "not gpu"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", marks]
         command += [f"--junitxml={report}", *paths]
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
         if not report.exists():
@@ -57,10 +57,11 @@ def main() -> int:
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env.pop("DATABASE_URL", None)
     print("== all tests, SQLite", flush=True)
-    runs = [run_pytest(("tests",), env)]
+    runs = [run_pytest(("tests",), "not gpu", env)]
     with postgres.temporary_postgres() as url:
         print("== database tests, PostgreSQL", flush=True)
-        runs.append(run_pytest(DATABASE_TESTS, env | {"DATABASE_URL": url}))
+        again = env | {"DATABASE_URL": url}
+        runs.append(run_pytest(DATABASE_TESTS, "database and not gpu", again))
     total = {key: sum(run[key] for run in runs) for key in runs[0]}
     if total["skipped"]:
         # A skipped test proves nothing; the suite has none, so one that appears is a fault.
