@@ -1,0 +1,3 @@
+#include "primitives.h"
+#include "../../../kernels/cuda_ops/stream.cu"
+#include "blocks.h"
