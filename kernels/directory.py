@@ -7,15 +7,12 @@ One entry is int32 [ENTRY_INTS] for each slot and site:
 | 32 | rows of each shrink record, rounded up to whole steps |
 | 32 | output rows of each part |
 | 32 x 16 | shrink records, one a band of each part |
-| 8 x 8 | parts: first output row, bound (fp32 bits), source, first step, cost of a row block |
+| 8 x 8 | parts: first output row, bound (fp32 bits), source, first step of hidden values |
 | 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where absent |
-| 8 | cost of all row blocks, of the shrink records and of the parts |
 
 A record is: bits, codes, plane of the third bit, rows, row blocks, steps, row factors, group words,
-first step in its source (expand) or its target (shrink), part, cost of a row block. Costs say how
-the work is shared out among programs: the time of a row block beside that of others. Places in the
-slab count units of 128 bytes from its start; 0 means absent, since a slab begins with an empty
-unit.
+first step in its source (expand) or its target (shrink), part. Places in the slab count units of
+128 bytes from its start; 0 means absent, since a slab begins with an empty unit.
 """
 
 from dataclasses import dataclass
@@ -34,10 +31,7 @@ SHRINK_RECORDS: Final = 2 * MAX_RECORDS
 EXPAND_PARTS: Final = SHRINK_RECORDS + MAX_RECORDS * RECORD_INTS
 EXPAND_RECORDS: Final = EXPAND_PARTS + MAX_PARTS * PART_INTS
 WIDTHS: Final = (8, 4, 3, 2, 1)
-COSTS: Final = EXPAND_RECORDS + MAX_PARTS * len(WIDTHS) * RECORD_INTS
-ENTRY_INTS: Final = COSTS + 8
-# What a row block of outputs costs beside its codes.
-_OUTPUT_COST: Final = 32
+ENTRY_INTS: Final = EXPAND_RECORDS + MAX_PARTS * len(WIDTHS) * RECORD_INTS
 
 SOURCE_HIDDEN: Final = 0
 SOURCE_INPUT: Final = 1
@@ -58,11 +52,6 @@ class Record:
     first_step: int
     part: int
 
-    @property
-    def block_cost(self) -> int:
-        """Of a row block of a shrink: bytes in the main, and instructions, are what takes time."""
-        return self.bits + 1
-
     def fields(self) -> list[int]:
         """The record as a kernel reads it."""
         return [
@@ -76,7 +65,6 @@ class Record:
             self.groups,
             self.first_step,
             self.part,
-            self.block_cost,
         ]
 
 
@@ -90,11 +78,6 @@ class Part:
     source: int
     first_step: int
     expand: tuple[Record, ...]
-
-    @property
-    def block_cost(self) -> int:
-        """Of a row block of outputs."""
-        return _OUTPUT_COST + sum(record.block_cost * record.steps for record in self.expand)
 
 
 def encode_site(shrink: list[Record], parts: list[Part | None]) -> npt.NDArray[np.int32]:
@@ -112,16 +95,13 @@ def encode_site(shrink: list[Record], parts: list[Part | None]) -> npt.NDArray[n
         entry[SHRINK_SIZES + number] = -(-record.rows // 32) * 32
         at = SHRINK_RECORDS + number * RECORD_INTS
         entry[at : at + len(record.fields())] = record.fields()
-        entry[COSTS] += entry[SHRINK_SIZES + number] // 16 * record.block_cost
     for number, part in enumerate(parts):
         if part is None:
             continue
         entry[EXPAND_SIZES + number] = part.rows
         at = EXPAND_PARTS + number * PART_INTS
         bound = int(np.float32(part.bound).view(np.int32))
-        cost = part.block_cost
-        entry[at : at + 5] = [part.first_row, bound, part.source, part.first_step, cost]
-        entry[COSTS + 1] += -(-part.rows // 16) * cost
+        entry[at : at + 4] = [part.first_row, bound, part.source, part.first_step]
         for record in part.expand:
             place = number * len(WIDTHS) + WIDTHS.index(record.bits)
             at = EXPAND_RECORDS + place * RECORD_INTS

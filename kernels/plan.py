@@ -64,8 +64,7 @@ class StepPlan:
 
     All layers of a step share it; `assign` fills it for the next step in place, so that a captured
     graph sees the new tokens. units_per_group: a unit is two tokens; more of them let the tokens
-    of a busy tenant read its codes once. is_streamed: take the kernels of `kernels.cuda_ops` where
-    they can run; their Triton twins otherwise.
+    of a busy tenant read its codes once.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class StepPlan:
         n_tokens: int,
         units_per_group: int = 1,
         planes: int = PLANES,
-        is_streamed: bool = True,
     ) -> None:
         if planes not in {2, PLANES} or units_per_group < 1:
             raise InternalError(f"{planes} planes, {units_per_group} units a group")
@@ -85,7 +83,6 @@ class StepPlan:
         self.n_tokens = n_tokens
         self.units_per_group = units_per_group
         self.planes = planes
-        self.is_streamed = is_streamed
         n_units = n_tokens * units_per_group
         device = arena.device
         self.group_slots = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)

@@ -52,23 +52,15 @@ def _choose(stage: Stage, plan: StepPlan, steps: int) -> Shape:
 def _launch_first(
     x: torch.Tensor, plan: StepPlan, site: int, *, cleared: torch.Tensor | None = None
 ) -> None:
-    from kernels.cuda_ops.launch import can_stream, stream_shrink
     from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
     launch_prepare(x, plan, site, cleared=cleared)
-    if can_stream(plan, site):
-        stream_shrink(plan, site)
-        return
     launch_shrink(plan, site, _choose("shrink", plan, plan.arena.spec.sites[site].input_steps))
 
 
 def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
-    from kernels.cuda_ops.launch import can_stream, stream_expand
     from kernels.triton_ops.launch_batch import launch_expand
 
-    if can_stream(plan, site):
-        stream_expand(y, plan, site, overlap=overlap)
-        return
     steps = plan.arena.spec.hidden_steps(site)
     shape = _choose("expand", plan, steps)
     # Without hidden values no shrink was launched that this could overlap.

@@ -30,7 +30,6 @@ SECTIONS: Final = (
     "ceilings",
     "decode",
     "zipf",
-    "twin",
     "loading",
     "memory",
     "prefill",
@@ -89,15 +88,13 @@ def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]
         names: of the sections.
 
     Returns:
-        What they launch; of many tokens of the default recipe only their twins do.
+        What they launch.
     """
     wanted: set[tuple[str, Stage, Shape, int]] = set()
     for choice in load_table(current_arch()):
         stage, shape = choice.stage, choice.shape
-        if choice.groups == 1 and stage != "expand" and "decode" in names:
+        if names & {"decode", "zipf"}:
             wanted |= {(HUB.name, stage, shape, planes) for planes in (4, 2)}
-        if choice.groups > 1 and "twin" in names:
-            wanted.add((HUB.name, stage, shape, 4))
         if stage != "layer" and "decode_come" in names:
             wanted.add((COME.name, stage, shape, 4))
     if "decode" in names:
@@ -180,20 +177,13 @@ def _zipf(bench: sections.Bench) -> dict[str, Any]:
     return sections.time_decode(bench, slots, planes=4)
 
 
-def _twin(bench: sections.Bench) -> list[dict[str, Any]]:
-    mixes = (range(8), range(32), sections.draw_zipf(_ZIPF_TOKENS, _N_SLOTS, seed=0))
-    return [
-        sections.time_decode(bench, list(slots), planes=4, is_streamed=False) for slots in mixes
-    ]
-
-
 def start_workers(names: frozenset[str]) -> list[subprocess.Popen[bytes]]:
     """Processes that compile what the sections will run."""
     command = [sys.executable, "-m", "kernels.bench"]
     workers = []
     if "compiled" in names:
         workers.append(subprocess.Popen([*command, "--compile-baseline"]))
-    if names & {"decode", "twin", "decode_come"}:
+    if names & {"decode", "zipf", "decode_come"}:
         chosen = ["--sections", *sorted(names)]
         workers += [
             subprocess.Popen([*command, "--warm", str(number), *chosen])
@@ -224,7 +214,6 @@ def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
         "ceilings": timing.measure_ceilings,
         "decode": lambda: on_model(_decode),
         "zipf": lambda: on_model(_zipf),
-        "twin": lambda: on_model(_twin),
         "loading": lambda: on_model(sections.time_loading),
         "memory": lambda: on_model(_memory),
         "prefill": lambda: on_model(lambda bench: sections.time_prefill(bench, n_tokens=2048)),

@@ -1,3 +1,0 @@
-#include "primitives.h"
-#include "../../../kernels/cuda_ops/stream.cu"
-#include "blocks.h"
