@@ -260,8 +260,16 @@ def sweep(stages: Sequence[Stage], group_counts: Sequence[int]) -> list[dict[str
     return rows
 
 
-def _merge(table: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A table with the launches of `rows` measured anew."""
+def merge_tables(table: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put new timings in the place of those of the same stages and numbers of groups.
+
+    Args:
+        table: what was written before, may be empty.
+        rows: of the timings.
+
+    Returns:
+        The table with choices made of what was measured last.
+    """
     new = {(row["stage"], row["groups"]) for row in rows}
 
     def keep(old: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -291,7 +299,7 @@ def main() -> int:
         return 0
     precompile(arguments.stages)
     old = {} if arguments.update is None else json.loads(arguments.update.read_text())
-    table = _merge(old, sweep(arguments.stages, arguments.groups))
+    table = merge_tables(old, sweep(arguments.stages, arguments.groups))
     text = json.dumps(table, indent=1) + "\n"
     if arguments.out is None:
         sys.stdout.write(text)
