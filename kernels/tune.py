@@ -8,7 +8,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -61,15 +63,27 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(2, 1, 1, 4),
         _shape(1, 8, 1, 2),
     ),
+    "layer": (
+        _shape(2, 2, 2, 2),
+        _shape(1, 4, 1, 2),
+        _shape(2, 4, 1, 2),
+        _shape(1, 2, 2, 2),
+        _shape(2, 4, 2, 2),
+        _shape(1, 8, 1, 2),
+    ),
 }
 GROUPS: Final = (1, 8, 32)
 _N_SLOTS: Final = 160
+# Whole programs of every shape.
+_TINY_OUT: Final = 128
+# Weights that a launch reads in turn, so that none is found in the cache.
+_ROTATED_BYTES: Final = 256 << 20
 _WORKERS: Final = 15
 
 
 def build_tiny(layout: Layout) -> DeltaArena:
     """The smallest arena whose kernels are those of a real one of the same recipe."""
-    site = Site(name="tiny", parts=("a",), out_features=(64,), in_features=256)
+    site = Site(name="tiny", parts=("a",), out_features=(_TINY_OUT,), in_features=256)
     bands = tuple(RankBand(band.bits, 16) for band in layout.wide)
     tiny = replace(layout, square=bands, wide=bands, deep=bands)
     image = build_image((site,), Pool(0).delta((site,), tiny))
@@ -92,85 +106,108 @@ def compile_shape(
     """
     plan = StepPlan(arena, n_tokens=1, planes=planes, units_per_group=units)
     plan.assign([0])
-    launch_prepare(torch.randn(1, 256, device="cuda").bfloat16(), plan, 0)
+    x = torch.randn(1, 256, device="cuda").bfloat16()
+    if stage == "layer":
+        weight = torch.randn(_TINY_OUT, 256, device="cuda").bfloat16()
+        serving.multiply_layer(x, weight, None, plan, 0, shape)
+        return
+    launch_prepare(x, plan, 0)
     if stage == "shrink":
         launch_shrink(plan, 0, shape)
     else:
         # Terms are fp32, whatever the model is; outputs are bf16, and wait for its product.
-        terms = torch.zeros(1, 64, device="cuda")
+        terms = torch.zeros(1, _TINY_OUT, device="cuda")
         launch_expand(terms, plan, 0, shape, overlap=True)
         launch_expand(terms.bfloat16(), plan, 0, shape)
 
 
-def compile_layer(arena: DeltaArena, *, planes: int) -> None:
-    """Compile the layer of a lone token by running it on a tiny arena.
-
-    Args:
-        arena: of `build_tiny`.
-        planes: of the activations.
-    """
-    plan = StepPlan(arena, n_tokens=1, planes=planes)
-    plan.assign([0])
-    x, weight = (torch.randn(n, 256, device="cuda").bfloat16() for n in (1, 64))
-    serving.delta_linear(x, weight, arena, 0, plan)
-
-
-def compile_share(worker: int) -> None:
+def compile_share(worker: int, stages: Sequence[Stage]) -> None:
     """Compile every `_WORKERS`-th candidate.
 
     Args:
         worker: which share.
+        stages: whose candidates.
     """
     arena = build_tiny(HUB)
-    jobs = [(stage, shape) for stage, shapes in CANDIDATES.items() for shape in shapes]
+    jobs = [(stage, shape) for stage in stages for shape in CANDIDATES[stage]]
     for stage, shape in jobs[worker::_WORKERS]:
         compile_shape(arena, stage, shape, planes=4, units=1)
     torch.cuda.synchronize()
 
 
-def precompile() -> None:
-    """Compile all candidates in parallel processes, into the cache on disk."""
-    command = [sys.executable, "-m", "kernels.tune", "--worker"]
+def precompile(stages: Sequence[Stage]) -> None:
+    """Compile all candidates in parallel processes, into the cache on disk.
+
+    Args:
+        stages: whose candidates.
+
+    Raises:
+        RuntimeError: a candidate does not compile.
+    """
+    command = [sys.executable, "-m", "kernels.tune", "--stages", *stages, "--worker"]
     workers = [subprocess.Popen([*command, str(number)]) for number in range(_WORKERS)]
     if any(worker.wait() for worker in workers):
         raise RuntimeError("a worker could not compile its candidates")
 
 
-def _time_shapes(arena: DeltaArena, site: int, n_groups: int) -> list[dict[str, Any]]:
-    """Each candidate on rotating tenants, so that no codes are found in the cache."""
+def _draw_weights(site: Site) -> list[torch.Tensor]:
+    size = site.total_out * site.in_features * 2
+    return [
+        torch.randn(site.total_out, site.in_features, device="cuda").bfloat16()
+        for _ in range(-(-_ROTATED_BYTES // size))
+    ]
+
+
+def _runs(
+    arena: DeltaArena, site: int, plans: Sequence[StepPlan], stages: Sequence[Stage]
+) -> Iterator[tuple[Stage, Shape, int, Callable[[], None]]]:
+    """Each candidate, the steps it is chosen by, and a run of it over all plans."""
     where = arena.spec.sites[site]
+    n_groups = plans[0].n_tokens
+    x = torch.randn(n_groups, where.in_features, device="cuda").bfloat16()
+    y = torch.randn(n_groups, where.total_out, device="cuda")
+    weights = _draw_weights(where) if "layer" in stages else []
+    for plan in plans:
+        launch_prepare(x, plan, site)
+
+    def launch(stage: Stage, shape: Shape) -> None:
+        for number, plan in enumerate(plans):
+            if stage == "layer":
+                weight = weights[number % len(weights)]
+                serving.multiply_layer(x, weight, None, plan, site, shape)
+            elif stage == "shrink":
+                launch_shrink(plan, site, shape)
+            else:
+                launch_expand(y, plan, site, shape, overlap=True)
+
+    for stage in stages:
+        for shape in CANDIDATES[stage]:
+            steps = arena.spec.hidden_steps(site) if stage == "expand" else where.input_steps
+            fits = all(out % shape.rows == 0 for out in where.out_features)
+            if stage != "layer" or (fits and n_groups == 1):
+                yield stage, shape, steps, partial(launch, stage, shape)
+
+
+def _time_shapes(
+    arena: DeltaArena, site: int, n_groups: int, stages: Sequence[Stage]
+) -> list[dict[str, Any]]:
+    """Each candidate on rotating tenants, so that no codes are found in the cache."""
     plans = []
     for first in range(arena.n_slots // n_groups if n_groups > 1 else 48):
         plan = StepPlan(arena, n_tokens=n_groups)
         plan.assign([(first * n_groups + i) % arena.n_slots for i in range(n_groups)])
         plans.append(plan)
-    x = torch.randn(n_groups, where.in_features, device="cuda").bfloat16()
-    y = torch.randn(n_groups, where.total_out, device="cuda")
-    for plan in plans:
-        launch_prepare(x, plan, site)
-    rows = []
-    for stage, shapes in CANDIDATES.items():
-        for shape in shapes:
-
-            def run(stage: Stage = stage, shape: Shape = shape) -> None:
-                for plan in plans:
-                    if stage == "shrink":
-                        launch_shrink(plan, site, shape)
-                    else:
-                        launch_expand(y, plan, site, shape, overlap=True)
-
-            steps = where.input_steps if stage == "shrink" else arena.spec.hidden_steps(site)
-            rows.append(
-                {
-                    "stage": stage,
-                    "groups": n_groups,
-                    "steps": steps,
-                    "site": where.name.rpartition(".")[2],
-                    "shape": asdict(shape),
-                    "us": time_graph(run, n_calls=5) / len(plans),
-                }
-            )
-    return rows
+    return [
+        {
+            "stage": stage,
+            "groups": n_groups,
+            "steps": steps,
+            "site": arena.spec.sites[site].name.rpartition(".")[2],
+            "shape": asdict(shape),
+            "us": time_graph(run, n_calls=5) / len(plans),
+        }
+        for stage, shape, steps, run in _runs(arena, site, plans, stages)
+    ]
 
 
 def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,33 +240,66 @@ def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
-def sweep() -> list[dict[str, Any]]:
-    """Time all candidates on the sites of one layer of a Llama-2-7B."""
+def sweep(stages: Sequence[Stage], group_counts: Sequence[int]) -> list[dict[str, Any]]:
+    """Time candidates on the sites of one layer of a Llama-2-7B.
+
+    Args:
+        stages: whose candidates.
+        group_counts: groups of tokens of a launch.
+
+    Returns:
+        One row a candidate, site and number of groups.
+    """
     sites = LLAMA_7B.sites()[:4]
     image = build_image(sites, Pool(0).delta(sites, HUB), pin=True)
     arena = DeltaArena(ArenaSpec.covering(sites, [image]), n_slots=_N_SLOTS, device="cuda")
     fill_slots(arena, image)
     rows = []
-    for site, n_groups in product(range(len(sites)), GROUPS):
-        rows += _time_shapes(arena, site, n_groups)
+    for site, n_groups in product(range(len(sites)), group_counts):
+        rows += _time_shapes(arena, site, n_groups, stages)
     return rows
+
+
+def merge_tables(table: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put new timings in the place of those of the same stages and numbers of groups.
+
+    Args:
+        table: what was written before, may be empty.
+        rows: of the timings.
+
+    Returns:
+        The table with choices made of what was measured last.
+    """
+    new = {(row["stage"], row["groups"]) for row in rows}
+
+    def keep(old: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [row for row in old if (row["stage"], row["groups"]) not in new]
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "choices": keep(table.get("choices", [])) + choose(rows),
+        "measured": keep(table.get("measured", [])) + rows,
+    }
 
 
 def main() -> int:
     """Write the table of this device's architecture."""
     parser = argparse.ArgumentParser(prog="python -m kernels.tune")
     parser.add_argument("--out", type=Path, metavar="TABLE")
+    parser.add_argument("--update", type=Path, help="a table whose other launches are kept")
+    parser.add_argument("--stages", nargs="+", choices=tuple(CANDIDATES), default=list(CANDIDATES))
+    parser.add_argument("--groups", nargs="+", type=int, default=list(GROUPS))
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.stderr.write("No CUDA device is available: nothing was measured.\n")
         return 1
     if arguments.worker is not None:
-        compile_share(arguments.worker)
+        compile_share(arguments.worker, arguments.stages)
         return 0
-    precompile()
-    rows = sweep()
-    table = {"device": torch.cuda.get_device_name(), "choices": choose(rows), "measured": rows}
+    precompile(arguments.stages)
+    old = {} if arguments.update is None else json.loads(arguments.update.read_text())
+    table = merge_tables(old, sweep(arguments.stages, arguments.groups))
     text = json.dumps(table, indent=1) + "\n"
     if arguments.out is None:
         sys.stdout.write(text)

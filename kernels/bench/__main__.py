@@ -13,20 +13,20 @@ from typing import Any, Final
 
 import torch
 
-from kernels.bench import baselines, correctness, sections, timing
+from kernels.bench import baselines, checks, correctness, sections, timing
 from kernels.bench.bars import judge
 from kernels.bench.models import COME, HUB, LAYOUTS, LLAMA_7B, Layout
 from kernels.gpu_check import describe_device
 from kernels.triton_ops.launch_batch import current_arch
-from kernels.tune import build_tiny, compile_layer, compile_shape
+from kernels.tune import build_tiny, compile_shape
 from kernels.tuning import Shape, Stage, choose_shape, load_table
 
 _N_SLOTS: Final = 64
 _ZIPF_TOKENS: Final = 64
-_ZIPF_UNITS: Final = (1,)
 _WORKERS: Final = 12
 SECTIONS: Final = (
     "correctness",
+    "checks",
     "ceilings",
     "decode",
     "zipf",
@@ -81,50 +81,40 @@ class Run:
             self._out.write_text(json.dumps(self.report(), indent=1) + "\n")
 
 
-def list_kernels() -> list[tuple[Layout, Stage, Shape, int, int]]:
-    """Kernels of the sections: layout, stage, shape, planes and units."""
-    found = {(choice.stage, choice.shape) for choice in load_table(current_arch())}
-    wanted: set[tuple[str, Stage, Shape, int, int]] = set()
-    for stage, shape in found:
-        for planes in (4, 2) if stage == "shrink" else (4,):
-            wanted.add((HUB.name, stage, shape, planes, 1))
-        wanted.add((COME.name, stage, shape, 4, 1))
-    for site in LLAMA_7B.sites()[:4]:
-        spec_steps = {"shrink": site.input_steps, "expand": _hidden_steps(site.total_out)}
-        for stage in ("shrink", "expand"):
-            steps = spec_steps[stage]
-            shape = choose_shape(stage, groups=_ZIPF_TOKENS, steps=steps, arch=current_arch())
-            wanted |= {(HUB.name, stage, shape, 4, units) for units in _ZIPF_UNITS}
-    # The slowest to compile first.
-    ordered = sorted(wanted, key=lambda one: (-one[4], one[0], one[1], str(one[2]), one[3]))
-    return [
-        (LAYOUTS[name], stage, shape, planes, units)
-        for name, stage, shape, planes, units in ordered
-    ]
+def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]]:
+    """Triton kernels of some sections: layout, stage, shape and planes, the slowest first.
 
+    Args:
+        names: of the sections.
 
-def _hidden_steps(total_out: int) -> int:
-    sites = LLAMA_7B.sites()[:4]
-    site = max((site for site in sites if site.total_out == total_out), key=lambda s: s.in_features)
-    bands = [HUB.bands(out, site.in_features) for out in site.out_features]
-    return sum(-(-band.rank // 32) for own in bands for band in own)
+    Returns:
+        What they launch.
+    """
+    wanted: set[tuple[str, Stage, Shape, int]] = set()
+    for choice in load_table(current_arch()):
+        stage, shape = choice.stage, choice.shape
+        if names & {"decode", "zipf"}:
+            wanted |= {(HUB.name, stage, shape, planes) for planes in (4, 2)}
+        if stage != "layer" and "decode_come" in names:
+            wanted.add((COME.name, stage, shape, 4))
+    if "decode" in names:
+        steps = LLAMA_7B.sites()[0].input_steps
+        layer = choose_shape("layer", groups=1, steps=steps, arch=current_arch())
+        wanted |= {(HUB.name, "layer", layer, planes) for planes in (4, 2)}
+    if "decode_come" in names:
+        layer = choose_shape("layer", groups=1, steps=1, arch=current_arch())
+        wanted.add((COME.name, "layer", layer, 4))
+    ordered = sorted(wanted, key=lambda one: (one[0] == HUB.name, one[1] == "shrink", str(one)))
+    return [(LAYOUTS[name], stage, shape, planes) for name, stage, shape, planes in ordered]
 
 
 def warm(worker: int, names: frozenset[str]) -> None:
     """Compile every `_WORKERS`-th kernel of the sections into the cache on disk."""
-    arenas = {}
-    wanted = [
-        (layout, stage, shape, planes, units)
-        for layout, stage, shape, planes, units in list_kernels()
-        if ("zipf" in names or units == 1) and ("decode_come" in names or layout is HUB)
-    ]
-    for layout, stage, shape, planes, units in wanted[worker::_WORKERS]:
+    arenas: dict[str, Any] = {}
+    for layout, stage, shape, planes in list_kernels(names)[worker::_WORKERS]:
         if layout.name not in arenas:
             arenas[layout.name] = build_tiny(layout)
-        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=units)
-    if worker == _WORKERS - 1:
-        for planes in (4, 2):
-            compile_layer(arenas.get(HUB.name) or build_tiny(HUB), planes=planes)
+        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=1)
     torch.cuda.synchronize()
 
 
@@ -184,9 +174,7 @@ def _baselines(benches: list[sections.Bench]) -> dict[str, float]:
 
 def _zipf(bench: sections.Bench) -> dict[str, Any]:
     slots = sections.draw_zipf(_ZIPF_TOKENS, _N_SLOTS, seed=0)
-    tried = [sections.time_decode(bench, slots, planes=4, units=units) for units in _ZIPF_UNITS]
-    best = min(tried, key=lambda row: row["step_us"])
-    return {**best, "tried": tried}
+    return sections.time_decode(bench, slots, planes=4)
 
 
 def start_workers(names: frozenset[str]) -> list[subprocess.Popen[bytes]]:
@@ -222,6 +210,7 @@ def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
 
     measures: dict[str, Callable[[], Any]] = {
         "correctness": lambda: check_correctness(correctness_s),
+        "checks": lambda: [*checks.check_vocabulary("cuda"), *checks.check_dense("cuda")],
         "ceilings": timing.measure_ceilings,
         "decode": lambda: on_model(_decode),
         "zipf": lambda: on_model(_zipf),
@@ -234,7 +223,7 @@ def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
         "compiled": lambda: baselines.time_compiled(HUB),
     }
     for name in (name for name in SECTIONS if name in names):
-        if name != "correctness":
+        if name not in {"correctness", "checks"}:
             # Nothing else may run while times are taken.
             for worker in workers:
                 worker.wait()
@@ -272,7 +261,7 @@ def main() -> int:
     run_all(run, names, correctness_s=arguments.correctness_seconds)
     for bar in judge(run.results):
         sys.stdout.write(json.dumps(bar) + "\n")
-    cases = run.results.get("correctness", [])
+    cases = [*run.results.get("correctness", []), *run.results.get("checks", [])]
     return 0 if cases and all(row["passed"] for row in cases) and not run.failures else 1
 
 

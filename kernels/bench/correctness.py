@@ -1,6 +1,6 @@
 """The arena kernels against float64, before anything is timed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,25 +22,35 @@ from kernels.plan import StepPlan
 LIMITS: Final = {4: 2e-6, 2: 1e-3}
 # A result in 16 bits is the exact sum rounded once.
 ROUNDED: Final = 4e-3
+_ODD_BANDS: Final = (
+    RankBand(8, 3),
+    RankBand(4, 37),
+    RankBand(3, 41),
+    RankBand(2, 130),
+    RankBand(1, 19),
+)
 _ODD: Final = Layout(
     name="odd",
-    square=(),
-    wide=(RankBand(8, 3), RankBand(4, 37), RankBand(3, 41), RankBand(2, 130), RankBand(1, 19)),
+    square=_ODD_BANDS,
+    wide=_ODD_BANDS,
     group_v=(1, 0),
     group_u=(0, 1),
     symmetric=True,
 )
+_FEWER_BANDS: Final = (RankBand(8, 3), RankBand(3, 41), RankBand(2, 130))
 _ODD_TILES: Final = replace(
     _ODD,
     name="odd-tiles",
-    wide=(RankBand(8, 3), RankBand(3, 41), RankBand(2, 130)),
+    square=_FEWER_BANDS,
+    wide=_FEWER_BANDS,
     group_v=(1, 128),
     group_u=(1, 128),
     symmetric=False,
 )
 # Recipes in one arena are compiled twice for each width: two widths say what all would.
-_SOME: Final = replace(_ODD, name="some", wide=(RankBand(3, 128), RankBand(2, 640)))
-_SOME_TILES: Final = replace(_ODD_TILES, name="some-tiles", wide=_SOME.wide)
+_SOME_BANDS: Final = (RankBand(3, 128), RankBand(2, 640))
+_SOME: Final = replace(_ODD, name="some", square=_SOME_BANDS, wide=_SOME_BANDS)
+_SOME_TILES: Final = replace(_ODD_TILES, name="some-tiles", square=_SOME_BANDS, wide=_SOME_BANDS)
 ACTIVATIONS: Final = Path(__file__).parent / "activations.safetensors"
 
 
@@ -69,6 +79,9 @@ def list_cases() -> Iterator[BatchCase]:
     """Cases for a device: published and odd shapes, mixed recipes, precisions, group sizes."""
     for layout, planes in product((HUB, COME, BITDELTA), (4, 2)):
         yield BatchCase(layouts=(layout, layout), slots=(0, 1, -1, 0), planes=planes)
+    # The busiest of eight tenants has twelve groups of two.
+    skewed = tuple(token * token // 512 for token in range(64))
+    yield BatchCase(layouts=(HUB,) * 8, slots=skewed, outs=(4096, 4096, 1024))
     many = tuple([0] * 9 + [1] * 3 + [-1] * 2 + [2] * 5)
     yield BatchCase(layouts=(_SOME, _SOME_TILES, BITDELTA), slots=many)
     for units in (2, 4):
@@ -116,6 +129,23 @@ def draw_inputs(case: BatchCase, generator: torch.Generator) -> torch.Tensor:
     return x.bfloat16()
 
 
+def exact_terms(
+    case: BatchCase, deltas: Sequence[Mapping[str, PackedLinear]], x: torch.Tensor
+) -> torch.Tensor:
+    """float64 [tokens, outputs] of a case, 0 for the backbone's tokens."""
+    wanted = torch.zeros(len(x), sum(case.outs), dtype=torch.float64, device=x.device)
+    for token, number in enumerate(case.slots):
+        if number >= 0:
+            parts = [exact_delta(matrix.to(x.device)) for matrix in deltas[number].values()]
+            wanted[token] = torch.cat(parts) @ x[token].double()
+    return wanted
+
+
+def measure_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative L2 distance from what was wanted in float64."""
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
 def _poison(plan: StepPlan) -> None:
     for planes in (plan.x_planes, plan.h_planes):
         planes.fill_(85)
@@ -132,7 +162,8 @@ def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> d
         seed: of all numbers.
 
     Returns:
-        Errors against float64 and what was checked bit for bit; `passed` sums it up.
+        Errors against float64, of the term, of outputs it was added to and of the whole layer, and
+        what was checked bit for bit; `passed` sums it up.
     """
     pool = Pool(seed)
     parts = tuple(f"part{number}" for number in range(len(case.outs)))
@@ -151,11 +182,7 @@ def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> d
         plan.assign([slots[token] for token in order])
         return serving.add_delta(base.clone(), rows, plan, 0)
 
-    wanted = torch.zeros(len(slots), site.total_out, dtype=torch.float64, device=device)
-    for token, number in enumerate(case.slots):
-        if number >= 0:
-            full = torch.cat([exact_delta(deltas[number][part].to(device)) for part in parts])
-            wanted[token] = full @ x[token].double()
+    wanted = exact_terms(case, deltas, x)
     forward = list(range(len(slots)))
     zeros = torch.zeros(wanted.shape, device=device)
     term = run(zeros, x, forward)
@@ -163,20 +190,24 @@ def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> d
     rounded = run(base, x, forward)
     order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(1)).tolist()
     alone = [token for token, number in enumerate(case.slots) if number < 0]
-    total = base.double() + wanted
-    error = float((term.double() - wanted).norm() / wanted.norm())
-    error_rounded = float((rounded.double() - total).norm() / total.norm())
+    error = measure_error(term, wanted)
+    error_rounded = measure_error(rounded, base.double() + wanted)
+    weight = torch.randn(site.total_out, case.width, device=device).bfloat16()
+    plan.assign(slots)
+    layer = serving.delta_linear(x, weight, arena, 0, plan)
+    error_layer = measure_error(layer, x.double() @ weight.double().T + wanted)
     flags = {
         "is_repeatable": torch.equal(run(base, x, forward), rounded),
         "is_order_free": torch.equal(run(base[order], x[order], order), rounded[order]),
         "backbone_is_exact": torch.equal(rounded[alone], base[alone]),
     }
-    is_close = error <= LIMITS[case.planes] and error_rounded <= ROUNDED
+    is_close = error <= LIMITS[case.planes] and error_rounded <= ROUNDED and error_layer <= ROUNDED
     return {
         "case": str(case),
         "error": error,
         "limit": LIMITS[case.planes],
         "error_rounded": error_rounded,
+        "error_layer": error_layer,
         **flags,
         "passed": is_close and all(flags.values()),
     }

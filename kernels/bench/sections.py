@@ -119,23 +119,20 @@ def term_step(bench: Bench, inputs: dict[int, torch.Tensor], plan: StepPlan) -> 
     return run
 
 
-def time_decode(
-    bench: Bench, slots: Sequence[int], *, planes: int, units: int = 1
-) -> dict[str, Any]:
+def time_decode(bench: Bench, slots: Sequence[int], *, planes: int) -> dict[str, Any]:
     """One step of decode over the whole model.
 
     Args:
         bench: the bench.
         slots: slot of each token.
         planes: 4 for exact, 2 for fast.
-        units: units of two tokens in a group.
 
     Returns:
         Times in microseconds, bytes, and the factor over the backbone alone.
     """
     inputs = bench.inputs(len(slots))
     base_us = time_graph(base_step(bench, inputs))
-    plan = StepPlan(bench.arena, n_tokens=len(slots), units_per_group=units, planes=planes)
+    plan = StepPlan(bench.arena, n_tokens=len(slots), planes=planes)
     plan.assign(slots)
     step_us = time_graph(delta_step(bench, inputs, plan))
     term_us = time_graph(term_step(bench, inputs, plan))
@@ -145,7 +142,6 @@ def time_decode(
         "n_tokens": len(slots),
         "n_tenants": n_tenants,
         "planes": planes,
-        "units": units,
         "base_us": base_us,
         "term_us": term_us,
         "step_us": step_us,

@@ -6,13 +6,15 @@ import pytest
 import torch
 from source_tree import ROOT
 
+import kernels.arena
+import kernels.triton_ops.unfold
 from deltacome_core.bands import plan_bands
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import PackedMatrix
 from deltacome_core.recipe import get_recipe
 from kernels import reference, tune
-from kernels.bench import baselines, chart, models, sections
-from kernels.bench.bars import TARGETS, judge
+from kernels.bench import baselines, chart, checks, models, sections
+from kernels.bench.bars import TARGETS, judge, prefill_floor
 from kernels.bench.correctness import list_cases
 
 REPORT = ROOT / "docs/benchmarks/kernels.json"
@@ -124,3 +126,48 @@ def test_cases_of_a_device_mix_recipes_and_precisions():
     assert {case.planes for case in cases} == {2, 4}
     assert any(len({layout.name for layout in case.layouts}) == 3 for case in cases)
     assert any(case.outliers for case in cases)
+    for case in cases:
+        for layout in case.layouts:
+            bands = [layout.bands(out, case.width) for out in case.outs]
+            assert all(bands) != bool(layout.direct_bits), (str(case), layout.name)
+
+
+def test_rows_prompts_and_merging_are_checked(monkeypatch):
+    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
+    monkeypatch.setattr(kernels.triton_ops.unfold, "_PROGRAMS", 1)
+    few = models.Layout(
+        name="few",
+        square=(RankBand(2, 5),),
+        wide=(RankBand(2, 5),),
+        group_v=(1, 0),
+        group_u=(0, 1),
+        symmetric=True,
+    )
+    sizes = {"HUB": few, "_WIDTH": 32, "_ROWS": 9, "_TOKENS": 3, "_N_SITES": 3}
+    for name, value in sizes.items():
+        monkeypatch.setattr(checks, name, value)
+    rows = [*checks.check_vocabulary("cpu"), *checks.check_dense("cpu", dtype=torch.float32)]
+    assert len(rows) == 6
+    assert [row for row in rows if not row["passed"]] == []
+    assert max(row["error"] for row in rows) < 2e-6
+    monkeypatch.setattr(checks, "merge_site", lambda weight, *_, **__: weight * torch.nan)
+    assert not checks.check_dense("cpu", dtype=torch.float32)[1]["passed"]
+
+
+def test_a_prompt_has_a_floor_above_its_bar():
+    # In 16 bits, and with one plane of int8 at twice the rate.
+    assert prefill_floor(1) == pytest.approx(1.526, abs=1e-3)
+    assert prefill_floor(2) == pytest.approx(1.263, abs=1e-3)
+    (bar,) = (row for row in judge({}) if "floor" in row)
+    assert bar["target"] < prefill_floor(2) < bar["floor"] == prefill_floor(1)
+
+
+def test_a_table_keeps_the_launches_that_were_not_measured_again(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    shape = {"blocks": 1, "along_steps": 4, "along_rows": 1, "ahead": 2}
+    row = {"stage": "shrink", "groups": 1, "steps": 8, "site": "o", "shape": shape, "us": 3.0}
+    other = row | {"groups": 8}
+    old = {"choices": [row, other], "measured": [row, other]}
+    merged = tune.merge_tables(old, [row | {"us": 2.0}])
+    assert [choice["us"] for choice in merged["choices"]] == [3.0, 2.0]
+    assert [measured["groups"] for measured in merged["measured"]] == [8, 1]
