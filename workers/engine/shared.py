@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from deltacome_core.errors import UserError
-from workers.engine.arena_slots import BUCKETS, ArenaSlots, PackedVocabulary
+from workers.engine.arena_slots import BUCKETS, ArenaSlots
 from workers.engine.attention import AttentionStep, Chunk, DecodeRows, running
 from workers.engine.executor import Work
 from workers.engine.graphs import DecodeGraphs, StepInputs
 from workers.engine.layers import Link, RowTables
+from workers.engine.packed_vocabulary import PackedVocabulary
 from workers.engine.paging import PAGE_TOKENS, PagedCache, PagePool, pages_for
 from workers.engine.parts import Places, TenantParts
 from workers.engine.sharing import (
