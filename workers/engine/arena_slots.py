@@ -105,7 +105,9 @@ class ArenaSlots:
             if head.basis is None:
                 matrices[HEAD] = head_matrix(head)
             else:
-                matrices[COORDINATES] = head_matrix(pad_ranks(head, sites[-1].in_features))
+                # Where the device is fast, and back to what an image is built from.
+                padded = pad_ranks(head.to(self._device), sites[-1].in_features)
+                matrices[COORDINATES] = head_matrix(padded.to("cpu"))
         image = build_image(sites, matrices, pin=self._device.type == "cuda")
         with lock:
             arena = self._fit(sites, image)

@@ -24,6 +24,7 @@ class _Rows:
 
     def put(self, slot: int, rows: PackedRows, *, basis_only: bool = False) -> None:
         """Take a delta's rows; the first delta says how those of all others are packed."""
+        rows = rows.to(self._device)
         if rows.basis is not None:
             rows = pad_ranks(rows, self._slots.n_coordinates)
         if self._table is None or not self._used:
