@@ -95,7 +95,7 @@ def time_flatness(
     held = {slot: (arena.images[slot], arena.directory[slot].clone()) for slot in away}
     slots = [few[at % len(few)] for at in range(large.size.batch)]
     many_runs, few_runs = [], []
-    for _ in range(3):
+    for _ in range(2):
         many_runs.append(time_decode(large, loop, slots, repeats=1)["tokens_per_s"])
         for slot in away:
             large.slots.evict(slot)

@@ -57,7 +57,7 @@ class Size:
 
 SEVEN_B = Size(
     hidden=4096, intermediate=11008, n_layers=32, n_heads=32, vocabulary=32000, layout=HUB,
-    n_tenants=64, kv_bytes=8 * 10**9, batch=32, new_tokens=128, prompt=32, long_prompt=2048,
+    n_tenants=64, kv_bytes=7 * 10**9, batch=32, new_tokens=128, prompt=32, long_prompt=2048,
     trace_s=20.0,
 )  # fmt: skip
 _FEW = tuple(RankBand(bits, 8) for bits in (4, 3, 2, 1))

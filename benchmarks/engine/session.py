@@ -68,17 +68,18 @@ class Session:
             ("fill", 40, self.fill),
             *[
                 (f"decode_{n}", 60, lambda n=n: self.decode(n))
-                for n in dict.fromkeys((min(batch, self._size.n_tenants), 1, few))
+                for n in dict.fromkeys((min(batch, self._size.n_tenants), 1))
             ],
             ("all_tenants", 60, self.ask_everyone),
             ("flatness", 80, lambda: time_flatness(self.large, self.loop, self.tenants, few)),
             ("decode_0", 40, lambda: time_decode(self.large, self.loop, spread(0, batch))),
-            ("prompt", 40, self.time_prompts),
             ("trace", 100, self.serve_trace),
+            ("prompt", 40, self.time_prompts),
+            (f"decode_{few}", 60, lambda: self.decode(few)),
             ("dense_copies", 40, self.copy_dense),
             ("adapters", 60, lambda: time_adapters(self.large, self.loop, few)),
-            ("swapping", 70, self.swap),
             ("library", 60, lambda: self.time_library(with_delta=False)),
+            ("swapping", 70, self.swap),
             ("library_delta", 60, lambda: self.time_library(with_delta=True)),
         ]
 
@@ -155,7 +156,7 @@ class Session:
         slots._arena = slots._unfolder = None  # noqa: SLF001
         slots._plans.clear()  # noqa: SLF001
         if executor._graphs is not None:  # noqa: SLF001
-            executor._graphs._captured.clear()  # noqa: SLF001
+            executor._graphs.forget()  # noqa: SLF001
         for rows in executor.vocabulary._kinds:  # noqa: SLF001
             rows._table = None  # noqa: SLF001
         gc.collect()
