@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -111,13 +112,8 @@ class Helper:
 
 def measure_tokens(args: argparse.Namespace, report: Report, made: Path) -> None:
     for name, exact in (("tokens_fp32", True), ("tokens", False)):
-        report.measure(
-            name,
-            TOKENS_LIMIT_S,
-            lambda exact=exact: tokens.compare_tokens(
-                made, args.device, n_items=args.items, exact=exact
-            ),
-        )
+        compare = partial(tokens.compare_tokens, made, args.device, n_items=args.items, exact=exact)
+        report.measure(name, TOKENS_LIMIT_S, compare)
     if args.device != "cuda" and not args.trial:
         report.measure("loops", 300, lambda: tokens.compare_loops(made, args.device))
 

@@ -14,7 +14,7 @@ def _kernels_factor(rows: Rows) -> float:
 
 def _forecast_error(rows: Rows) -> float:
     memory = rows["all_tenants"]["memory"]
-    return abs(float(memory["forecast"]["total_bytes"]) / memory["device_used_bytes"] - 1)
+    return abs(float(memory["forecast"]["total_bytes"]) / float(memory["device_used_bytes"]) - 1)
 
 
 def _first_token(rows: Rows) -> float:
@@ -23,7 +23,7 @@ def _first_token(rows: Rows) -> float:
 
 def _same_answers(rows: Rows) -> float:
     found = rows["tokens_fp32"]
-    return sum(found["same_answers"].values()) / sum(found["answers"].values())
+    return float(sum(found["same_answers"].values()) / sum(found["answers"].values()))
 
 
 # Name, target, whether more is better, and how it is read from the rows.

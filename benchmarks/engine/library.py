@@ -21,7 +21,7 @@ def time_library(
     module: Any, prompts: list[list[int]], new_tokens: int, *, repeats: int = 3
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """One batch of greedy answers; its rate, and the answers in the order of the prompts."""
-    config = transformers.GenerationConfig(
+    config = transformers.GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
     runs: list[dict[str, Any]] = []

@@ -17,12 +17,15 @@ from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from workers.engine import arena_slots
+from workers.engine.attention import DecodeRows
 from workers.engine.executor import PlainExecutor, Work
-from workers.engine.graphs import DecodeGraphs, _Captured
+from workers.engine.graphs import DecodeGraphs, StepInputs, _Captured
+from workers.engine.layers import RowTables
 from workers.engine.model import load_backbone, load_shared, share_backbone
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.shared import SharedExecutor
 
+CPU = torch.device("cpu")
 PROMPTS = ((40, 41, 42, 200, 7, 8, 9), tuple(range(50, 83)), (99,))
 TEXT = {
     "hidden_size": 64,
@@ -278,6 +281,39 @@ def test_an_arena_made_for_an_unchanged_vocabulary_takes_changed_ones(tmp_path):
     heard = answer(models, prompt=PROMPTS[1], max_tokens=20)
     for name, one in zip(("base", "r0", "r1"), heard, strict=True):
         assert one.ids == greedy(tmp_path / name, PROMPTS[1])
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_vectors_of_a_step_are_those_of_its_tenants_however_many_rows_there_are(rows):
+    tables = RowTables({"a": torch.zeros(4), "b": torch.ones(4)}, n_slots=2, device=CPU)
+    tables.reset(1)
+    tables.set(1, "b", torch.full((4,), 7.0))
+    owners = torch.arange(rows) % 3
+    tables.gather(owners)
+    assert torch.equal(tables.rows_of("a"), torch.zeros(rows, 4))
+    wanted = torch.where(owners == 2, 7.0, 1.0)[:, None].expand(rows, 4)
+    assert torch.equal(tables.rows_of("b"), wanted)
+
+
+def test_graphs_of_another_arena_are_recorded_into_another_pool():
+    """The pool dies with the last graph that was recorded into it."""
+    graphs = DecodeGraphs(lambda inputs: inputs.embeds[0], n_pages=2)
+    pools = []
+
+    def capture(inputs):
+        pools.append(graphs._pool)
+        graphs._pool = object()
+        return _Captured(Replay(lambda _: inputs.embeds[0], inputs, inputs.embeds[0]), inputs, None)
+
+    graphs._capture = capture
+    numbers = torch.zeros(2, dtype=torch.int32)
+    decode = DecodeRows(pages=numbers[:, None], lengths=numbers + 1)
+    rows = {"places": numbers, "owners": numbers, "chunks": (), "decode": decode}
+    for size in (1, 2):
+        step = StepInputs(embeds=torch.zeros(1, size, 4), positions=numbers[None, :size], **rows)
+        graphs.run(step, key=("one", True))
+    graphs.run(step, key=("another", True))
+    assert [pool is None for pool in pools] == [True, False, True]
 
 
 GPU_PATH = """

@@ -7,8 +7,9 @@ from deltacome_core.manifest import read_manifest
 
 # Codes in operand order, room for deltas that differ a little, vocabularies filled up to one rank.
 _RESIDENT_SHARE = 1.04
-# A context, captured graphs, unfolded factors of two sites, activations of a prompt.
-_WORKSPACE_BYTES = 1_400_000_000
+# A context, captured graphs, unfolded factors of two sites, activations of a prompt: what was seen
+# beyond the rest with 64 deltas on a backbone of 7B (docs/benchmarks/engine.json).
+_WORKSPACE_BYTES = 3_700_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
