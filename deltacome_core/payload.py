@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -236,14 +237,21 @@ def _is_magnitude(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(values).all()) and not bool((values < 0).any())
 
 
+@lru_cache(maxsize=1024)
+def _find_unused(cols: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words of a row that have bits beyond the codes, and those bits; few shapes make a model."""
+    unused = ~used_bits(cols, bits)
+    columns = unused.nonzero().flatten()
+    return columns, unused[columns]
+
+
 def _check_factor(name: str, factor: PackedFactor) -> None:
     if not _is_magnitude(factor.scale):
         raise invalid(f"{name}: a scale is negative or not finite")
     if factor.zero is not None and bool((factor.zero > (1 << factor.bits) - 1).any()):
         raise invalid(f"{name}: a zero point lies outside the codes")
-    unused = ~used_bits(factor.cols, factor.bits)
-    columns = unused.nonzero().flatten()
-    if bool((factor.codes[:, columns] & unused[columns]).any()):
+    columns, unused = _find_unused(factor.cols, factor.bits)
+    if len(columns) and bool((factor.codes[:, columns] & unused).any()):
         raise invalid(f"{name}: a bit that belongs to no code is set")
 
 

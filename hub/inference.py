@@ -20,8 +20,9 @@ log = logging.getLogger(__name__)
 
 MAX_LISTED_MODELS = 1000
 ENGINE_RETRY_S = 5
-# Loading a large backbone takes minutes; connecting to a server that is there does not.
-TIMEOUT = httpx.Timeout(600, connect=3)
+# Loading a large backbone takes minutes. Connecting takes long only while hundreds of others do: an
+# engine that is not there refuses at once.
+TIMEOUT = httpx.Timeout(600, connect=30)
 # What a client acts on; everything else of the engine's answer stays inside.
 PASSED_HEADERS = (
     "content-type",

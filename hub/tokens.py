@@ -24,6 +24,8 @@ SECRET_LENGTH = 30
 CHECKSUM_LENGTH = 6
 MAX_AGE = timedelta(days=365)
 LAST_USED_EVERY_S = 60
+# Tokens whose use another thread of this process is writing down.
+_NOTING: set[object] = set()
 
 
 def mint(
@@ -62,13 +64,26 @@ def find(secret: str) -> ApiToken | None:
     token = (
         ApiToken.objects.filter(live, digest=wanted, revoked_at=None, user__is_active=True)
         .select_related("user")
+        .annotate(noted=Q(last_used_at__gte=from_now(-LAST_USED_EVERY_S)))
         .first()
     )
     if token is None or not hmac.compare_digest(token.digest, wanted):
         return None
-    unused = Q(last_used_at=None) | Q(last_used_at__lt=from_now(-LAST_USED_EVERY_S))
-    ApiToken.objects.filter(unused, pk=token.pk).update(last_used_at=Now())
+    if not token.noted:
+        _note_use(token)
     return token
+
+
+def _note_use(token: ApiToken) -> None:
+    """Write once for all requests that came together: on SQLite each write waits for all others."""
+    if token.pk in _NOTING:
+        return
+    _NOTING.add(token.pk)
+    try:
+        unused = Q(last_used_at=None) | Q(last_used_at__lt=from_now(-LAST_USED_EVERY_S))
+        ApiToken.objects.filter(unused, pk=token.pk).update(last_used_at=Now())
+    finally:
+        _NOTING.discard(token.pk)
 
 
 def revoke(token: ApiToken, actor: User) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
+from deltacome_core.bitpack import pack_codes, unpack_codes
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.layout import scale_shape
 from deltacome_core.packed import PackedDirect, PackedFactor, PackedRows
@@ -47,12 +49,53 @@ def head_matrix(rows: PackedRows) -> PackedDirect:
     return PackedDirect(name=rows.name, factor=full)
 
 
+def pad_ranks(rows: PackedRows, ranks: int) -> PackedRows:
+    """The same rows with more coordinates, in directions of length 0.
+
+    A table and a site have one rank for all; a budget gives more where fewer rows changed.
+
+    Args:
+        rows: packed rows with a basis.
+        ranks: as many as the basis has, or more.
+
+    Returns:
+        Rows of the same values.
+
+    Raises:
+        InternalError: the rows are no coordinates, or have more of them.
+    """
+    factor, basis = rows.factor, rows.basis
+    if factor is None or basis is None or factor.cols > ranks:
+        raise InternalError(f"{rows.name} cannot have {ranks} coordinates")
+    if factor.cols == ranks:
+        return rows
+    codes = unpack_codes(factor.codes, factor.bits, factor.cols)
+    more = count_groups(ranks, factor.group[1]) - factor.scale.shape[1]
+    padded = replace(
+        factor,
+        codes=pack_codes(functional.pad(codes, (0, ranks - factor.cols)), factor.bits),
+        scale=functional.pad(factor.scale, (0, more)),
+        zero=None if factor.zero is None else functional.pad(factor.zero, (0, more)),
+        cols=ranks,
+    )
+    long = functional.pad(basis, (0, 0, 0, ranks - factor.cols))
+    return replace(rows, factor=padded, basis=long)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
     places: torch.Tensor
-    factor: PackedFactor
+    factor: PackedFactor | None
     zero: torch.Tensor
     basis: torch.Tensor | None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """What the kernels read, in the order of the table."""
+        codes, scale = (
+            (None, None) if self.factor is None else (self.factor.codes, self.factor.scale)
+        )
+        return self.places, codes, scale, self.zero, self.basis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,18 +150,61 @@ class EmbeddingTable:
         if packed.factor is None:
             raise InternalError(f"{rows.name} lost its rows")
         places = torch.where(packed.changed, packed.changed.cumsum(0) - 1, -1).int()
-        zero = packed.factor.zero
-        basis = None if packed.basis is None else packed.basis.bfloat16().contiguous()
+        self._hold(slot, places, packed.factor, packed.basis)
+
+    def put_basis(self, slot: int, rows: PackedRows) -> None:
+        """Hold what `project` needs of a head, whose rows themselves are a site of the arena.
+
+        Args:
+            slot: of its matrices in the arena.
+            rows: packed rows with a basis; `add_rows` finds none of them.
+
+        Raises:
+            UserError: arena_recipe_unknown, the rows are packed in another way.
+        """
+        if self._read_kind(rows) != self._kind:
+            raise UserError("arena_recipe_unknown", name=rows.name, reason="rows of another kind")
+        nowhere = torch.full((rows.rows,), -1, dtype=torch.int32, device=self.device)
+        self._hold(slot, nowhere, None, rows.basis)
+
+    def _hold(
+        self,
+        slot: int,
+        places: torch.Tensor,
+        factor: PackedFactor | None,
+        basis: torch.Tensor | None,
+    ) -> None:
+        zero = None if factor is None else factor.zero
         held = _Held(
             places=places,
-            factor=packed.factor,
+            factor=factor,
             zero=torch.zeros(1, dtype=torch.uint8, device=self.device) if zero is None else zero,
-            basis=basis,
+            basis=None if basis is None else basis.to(self.device).bfloat16().contiguous(),
         )
-        tensors = (held.places, held.factor.codes, held.factor.scale, held.zero, basis)
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in held.tensors]
         self._table[slot] = torch.tensor(addresses, dtype=torch.int64)
         self._held[slot] = held
+
+    def drop(self, slot: int) -> None:
+        """Let go of a delta's rows; no token may name the slot until others are put there.
+
+        Args:
+            slot: of `put`; one without rows stays so.
+        """
+        self._held[slot] = None
+
+    def size_bytes(self, slot: int) -> int:
+        """Count what a slot's rows take on the device.
+
+        Args:
+            slot: any slot.
+
+        Returns:
+            Bytes; 0 where nothing is held.
+        """
+        held = self._held[slot]
+        tensors = () if held is None else held.tensors
+        return sum(0 if one is None else one.numel() * one.element_size() for one in tensors)
 
     def check_slots(self, slots: Sequence[int]) -> None:
         """Refuse a slot without rows.
@@ -180,8 +266,8 @@ class EmbeddingTable:
         for token, (row, slot) in enumerate(zip(ids.tolist(), slots.tolist(), strict=True)):
             held = None if slot < 0 else self._held[slot]
             place = -1 if held is None else int(held.places[row])
-            if held is not None and place >= 0:
-                factor = held.factor
+            factor = None if held is None else held.factor
+            if held is not None and factor is not None and place >= 0:
                 one = replace(
                     factor,
                     codes=factor.codes[place : place + 1],

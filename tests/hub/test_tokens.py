@@ -71,6 +71,22 @@ def test_the_last_use_is_written_once_a_minute(alice):
     assert ApiToken.objects.get().last_used_at >= first
 
 
+def test_a_use_that_is_noted_already_writes_nothing(alice, django_assert_num_queries):
+    """On SQLite a write that changes no row still waits for every other writer."""
+    secret = factories.make_token(alice)
+    assert tokens.find(secret)
+    with django_assert_num_queries(1):
+        assert tokens.find(secret)
+
+
+def test_requests_that_come_together_note_a_use_once(alice, monkeypatch, django_assert_num_queries):
+    secret = factories.make_token(alice)
+    monkeypatch.setattr(tokens, "_NOTING", set(ApiToken.objects.values_list("pk", flat=True)))
+    with django_assert_num_queries(1):
+        assert tokens.find(secret)
+    assert ApiToken.objects.get().last_used_at is None
+
+
 @pytest.mark.parametrize(
     ("scopes", "days"), [([], 1), (["admin"], 1), (["read"], 0), (["read"], 366), (["read"], -1)]
 )

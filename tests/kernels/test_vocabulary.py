@@ -6,7 +6,7 @@ import torch
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.packed import PackedRows
 from kernels.bench.models import Pool
-from kernels.vocabulary import EmbeddingTable, head_matrix
+from kernels.vocabulary import EmbeddingTable, head_matrix, pad_ranks
 
 CHANGED = [True, False, True, True, False, True]
 
@@ -98,6 +98,36 @@ def test_a_head_reads_its_input_through_the_basis(way, monkeypatch):
     assert float((logits.double() - wanted).norm() / wanted.norm()) < 2e-6
     with pytest.raises(InternalError, match="no coordinates"):
         EmbeddingTable(n_slots=1, like=draw_rows(), device="cpu").project(x, slots)
+
+
+@pytest.mark.parametrize("kind", [BASIS, {"rank": 130, "bits": 3}], ids=str)
+def test_more_ranks_change_no_value(kind):
+    rows = draw_rows(**kind)
+    padded = pad_ranks(rows, 288)
+    assert len(padded.basis) == padded.factor.cols == 288
+    assert torch.equal(padded.dequantise(), rows.dequantise())
+    assert pad_ranks(rows, kind["rank"]) is rows
+    with pytest.raises(InternalError, match="8 coordinates"):
+        pad_ranks(rows, 8)
+    with pytest.raises(InternalError, match="288 coordinates"):
+        pad_ranks(draw_rows(), 288)
+
+
+def test_a_basis_alone_serves_the_head_and_no_embedding(add_rows):
+    rows = draw_rows(seed=4, **BASIS)
+    whole, alone = (EmbeddingTable(n_slots=2, like=rows, device="cpu") for _ in range(2))
+    whole.put(1, rows)
+    alone.put_basis(1, rows)
+    x, slots = torch.randn(2, rows.cols), torch.tensor([1, 1], dtype=torch.int32)
+    assert torch.equal(alone.project(x, slots), whole.project(x, slots))
+    assert 0 < alone.size_bytes(1) < whole.size_bytes(1)
+    assert torch.equal(add_rows(alone, x.clone(), torch.tensor([0, 2]).int(), slots), x)
+    with pytest.raises(UserError, match="another kind"):
+        alone.put_basis(0, draw_rows(bits=2))
+    whole.drop(1)
+    assert whole.size_bytes(1) == 0
+    with pytest.raises(UserError, match="no delta"):
+        whole.check_slots([1])
 
 
 def test_rows_of_another_kind_and_empty_slots_are_refused():

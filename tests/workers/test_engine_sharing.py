@@ -14,16 +14,18 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config, Qwen3C
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
-from deltacome_core.packed import PackedRows
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
+from workers.engine import arena_slots
+from workers.engine.attention import DecodeRows
 from workers.engine.executor import PlainExecutor, Work
-from workers.engine.graphs import DecodeGraphs, _Captured
+from workers.engine.graphs import DecodeGraphs, StepInputs, _Captured
+from workers.engine.layers import RowTables
 from workers.engine.model import load_backbone, load_shared, share_backbone
-from workers.engine.parts import TenantParts
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.shared import SharedExecutor
 
+CPU = torch.device("cpu")
 PROMPTS = ((40, 41, 42, 200, 7, 8, 9), tuple(range(50, 83)), (99,))
 TEXT = {
     "hidden_size": 64,
@@ -40,9 +42,10 @@ TEXT = {
 }
 
 
-def make_deltas(folder, tuned, recipe):
+def make_deltas(folder, tuned, *recipes):
     """Deltas d0, d1, … of the models in `tuned` on the backbone in folder/base."""
     for number, model in enumerate(tuned):
+        recipe = recipes[number % len(recipes)]
         tiny.save(model, folder / f"t{number}")
         compress_checkpoint(folder / "base", folder / f"t{number}", folder / f"d{number}", recipe)
         reconstruct_checkpoint(folder / "base", folder / f"d{number}", folder / f"r{number}")
@@ -68,16 +71,29 @@ def greedy(folder, prompt, length=20):
     return ids[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(scope="module", params=["plain", "tied", "bias"])
+SHAPES = {
+    "plain": {},
+    "tied": {"tied": True},
+    "bias": {"bias": True},
+    "basis": {},
+    "tied basis": {"tied": True},
+}
+ROWS = get_recipe("datafree", matrix_bits=3.0)
+# Of 8 ranks, and of 16.
+BASIS = replace(ROWS, vocabulary_bits=2.5, vocabulary_rank=8)
+LARGER = replace(BASIS, vocabulary_rank=16)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
 def folder(tmp_path_factory, request):
-    shape = {} if request.param == "plain" else {request.param: True}
-    root = tmp_path_factory.mktemp(request.param)
+    shape = SHAPES[request.param]
+    root = tmp_path_factory.mktemp("models")
     tiny.save(tiny.make_model(**shape), root / "base")
     tuned = [
         tiny.tune(tiny.make_model(**shape), seed=seed, size=0.05, new_rows=new_rows)
         for seed, new_rows in ((1, 0), (2, 3), (3, 0))
     ]
-    make_deltas(root, tuned, get_recipe("datafree", matrix_bits=3.0))
+    make_deltas(root, tuned, *((BASIS, BASIS, LARGER) if "basis" in request.param else (ROWS,)))
     return root
 
 
@@ -236,20 +252,68 @@ def test_an_arena_takes_deltas_of_its_recipe_and_another_one_when_it_is_empty(tm
     )
 
 
-def test_rows_in_a_basis_are_not_taken_for_rows_of_an_arena(folder):
-    shared = load_all(folder, 0, arena=True)[0]
-    rows = PackedRows(
-        name="model.embed_tokens.weight",
-        rows=4,
-        cols=8,
-        changed=torch.zeros(4, dtype=torch.bool),
-        factor=None,
-        new_rows=None,
-        basis=torch.zeros(0, 8, dtype=torch.bfloat16),
-    )
+def test_a_basis_beyond_the_arena_waits_until_it_is_empty(tmp_path, monkeypatch):
+    monkeypatch.setattr(arena_slots, "STEP_COLUMNS", 8)
+    monkeypatch.setattr(arena_slots, "_RANK_SLACK", 1)
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    tuned = [tiny.tune(tiny.make_model(), seed=seed, size=0.05) for seed in (1, 2)]
+    make_deltas(tmp_path, tuned, BASIS, LARGER)
+    shared, first = load_all(tmp_path, 1, arena=True)
+    assert shared.executor.slots.n_coordinates == 8
     with pytest.raises(UserError) as refusal:
-        shared.executor.load(TenantParts(embedding=rows))
+        load_shared(shared, tmp_path / "base", tmp_path / "d1", factor_bytes=0)
     assert refusal.value.code == "arena_recipe_unknown"
+    shared.executor.evict(first.slot)
+    models = [
+        load_shared(shared, tmp_path / "base", tmp_path / name, factor_bytes=0)
+        for name in ("d1", "d0")
+    ]
+    for model, one in zip(models, answer(models, prompt=PROMPTS[0], max_tokens=20), strict=True):
+        name = "r1" if model is models[0] else "r0"
+        assert one.ids == greedy(tmp_path / name, PROMPTS[0])
+
+
+def test_an_arena_made_for_an_unchanged_vocabulary_takes_changed_ones(tmp_path):
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    still = tiny.tune(tiny.make_model(), size=0.05, everywhere=False)
+    make_deltas(tmp_path, [still, tiny.tune(tiny.make_model(), size=0.05)], BASIS)
+    models = load_all(tmp_path, 2, arena=True)
+    heard = answer(models, prompt=PROMPTS[1], max_tokens=20)
+    for name, one in zip(("base", "r0", "r1"), heard, strict=True):
+        assert one.ids == greedy(tmp_path / name, PROMPTS[1])
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_vectors_of_a_step_are_those_of_its_tenants_however_many_rows_there_are(rows):
+    tables = RowTables({"a": torch.zeros(4), "b": torch.ones(4)}, n_slots=2, device=CPU)
+    tables.reset(1)
+    tables.set(1, "b", torch.full((4,), 7.0))
+    owners = torch.arange(rows) % 3
+    tables.gather(owners)
+    assert torch.equal(tables.rows_of("a"), torch.zeros(rows, 4))
+    wanted = torch.where(owners == 2, 7.0, 1.0)[:, None].expand(rows, 4)
+    assert torch.equal(tables.rows_of("b"), wanted)
+
+
+def test_graphs_of_another_arena_are_recorded_into_another_pool():
+    """The pool dies with the last graph that was recorded into it."""
+    graphs = DecodeGraphs(lambda inputs: inputs.embeds[0], n_pages=2)
+    pools = []
+
+    def capture(inputs):
+        pools.append(graphs._pool)
+        graphs._pool = object()
+        return _Captured(Replay(lambda _: inputs.embeds[0], inputs, inputs.embeds[0]), inputs, None)
+
+    graphs._capture = capture
+    numbers = torch.zeros(2, dtype=torch.int32)
+    decode = DecodeRows(pages=numbers[:, None], lengths=numbers + 1)
+    rows = {"places": numbers, "owners": numbers, "chunks": (), "decode": decode}
+    for size in (1, 2):
+        step = StepInputs(embeds=torch.zeros(1, size, 4), positions=numbers[None, :size], **rows)
+        graphs.run(step, key=("one", True))
+    graphs.run(step, key=("another", True))
+    assert [pool is None for pool in pools] == [True, False, True]
 
 
 GPU_PATH = """
@@ -274,6 +338,10 @@ def run_as_on_a_gpu(root):
     models = load_all(root, 3, arena=True)
     executor = models[0].executor
     executor._pads = True
+    for kind in executor.vocabulary._kinds:
+        if kind._table is not None and kind._table._kind.has_basis:
+            # Its kernels, interpreted.
+            kind._table.device = torch.device("cuda")
     graphs = DecodeGraphs(executor._run, n_pages=executor.pages.capacity)
     captured = []
 

@@ -10,18 +10,22 @@ from torch.nn import functional
 
 from deltacome_core.errors import UserError
 from deltacome_core.packed import PackedMatrix, PackedRows
+from deltacome_core.rows import BASIS_BITS
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.dense import Unfolder, multiply_prompt
-from kernels.image import Image, Site, build_image
+from kernels.fragments import STEP_COLUMNS, FragmentShape
+from kernels.image import Image, Site, SiteNeeds, build_image
 from kernels.plan import StepPlan
 from kernels.serving import add_delta, delta_linear
-from kernels.vocabulary import EmbeddingTable, head_matrix
+from kernels.vocabulary import head_matrix, pad_ranks
 from workers.engine.parts import TenantParts
 from workers.engine.slots import Lock, Span
 
 log = logging.getLogger(__name__)
 
 HEAD = "head"
+# The head of a delta whose vocabulary lies in a basis: it reads its input's coordinates.
+COORDINATES = "head.coordinates"
 # Rows of single tokens: graphs are captured, and plans made, for these sizes.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Rows of one tenant above which its factors are unfolded once instead of read for each row.
@@ -29,6 +33,25 @@ _PROMPT_ROWS = 128
 # Deltas of one recipe differ a little in size and ranks.
 _SLACK = 1.02
 _RANK_SLACK = 1.25
+# Coordinates that the first arena has room for when its first delta does not say.
+_COORDINATES = 256
+
+
+def _usual_head(bits: int) -> SiteNeeds:
+    """Rows of a vocabulary as recipes leave them: the first delta may have changed none."""
+    return SiteNeeds(
+        shrink_rows=(),
+        hidden_steps=0,
+        widths=frozenset({bits}),
+        has_groups=True,
+        has_plain=False,
+        has_direct=True,
+        has_factors=False,
+    )
+
+
+# Rows as they are, and coordinates.
+_USUAL_HEADS = (_usual_head(4), _usual_head(BASIS_BITS))
 
 
 class ArenaSlots:
@@ -48,11 +71,8 @@ class ArenaSlots:
         self._dtype = dtype
         self._device = device
         self._delta_bytes = delta_bytes
-        head = Site(
-            name=HEAD, parts=(HEAD,), out_features=(head_shape[0],), in_features=head_shape[1]
-        )
-        self._sites = (*sites, head)
-        self._head = len(sites)
+        self._layers = tuple(sites)
+        self._head_shape = head_shape
         self._arena: DeltaArena | None = None
         self._unfolder: Unfolder | None = None
         self._plans: dict[tuple[str, int], StepPlan] = {}
@@ -78,17 +98,19 @@ class ArenaSlots:
 
     def load(self, parts: TenantParts, *, lock: Lock, factor_bytes: int) -> int:
         del factor_bytes
-        for table in (parts.embedding, parts.head):
-            if isinstance(table, PackedRows) and table.basis is not None:
-                # No kernel reads rows as coordinates yet.
-                reason = "its rows are coordinates in a basis"
-                raise UserError("arena_recipe_unknown", name=table.name, reason=reason)
         matrices = dict(parts.matrices)
-        if isinstance(parts.head, PackedRows) and parts.head.factor is not None:
-            matrices[HEAD] = head_matrix(parts.head)
-        image = build_image(self._sites, matrices, pin=self._device.type == "cuda")
+        head = parts.head if isinstance(parts.head, PackedRows) else None
+        sites = self._name_sites(parts)
+        if head is not None and head.factor is not None:
+            if head.basis is None:
+                matrices[HEAD] = head_matrix(head)
+            else:
+                # Where the device is fast, and back to what an image is built from.
+                padded = pad_ranks(head.to(self._device), sites[-1].in_features)
+                matrices[COORDINATES] = head_matrix(padded.to("cpu"))
+        image = build_image(sites, matrices, pin=self._device.type == "cuda")
         with lock:
-            arena = self._fit(image)
+            arena = self._fit(sites, image)
             if self._stream is None:
                 slot = arena.load(image)
             else:
@@ -109,7 +131,26 @@ class ArenaSlots:
         if self._arena is not None:
             self._arena.evict(slot)
 
-    def _fit(self, image: Image) -> DeltaArena:
+    def _name_sites(self, parts: TenantParts) -> tuple[Site, ...]:
+        """Sites of an arena for this delta: those of the one there is, if it has room for them."""
+        tables = [t for t in (parts.embedding, parts.head) if isinstance(t, PackedRows)]
+        ranks = max((len(table.basis) for table in tables if table.basis is not None), default=0)
+        if self._arena is not None and ranks <= self.n_coordinates:
+            return self._arena.spec.sites
+        room = -(-int(ranks * _RANK_SLACK) // STEP_COLUMNS) * STEP_COLUMNS or _COORDINATES
+        rows, columns = self._head_shape
+        return (
+            *self._layers,
+            Site(name=HEAD, parts=(HEAD,), out_features=(rows,), in_features=columns),
+            Site(name=COORDINATES, parts=(COORDINATES,), out_features=(rows,), in_features=room),
+        )
+
+    @property
+    def n_coordinates(self) -> int:
+        """Coordinates of every vocabulary in a basis; smaller bases are filled up."""
+        return 0 if self._arena is None else self._arena.spec.sites[-1].in_features
+
+    def _fit(self, sites: tuple[Site, ...], image: Image) -> DeltaArena:
         """An arena that takes the image; an empty one may be made anew for another recipe.
 
         Raises:
@@ -118,13 +159,13 @@ class ArenaSlots:
         arena = self._arena
         if arena is not None:
             try:
-                arena.spec.check(image)
+                self._check_fit(arena, sites, image)
             except UserError:
                 if arena.resident_slots:
                     raise
             else:
                 return arena
-        spec = self._widen(image)
+        spec = self._widen(sites, image)
         # The old slabs go before the new ones come.
         self._arena = self._unfolder = arena = None
         self._plans.clear()
@@ -138,47 +179,52 @@ class ArenaSlots:
         log.info("arena_made: %d slots of %d bytes", n_slots, spec.slab_bytes)
         return self._arena
 
-    def _widen(self, image: Image) -> ArenaSpec:
+    def _check_fit(self, arena: DeltaArena, sites: tuple[Site, ...], image: Image) -> None:
+        if sites != arena.spec.sites:
+            reason = f"a basis of more than {self.n_coordinates} ranks"
+            raise UserError("arena_recipe_unknown", name="its vocabulary", reason=reason)
+        arena.spec.check(image)
+
+    def _widen(self, sites: tuple[Site, ...], image: Image) -> ArenaSpec:
         """A spec for this delta, for others of its kind, and for all that came before."""
         before = () if self._arena is None else (self._arena.spec,)
-        ranks = [
-            matrix.rank for matrix in image.matrices.values() if isinstance(matrix, PackedMatrix)
-        ]
+        found = [matrix for matrix in image.matrices.values() if isinstance(matrix, PackedMatrix)]
         slab_bytes = int(max(image.slab_bytes, *(s.slab_bytes for s in before), 0) * _SLACK)
-        specs = [*before, ArenaSpec.covering(self._sites, [image])]
-        if ranks:
-            widths = frozenset(
-                band.bits
-                for matrix in image.matrices.values()
-                if isinstance(matrix, PackedMatrix)
-                for band in matrix.bands
-            )
-            specs.append(
+        if not {HEAD, COORDINATES} & image.matrices.keys():
+            # The next delta's vocabulary may have changed: a byte a coordinate, and its scales.
+            head = FragmentShape(sites[-1].total_out, sites[-1].in_features, BASIS_BITS)
+            slab_bytes += int(head.size_bytes * _RANK_SLACK)
+        specs = [*before, ArenaSpec.covering(sites, [image])]
+        layers = [*specs]
+        if found:
+            layers.append(
                 ArenaSpec.allowing(
-                    self._sites,
+                    sites,
                     slab_bytes=slab_bytes,
-                    max_rank=int(max(ranks) * _RANK_SLACK),
-                    widths=widths,
+                    max_rank=int(max(matrix.rank for matrix in found) * _RANK_SLACK),
+                    widths=frozenset(band.bits for matrix in found for band in matrix.bands),
                 )
             )
-        needs = tuple(
-            tuple(dict.fromkeys(need for spec in specs for need in spec.needs[site]))
-            for site in range(len(self._sites))
-        )
-        # The head is a direct matrix or nothing: ranks there would only cost programs.
-        head = tuple(
-            dict.fromkeys(need for spec in specs[: len(before) + 1] for need in spec.needs[-1])
-        )
+        last = len(self._layers)
+        needs = [
+            tuple(dict.fromkeys(need for spec in layers for need in spec.needs[site]))
+            for site in range(last)
+        ]
+        # Heads are direct matrices or nothing: ranks there would only cost programs.
+        needs += [
+            tuple(dict.fromkeys([*(n for spec in specs for n in spec.needs[last + at]), usual]))
+            for at, usual in enumerate(_USUAL_HEADS)
+        ]
         aligned = ArenaSpec.allowing(
-            self._sites, slab_bytes=slab_bytes, max_rank=1, widths=frozenset({2})
+            sites, slab_bytes=slab_bytes, max_rank=1, widths=frozenset({2})
         ).slab_bytes
-        return ArenaSpec(sites=self._sites, slab_bytes=aligned, needs=(*needs[:-1], head))
+        return ArenaSpec(sites=sites, slab_bytes=aligned, needs=tuple(needs))
 
     def begin(self, spans: Sequence[Span], *, n_rows: int, n_single: int) -> None:
         del n_rows
         self._plan = None
         self._segments = [span for span in spans if span.slot >= 0 and span.first >= n_single]
-        slots = _slots_of(spans, n_single)
+        slots = slots_of(spans, n_single)
         if any(slot >= 0 for slot in slots):
             self._plan = self._take_plan("step", slots)
         self._check([span.slot for span in self._segments])
@@ -220,104 +266,40 @@ class ArenaSlots:
             plan = self._take_plan("segment", [span.slot] * (span.last - span.first))
             add_delta(y[rows], x[rows], plan, site)
 
-    def add_head(self, y: torch.Tensor, x: torch.Tensor, spans: Sequence[Span]) -> None:
-        """Add each row's delta of the head, in place; spans cover all rows."""
+    def add_head(
+        self,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        coordinates: torch.Tensor | None,
+        spans: Sequence[Span],
+    ) -> None:
+        """Add each row's delta of the head, in place.
+
+        Args:
+            y: [rows, vocabulary].
+            x: [rows, hidden].
+            coordinates: f32 [rows, n_coordinates] of the rows whose heads read those, 0 for others;
+                None where there is no such row.
+            spans: whose the rows are; all of them covered but for some at the end.
+        """
         if self._arena is None or all(span.slot < 0 for span in spans):
             return
+        head = len(self._layers)
         if len(x) > _PROMPT_ROWS and self._unfolder is not None:
             for span in spans:
                 if span.slot >= 0:
-                    self._add_segment(y, x, span, self._head)
+                    self._add_segment(y, x, span, head)
+                    if coordinates is not None:
+                        self._add_segment(y, coordinates.to(x.dtype), span, head + 1)
             return
-        slots = _slots_of(spans, len(x))
-        slots += [-1] * (len(x) - len(slots))
-        add_delta(y, x, self._take_plan("head", slots), self._head)
+        slots = slots_of(spans, len(x))
+        plan = self._take_plan("head", slots + [-1] * (len(x) - len(slots)))
+        add_delta(y, x, plan, head)
+        if coordinates is not None:
+            add_delta(y, coordinates, plan, head + 1)
 
 
-def _slots_of(spans: Sequence[Span], n_rows: int) -> list[int]:
+def slots_of(spans: Sequence[Span], n_rows: int) -> list[int]:
+    """Slot of each of the first `n_rows` rows; spans begin at row 0 and leave none out."""
     slots = [slot for s in spans for slot in [s.slot] * (s.last - s.first)]
     return slots[:n_rows]
-
-
-class PackedVocabulary:
-    """Embeddings as packed rows beside the backbone's, heads as a site of the arena."""
-
-    keeps_packed = True
-
-    def __init__(self, embedding: torch.Tensor, head: torch.Tensor, slots: ArenaSlots) -> None:
-        self._embedding = embedding
-        self._head = head
-        self._slots = slots
-        self._table: EmbeddingTable | None = None
-        self._packed: dict[int, bool] = {}
-        self._new_embeddings: dict[int, torch.Tensor] = {}
-        self._new_heads: dict[int, torch.Tensor] = {}
-
-    def load(self, slot: int, parts: TenantParts) -> None:
-        for part in (parts.embedding, parts.head):
-            if isinstance(part, torch.Tensor):
-                raise UserError("arena_recipe_unknown", name="a table", reason="it is not packed")
-        if isinstance(parts.embedding, PackedRows):
-            self._load_rows(slot, parts.embedding)
-        if isinstance(parts.head, PackedRows) and parts.head.new_rows is not None:
-            self._new_heads[slot] = parts.head.new_rows.to(self._head)
-
-    def _load_rows(self, slot: int, rows: PackedRows) -> None:
-        if rows.factor is not None:
-            if self._table is None or not self._packed:
-                self._table = EmbeddingTable(
-                    n_slots=self._slots.n_slots, like=rows, device=self._embedding.device
-                )
-            self._table.put(slot, rows)
-            self._packed[slot] = True
-        if rows.new_rows is not None:
-            self._new_embeddings[slot] = rows.new_rows.to(self._embedding)
-
-    def evict(self, slot: int) -> None:
-        for held in (self._packed, self._new_embeddings, self._new_heads):
-            held.pop(slot, None)
-
-    def size_bytes(self, slot: int) -> int:
-        tables = [held[slot] for held in (self._new_embeddings, self._new_heads) if slot in held]
-        return sum(table.numel() * table.element_size() for table in tables)
-
-    def embed(self, ids: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        """Rows of the tokens, [rows, hidden]; spans cover all rows."""
-        known = len(self._embedding)
-        inside = ids.clamp_max(known - 1)
-        rows = functional.embedding(inside, self._embedding)
-        slots = [slot if slot in self._packed else -1 for slot in _slots_of(spans, len(ids))]
-        if self._table is not None and any(slot >= 0 for slot in slots):
-            owners = torch.tensor(slots, dtype=torch.int32, device=ids.device)
-            self._table.add_rows(rows, inside.int(), owners)
-        for span in spans:
-            new = self._new_embeddings.get(span.slot)
-            if new is not None:
-                own = ids[span.first : span.last]
-                chosen = new[(own - known).clamp_min(0)]
-                part = rows[span.first : span.last]
-                part.copy_(torch.where((own >= known)[:, None], chosen, part))
-        return rows
-
-    def logits(self, hidden: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        """f32 [rows, largest vocabulary], minus infinity beyond a tenant's own."""
-        n_rows = len(hidden)
-        if any(span.slot >= 0 for span in spans):
-            # Plans are made for few sizes; rows beyond the last one are nobody's.
-            size = next((size for size in BUCKETS if size >= n_rows), n_rows)
-            hidden = functional.pad(hidden, (0, 0, 0, size - n_rows))
-        y = functional.linear(hidden, self._head)
-        self._slots.add_head(y, hidden, spans)
-        y = y[:n_rows]
-        grown = {s.slot: self._new_heads[s.slot] for s in spans if s.slot in self._new_heads}
-        if not grown:
-            return y.float()
-        width = max(map(len, grown.values()))
-        found = functional.pad(y.float(), (0, width), value=-torch.inf)
-        for span in spans:
-            new = grown.get(span.slot)
-            if new is not None:
-                rows = hidden[span.first : span.last]
-                first = len(self._head)
-                found[span.first : span.last, first : first + len(new)] = rows @ new.T
-        return found

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltacome_core.errors import UserError
@@ -123,19 +122,21 @@ def _attend_chunk(
 ) -> torch.Tensor:
     n_rows, n_seen = query.shape[2], len(keys)
     mask: Any = None
+    # A whole prompt needs no mask that is read from memory.
+    is_whole = n_rows == n_seen and n_rows > 1
     if window is not None and window < n_seen:
         at = torch.arange(n_seen - n_rows, n_seen, device=query.device)[:, None]
         seen = torch.arange(n_seen, device=query.device)[None]
         mask = (seen <= at) & (seen > at - window)
-    elif n_rows > 1 and query.device.type == "cuda":
-        mask = causal_lower_right(n_rows, n_seen)
-    elif n_rows > 1:
-        mask = torch.ones((n_rows, n_seen), dtype=torch.bool).tril(n_seen - n_rows)
+    elif n_rows > 1 and not is_whole:
+        mask = torch.ones((n_rows, n_seen), dtype=torch.bool, device=query.device)
+        mask = mask.tril(n_seen - n_rows)
     found = functional.scaled_dot_product_attention(
         query,
         keys.transpose(0, 1)[None],
         values.transpose(0, 1)[None],
         attn_mask=mask,
+        is_causal=is_whole and mask is None,
         scale=scaling,
         enable_gqa=query.shape[1] != keys.shape[1],
     )

@@ -53,7 +53,7 @@ class DecodeGraphs:
                 graphs are captured anew: the memory that they read is gone.
         """
         if key[0] != self._generation:
-            self._captured.clear()
+            self.forget()
             self._generation = key[0]
         place = (inputs.embeds.shape[1], key[1])
         captured = self._captured.get(place)
@@ -64,6 +64,11 @@ class DecodeGraphs:
         _copy(captured.inputs, inputs)
         captured.graph.replay()
         return captured.hidden
+
+    def forget(self) -> None:
+        """Let all graphs go. Their pool of memory dies with the last one: the next is another."""
+        self._captured.clear()
+        self._pool = None
 
     def _try_capture(self, place: tuple[int, Hashable], inputs: StepInputs) -> _Captured | None:
         try:

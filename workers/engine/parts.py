@@ -23,7 +23,7 @@ from deltacome_core.reconstruct import apply_entry
 from deltacome_core.tensors import TORCH_DTYPES, load_tensor
 
 # Files are read by the kernel, which one thread alone cannot keep busy.
-_READERS = 4
+_READERS = 8
 # Of a config.json, what changes no number inside the decoder.
 _HARMLESS = frozenset(
     {

@@ -7,14 +7,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from deltacome_core.errors import UserError
-from workers.engine.arena_slots import BUCKETS, ArenaSlots, PackedVocabulary
+from workers.engine.arena_slots import BUCKETS, ArenaSlots
 from workers.engine.attention import AttentionStep, Chunk, DecodeRows, running
 from workers.engine.executor import Work
 from workers.engine.graphs import DecodeGraphs, StepInputs
 from workers.engine.layers import Link, RowTables
+from workers.engine.packed_vocabulary import PackedVocabulary
 from workers.engine.paging import PAGE_TOKENS, PagedCache, PagePool, pages_for
 from workers.engine.parts import Places, TenantParts
 from workers.engine.sharing import (
@@ -174,27 +177,32 @@ class SharedExecutor:
         )
 
     def _prepare(self, work: Sequence[Work], layout: Layout) -> StepInputs:
-        ids = torch.zeros(layout.n_rows, dtype=torch.long)
-        positions = torch.zeros(layout.n_rows, dtype=torch.long)
-        # Rows that fill up write to page 0, which belongs to nobody.
-        written = torch.zeros(layout.n_rows, dtype=torch.long)
+        # Rows that fill up are token 0 at position 0, and write to page 0, which is nobody's.
+        table = np.zeros((4, layout.n_rows), dtype=np.int64)
+        ids, positions, written, owners = table
         chunks = []
         for item, first in zip(work, layout.firsts, strict=True):
-            rows = slice(first, first + item.count)
-            seen = _places(item.sequence.pages, item.start + item.count)
-            ids[rows] = torch.tensor(item.tokens)
-            positions[rows] = torch.arange(item.start, item.start + item.count)
-            written[rows] = seen[item.start :]
+            last = first + item.count
+            ids[first:last] = item.tokens
+            if item.count == 1:
+                positions[first] = item.start
+                written[first] = _place(item.sequence.pages, item.start)
+            else:
+                positions[first:last] = np.arange(item.start, item.start + item.count)
             if item.count > 1 or not self._pads:
-                chunks.append(
-                    Chunk(first=first, last=first + item.count, places=seen.to(self._device))
-                )
-        owners = torch.cat([torch.full((s.last - s.first,), s.slot + 1) for s in layout.spans])
+                seen = _places(item.sequence.pages, item.start + item.count)
+                written[first:last] = seen[item.start :]
+                places = torch.from_numpy(seen).to(self._device)
+                chunks.append(Chunk(first=first, last=last, places=places))
+        for span in layout.spans:
+            owners[span.first : span.last] = span.slot + 1
+        # One copy for all of them: each costs the device a wait.
+        on_device = torch.from_numpy(table).to(self._device)
         return StepInputs(
-            embeds=self.vocabulary.embed(ids.to(self._device), layout.spans)[None],
-            positions=positions[None].to(self._device),
-            places=written.to(self._device),
-            owners=owners.to(self._device),
+            embeds=self.vocabulary.embed(on_device[0], layout.spans)[None],
+            positions=on_device[1:2],
+            places=on_device[2],
+            owners=on_device[3],
             chunks=tuple(chunks),
             decode=self._decode_rows(work, layout) if self._pads and layout.n_single else None,
         )
@@ -202,12 +210,15 @@ class SharedExecutor:
     def _decode_rows(self, work: Sequence[Work], layout: Layout) -> DecodeRows:
         singles = [item for item in work if item.count == 1]
         longest = max(len(item.sequence.pages) for item in singles)
-        pages = torch.zeros((layout.n_single, longest), dtype=torch.int32)
-        lengths = torch.ones(layout.n_single, dtype=torch.int32)
+        pages = np.zeros((layout.n_single, longest), dtype=np.int32)
+        lengths = np.ones(layout.n_single, dtype=np.int32)
         for row, item in enumerate(singles):
-            pages[row, : len(item.sequence.pages)] = torch.tensor(item.sequence.pages)
+            pages[row, : len(item.sequence.pages)] = item.sequence.pages
             lengths[row] = item.start + 1
-        return DecodeRows(pages=pages.to(self._device), lengths=lengths.to(self._device))
+        return DecodeRows(
+            pages=torch.from_numpy(pages).to(self._device),
+            lengths=torch.from_numpy(lengths).to(self._device),
+        )
 
     def _run(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states of all rows, [rows, hidden]."""
@@ -320,10 +331,15 @@ def _spans(counts: Sequence[tuple[int, int]], *, first: int = 0) -> list[Span]:
     return spans
 
 
-def _places(pages: list[int], n_tokens: int) -> torch.Tensor:
-    """Places in the cache of the first tokens of a sequence, int64 [n_tokens]."""
-    starts = torch.tensor(pages)[:, None] * PAGE_TOKENS
-    return (starts + torch.arange(PAGE_TOKENS)).flatten()[:n_tokens]
+def _place(pages: list[int], at: int) -> int:
+    """Place in the cache of token `at` of a sequence."""
+    return pages[at // PAGE_TOKENS] * PAGE_TOKENS + at % PAGE_TOKENS
+
+
+def _places(pages: list[int], n_tokens: int) -> npt.NDArray[np.int64]:
+    """Places in the cache of the first tokens of a sequence, [n_tokens]."""
+    starts = np.array(pages, dtype=np.int64)[:, None] * PAGE_TOKENS
+    return (starts + np.arange(PAGE_TOKENS)).reshape(-1)[:n_tokens]
 
 
 def _back_in_order(work: Sequence[Work], order: Sequence[int]) -> torch.Tensor:

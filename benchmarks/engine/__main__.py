@@ -1,0 +1,178 @@
+"""Measure the engine: `python -m benchmarks.engine --out OUT.json [--device cuda]`.
+
+Tokens are compared on the tiny models of examples/ with the rebuilt dense checkpoints. Speed and
+memory are measured on a model of Llama-2-7B's shapes with random weights and deltas of random codes
+in the default recipe's layout; `--trial` does all of it with small shapes and no GPU. Each part has
+a limit of time, and OUT is written again when it ends.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+import triton
+
+from benchmarks.engine import tokens
+from benchmarks.engine.bars import judge
+from benchmarks.engine.large import SEVEN_B, TRIAL
+from benchmarks.engine.session import Session, warm
+
+# Sizes of steps, shared out among processes that compile kernels before anything is timed.
+WARM = ((1,), (8,), (32,))
+WARM_LIMIT_S = 90
+TOKENS_LIMIT_S = 100
+
+
+class Report:
+    """Rows, errors and seconds by part, on disk as soon as they are known."""
+
+    def __init__(self, out: Path, device: str) -> None:
+        self._out = out
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        self.record: dict[str, Any] = {
+            "device": name,
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "triton": triton.__version__,
+            },
+            "rows": {},
+            "errors": {},
+            "seconds": {},
+        }
+
+    def measure(self, name: str, limit_s: int, part: Callable[[], Any]) -> None:
+        started = time.perf_counter()
+        try:
+            with deadline(limit_s):
+                self.record["rows"][name] = part()
+        except Exception as error:  # noqa: BLE001  the other parts still count
+            traceback.print_exc()
+            self.record["errors"][name] = repr(error)[:500]
+        self.record["seconds"][name] = round(time.perf_counter() - started, 1)
+        print(f"{name}: {json.dumps(self.record['rows'].get(name))[:600]}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        self.record["bars"] = judge(self.record["rows"])
+        self._out.write_text(json.dumps(self.record, indent=1) + "\n")
+
+
+@contextmanager
+def deadline(limit_s: int) -> Iterator[None]:
+    """Raise in this thread when the time is up; what waits for a device or a lock is woken."""
+
+    def ring(_signal: int, _frame: FrameType | None) -> None:
+        raise TimeoutError(f"more than {limit_s} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(limit_s)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class Helper:
+    """Another process of this benchmark; what it reports is read when it has ended."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path, name: str, *options: str) -> None:
+        self._out = folder / f"{name}.json"
+        command = [sys.executable, "-m", "benchmarks.engine", "--out", str(self._out)]
+        command += ["--device", args.device, "--items", str(args.items), *options]
+        command += ["--made", str(args.made)] if args.made else []
+        command += ["--trial"] if args.trial else []
+        self._process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "4"})
+
+    def wait(self, limit_s: float) -> dict[str, Any]:
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        found: dict[str, Any] = json.loads(self._out.read_text()) if self._out.exists() else {}
+        return found
+
+
+def measure_tokens(args: argparse.Namespace, report: Report, made: Path) -> None:
+    for name, exact in (("tokens_fp32", True), ("tokens", False)):
+        compare = partial(tokens.compare_tokens, made, args.device, n_items=args.items, exact=exact)
+        report.measure(name, TOKENS_LIMIT_S, compare)
+    if args.device != "cuda" and not args.trial:
+        report.measure("loops", 300, lambda: tokens.compare_loops(made, args.device))
+
+
+def measure_large(args: argparse.Namespace, report: Report, scratch: Path) -> None:
+    started = time.perf_counter()
+    helpers = [] if args.skip_tokens else [Helper(args, scratch, "tokens", "--part", "tokens")]
+    if args.device == "cuda":
+        helpers += [
+            Helper(args, scratch, f"warm{sizes[0]}", "--part", "warm", "--sizes", *map(str, sizes))
+            for sizes in WARM
+        ]
+    size = replace(TRIAL if args.trial else SEVEN_B, changes_vocabulary=not args.same_vocabulary)
+    session = Session(size, args.device, scratch)
+    report.measure("setup", 120, session.set_up)
+    for helper in helpers:
+        found = helper.wait(max(1.0, WARM_LIMIT_S - (time.perf_counter() - started)))
+        for key in ("rows", "errors"):
+            report.record[key] |= found.get(key, {})
+    report.record["seconds"]["helpers"] = round(time.perf_counter() - started, 1)
+    for name, limit_s, part in session.parts():
+        if args.only and name not in args.only:
+            continue
+        report.measure(name, limit_s, part)
+        if name in report.record["errors"]:
+            # Answers of a part that did not end must not run beside the next one.
+            session.renew_loop()
+    session.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--made", type=Path, help="where the tiny deltas are, or will be, kept")
+    parser.add_argument("--items", type=int, default=12, help="prompts of each tiny fine-tune")
+    parser.add_argument("--trial", action="store_true", help="small shapes, to try the benchmark")
+    parser.add_argument("--part", choices=("all", "tokens", "warm"), default="all")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="steps to compile for")
+    parser.add_argument("--skip-tokens", action="store_true", help="compare no tokens")
+    parser.add_argument("--only", nargs="*", help="parts of the large model to measure")
+    parser.add_argument("--same-vocabulary", action="store_true", help="leave vocabularies alone")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    report = Report(args.out, args.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        if args.part == "tokens":
+            measure_tokens(args, report, args.made or Path(scratch))
+        elif args.part == "warm":
+            size = replace(
+                TRIAL if args.trial else SEVEN_B, n_layers=1, n_tenants=2, kv_bytes=10**8
+            )
+            report.measure(
+                "warm", WARM_LIMIT_S, lambda: warm(size, args.device, Path(scratch), args.sizes)
+            )
+        else:
+            measure_large(args, report, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

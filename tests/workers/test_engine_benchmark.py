@@ -1,0 +1,85 @@
+"""What the benchmark makes of its rows; the engine itself is measured, not tested, there."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.engine.bars import judge
+from benchmarks.engine.chart import draw
+from benchmarks.engine.large import TRIAL, draw_rows, fill, open_large, write_files
+from benchmarks.engine.loop import Heard, rate
+from benchmarks.engine.trace import draw_trace
+from kernels.bench.models import Pool
+from workers.engine.memory import forecast
+from workers.engine.model import load_shared
+
+
+def make_rows(**memory):
+    row = {"tokens_per_s": 1000.0, "layers_ms": 10.0}
+    return {
+        "decode_32": row,
+        "decode_1": {"tokens_per_s": 1500.0, "layers_ms": 6.0},
+        "all_tenants": {"tenants": 64, "memory": memory},
+    }
+
+
+def test_bars_are_judged_from_the_rows_there_are():
+    bars = judge(make_rows(device_used_bytes=79e9, forecast={"total_bytes": 78e9}))
+    found = {bar["name"]: bar for bar in bars}
+    factor = found["32 tenants over one tenant x kernels' own factor"]
+    assert factor["measured"] == pytest.approx(1000 / 1500 * 10 / 6)
+    assert factor["met"]
+    assert found["memory against the forecast, relative error"]["met"]
+    assert "64 registered over 8, same batch" not in found
+
+
+def test_memory_beyond_the_budget_or_without_a_device_meets_no_bar():
+    beyond = judge(make_rows(device_used_bytes=81e9, forecast={"total_bytes": 78e9}))
+    assert not next(bar for bar in beyond if bar["name"].startswith("tenants"))["met"]
+    none = judge(make_rows(device_used_bytes=0, forecast={"total_bytes": 78e9}))
+    assert not any(bar["name"].startswith("memory") for bar in none)
+
+
+def test_a_rate_counts_only_while_all_answers_run():
+    one = Heard(submitted_s=0.0, ids=[1, 2, 3], times=[1.0, 2.0, 3.0])
+    late = Heard(submitted_s=0.0, ids=[1, 2, 3], times=[2.0, 3.0, 4.0])
+    found = rate([one, late])
+    assert found["tokens_per_s"] == 2
+    assert found["step_ms"] == 1000
+    assert found["first_token_ms"] == 1500
+
+
+def test_a_trace_is_the_same_every_time_and_favours_the_first_tenants():
+    options = {"rate_per_s": 50.0, "seconds": 10.0, "n_tenants": 8, "vocabulary": 100}
+    trace = draw_trace(**options)
+    assert trace == draw_trace(**options)
+    tenants = [request.tenant for request in trace]
+    assert tenants.count(0) > 3 * tenants.count(7)
+    assert all(0 < a.at_s < b.at_s < 10 for a, b in itertools.pairwise(trace))
+
+
+def test_the_delta_of_the_benchmark_is_one_the_engine_takes(tmp_path):
+    large, check = open_large(tmp_path, TRIAL, "cpu")
+    assert check == "passed"
+    stored = write_files(large)
+    model = load_shared(large.model, large.base, large.delta, factor_bytes=0)
+    fill(large, model.slot)
+    assert large.slots._arena.resident_slots == list(range(TRIAL.n_tenants))
+    expected = forecast(large.delta, backbone_bytes=10, n_deltas=3, kv_bytes=7)
+    assert expected.delta_bytes > 0.5 * stored
+    rest = expected.total_bytes - 3 * expected.delta_bytes
+    assert rest == 17 + expected.workspace_bytes
+
+
+def test_every_row_of_a_vocabulary_changed():
+    rows = draw_rows("head", (512, 64), Pool(0), torch.Generator().manual_seed(0))
+    assert rows.dequantise().abs().sum(dim=1).gt(0).all()
+
+
+def test_the_chart_shows_the_committed_report():
+    folder = Path(__file__).parents[2] / "docs" / "benchmarks"
+    report = json.loads((folder / "engine.json").read_text())
+    assert draw(report) == (folder / "engine.svg").read_text()
