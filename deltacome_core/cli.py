@@ -151,6 +151,28 @@ def plan(  # noqa: PLR0913 - one parameter for each option
 
 
 @app.command()
+def fit(
+    *,
+    base: Base,
+    deltas: Annotated[list[Path], typer.Argument(help="Folders of deltas of the backbone.")],
+    gpu: Annotated[float, typer.Option(min=1, help="Memory of the card, GB.")] = 80.0,
+    kv_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of all conversations at once.")
+    ] = 16_384,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many deltas like these fit on a GPU beside their backbone."""
+    from deltacome_core.memory import GIGABYTE, describe_forecast, forecast_files
+
+    card_bytes = int(gpu * GIGABYTE)
+    found = forecast_files(base, deltas, kv_tokens=kv_tokens)
+    _tell(describe_forecast(found, card_bytes=card_bytes))
+    room = found.count_fitting(card_bytes) if found.delta_bytes else None
+    sizes = {"card_bytes": card_bytes, "fits": found.total_bytes <= card_bytes, "room": room}
+    _print_json(found.to_json() | sizes, wanted=as_json)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of the delta.")], *, as_json: AsJson = False
 ) -> None:

@@ -17,8 +17,9 @@ from benchmarks.engine.loop import Loop, draw_prompts, endless
 from benchmarks.engine.rivals import count_dense_copies, serve_by_swapping, time_adapters
 from benchmarks.engine.timing import used_bytes
 from benchmarks.engine.trace import Request, draw_trace, serve
+from deltacome_core.manifest import read_manifest
+from deltacome_core.memory import forecast
 from workers.engine.arena_slots import BUCKETS
-from workers.engine.memory import forecast
 from workers.engine.model import load_shared
 
 BUDGET_BYTES = 80e9
@@ -114,8 +115,10 @@ class Session:
     def ask_everyone(self) -> dict[str, Any]:
         """An answer of every tenant in the same steps, and the peak of memory so far."""
         found = time_decode(self.large, self.loop, self.tenants, repeats=1)
+        manifest = read_manifest(self.large.delta)
+        stored = sum(manifest.files[name].size_bytes for name in manifest.data_files)
         expected = forecast(
-            self.large.delta,
+            [stored],
             backbone_bytes=self.large.model.size_bytes,
             n_deltas=len(self.tenants),
             kv_bytes=self._size.kv_bytes,

@@ -45,6 +45,8 @@ def test_help_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     for command in (
         "compress",
+        "plan",
+        "fit",
         "inspect",
         "verify",
         "evaluate",
@@ -93,6 +95,21 @@ def test_inspect_counts_every_byte(run, trained_delta):
     assert sum(report["bytes"].values()) == report["total_bytes"]
     assert report["ratio"] > 4
     assert report["bits_per_param"] < 8
+
+
+def test_fit_counts_what_a_card_holds(run, trained_pair, trained_delta):
+    arguments = ["fit", "--base", trained_pair[0], trained_delta, "--kv-tokens", 100, "--json"]
+    code, out, err = run(*arguments, "--gpu", 8)
+    found = json.loads(out)
+    assert code == 0
+    assert found["fits"]
+    assert found["card_bytes"] == 8_000_000_000
+    used = found["total_bytes"] + (found["room"] - 1) * found["delta_bytes"]
+    assert used <= found["card_bytes"] < used + found["delta_bytes"]
+    assert f"{found['room']} such deltas fit in 8 GB." in err
+    code, out, err = run(*arguments, "--gpu", 2)
+    assert (json.loads(out)["fits"], json.loads(out)["room"]) == (False, 0)
+    assert "missing" in err
 
 
 def test_verify_grades_and_leaves_its_report(run, trained_pair, trained_delta, tmp_path):

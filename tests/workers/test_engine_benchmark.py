@@ -13,7 +13,6 @@ from benchmarks.engine.large import TRIAL, draw_rows, fill, open_large, write_fi
 from benchmarks.engine.loop import Heard, rate
 from benchmarks.engine.trace import draw_trace
 from kernels.bench.models import Pool
-from workers.engine.memory import forecast
 from workers.engine.model import load_shared
 
 
@@ -64,14 +63,10 @@ def test_a_trace_is_the_same_every_time_and_favours_the_first_tenants():
 def test_the_delta_of_the_benchmark_is_one_the_engine_takes(tmp_path):
     large, check = open_large(tmp_path, TRIAL, "cpu")
     assert check == "passed"
-    stored = write_files(large)
+    write_files(large)
     model = load_shared(large.model, large.base, large.delta, factor_bytes=0)
     fill(large, model.slot)
     assert large.slots._arena.resident_slots == list(range(TRIAL.n_tenants))
-    expected = forecast(large.delta, backbone_bytes=10, n_deltas=3, kv_bytes=7)
-    assert expected.delta_bytes > 0.5 * stored
-    rest = expected.total_bytes - 3 * expected.delta_bytes
-    assert rest == 17 + expected.workspace_bytes
 
 
 def test_every_row_of_a_vocabulary_changed():
