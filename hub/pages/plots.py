@@ -201,13 +201,13 @@ class ByteBar:
         return any(slice_.name != "header" for slice_ in self.slices)
 
 
-def plot_bytes(sizes: Mapping[str, int]) -> ByteBar | None:
-    """Stack what the delta's bytes are made of; slices add up to the whole files."""
-    total = sum(sizes.get(name, 0) for name in BYTE_CLASSES)
+def plot_bytes(sizes: Mapping[str, int], *, order: Sequence[str] = BYTE_CLASSES) -> ByteBar | None:
+    """Stack what bytes are made of, those of a delta's files by default; slices add up to all."""
+    total = sum(sizes.get(name, 0) for name in order)
     if not total:
         return None
     slices, x = [], 0.0
-    for name in filter(sizes.get, BYTE_CLASSES):
+    for name in filter(sizes.get, order):
         share = sizes[name] / total
         width = share * BYTES_WIDTH_PX
         slices.append(

@@ -2,7 +2,7 @@ from django.conf import settings
 from django.contrib.auth import views as auth
 from django.urls import path
 
-from . import accounts, explore, jobs, playground, repos, tokens, uploads
+from . import accounts, explore, jobs, planner, playground, repos, tokens, uploads
 
 login = auth.LoginView.as_view(
     template_name="accounts/login.html",
@@ -21,6 +21,7 @@ urlpatterns = [
     path("jobs/<uuid:job_id>/cancel", jobs.cancel, name="job-cancel"),
     path("jobs/<uuid:job_id>/retry", jobs.retry, name="job-retry"),
     path("playground", playground.index, name="playground"),
+    path("planner", planner.index, name="planner"),
     path("settings/tokens", tokens.index, name="tokens"),
     path("settings/tokens/<uuid:token_id>/revoke", tokens.revoke, name="token-revoke"),
     path("accounts/signup", accounts.signup, name="signup"),

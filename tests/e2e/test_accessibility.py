@@ -3,8 +3,15 @@
 import pytest
 
 RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
-VISITOR_PAGES = ("/", "/?q=nothing-has-this-name", "/accounts/login", "/accounts/signup", "/a/b")
-MEMBER_PAGES = ("/", "/new", "/jobs", "/playground", "/settings/tokens")
+VISITOR_PAGES = (
+    "/",
+    "/?q=nothing-has-this-name",
+    "/planner",
+    "/accounts/login",
+    "/accounts/signup",
+    "/a/b",
+)
+MEMBER_PAGES = ("/", "/new", "/jobs", "/playground", "/planner", "/settings/tokens")
 DELTA_TABS = ("", "/files", "/verification", "/evaluations")
 SCREENS = [
     pytest.param(scheme, width, id=f"{scheme}-{width}")
