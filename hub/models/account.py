@@ -10,8 +10,8 @@ NAME_PATTERN = r"\A[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?\Z"
 RESERVED_NAMES = frozenset(
     {
         *("accounts", "admin", "api", "d", "docs", "explore", "favicon.ico", "healthz", "jobs"),
-        *("new", "planner", "playground", "readyz", "robots.txt", "settings", "static", "uploads", "v1"),
-        *("about", "help", "login", "logout", "signup", "search", "compare", "backbones"),
+        *("new", "planner", "playground", "readyz", "robots.txt", "settings", "static", "uploads"),
+        *("v1", "about", "help", "login", "logout", "signup", "search", "compare", "backbones"),
     }
 )
 validate_name = RegexValidator(
