@@ -241,5 +241,7 @@ LOGGING = {
             "formatter": "fields",
         }
     },
+    # Clients tell each request that they make; the hub's own lines say what came of it.
+    "loggers": {name: {"level": "WARNING"} for name in ("httpx", "httpx2")},
     "root": {"handlers": ["stderr"], "level": os.environ.get("LOG_LEVEL", "INFO")},
 }
