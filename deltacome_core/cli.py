@@ -167,8 +167,8 @@ def fit(
     card_bytes = int(gpu * GIGABYTE)
     found = forecast_files(base, deltas, kv_tokens=kv_tokens)
     _tell(describe_forecast(found, card_bytes=card_bytes))
-    room = found.count_fitting(card_bytes) if found.delta_bytes else None
-    sizes = {"card_bytes": card_bytes, "fits": found.total_bytes <= card_bytes, "room": room}
+    fits = found.total_bytes <= card_bytes
+    sizes = {"card_bytes": card_bytes, "fits": fits, "room": found.count_fitting(card_bytes)}
     _print_json(found.to_json() | sizes, wanted=as_json)
 
 

@@ -39,18 +39,18 @@ class Forecast:
             + self.workspace_bytes
         )
 
-    def count_fitting(self, card_bytes: int) -> int:
+    def count_fitting(self, card_bytes: int) -> int | None:
         """Say how many deltas of this size fit.
 
         Args:
             card_bytes: memory of the card.
 
         Returns:
-            Their number; 0 where not even backbone, keys and values, and workspace fit.
-
-        Raises:
-            ZeroDivisionError: the deltas have no bytes, so any number fits.
+            Their number; 0 where not even backbone, keys and values, and workspace fit; None where
+            the deltas have no bytes, so that any number fits.
         """
+        if not self.delta_bytes:
+            return None
         room = card_bytes - self.backbone_bytes - self.kv_bytes - self.workspace_bytes
         return max(0, room // self.delta_bytes)
 
@@ -119,8 +119,9 @@ def kv_bytes_per_token(config: Mapping[str, Any]) -> int:
 
     n_heads = read("num_attention_heads")
     n_kv_heads = read("num_key_value_heads", "num_attention_heads")
-    head_size = config.get("head_dim") or read("hidden_size") // n_heads
-    return 2 * read("num_hidden_layers") * n_kv_heads * int(head_size) * _ITEM_BYTES
+    has_head_size = config.get("head_dim") is not None
+    head_size = read("head_dim") if has_head_size else read("hidden_size") // n_heads
+    return 2 * read("num_hidden_layers") * n_kv_heads * head_size * _ITEM_BYTES
 
 
 def _check_shapes(base: Checkpoint, folder: Path) -> int:
@@ -183,6 +184,6 @@ def describe_forecast(found: Forecast, *, card_bytes: int) -> str:
         ("free" if free >= 0 else "missing", abs(free)),
     ]
     table = "\n".join(f"{name:<16}{size / GIGABYTE:>8.2f} GB" for name, size in lines)
-    room = found.count_fitting(card_bytes) if found.delta_bytes else None
+    room = found.count_fitting(card_bytes)
     fits = "Any number of such deltas fits" if room is None else f"{room} such deltas fit"
     return f"{table}\n{fits} in {card_bytes / GIGABYTE:g} GB."

@@ -2,7 +2,7 @@
 
 Tokens are compared on the tiny models of examples/ with the rebuilt dense checkpoints. Speed and
 memory are measured on a model of Llama-2-7B's shapes with random weights and deltas of random codes
-in the default recipe's layout; `--trial` does all of it with small shapes and no GPU. Each part has
+in the default recipe's layout; `--trial` takes small shapes and needs no GPU. Each part has
 a limit of time, and OUT is written again when it ends.
 """
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from django.http import HttpRequest, QueryDict
@@ -119,14 +119,9 @@ def _plan(user: AnyUser, chosen: str, asked: Asked) -> dict[str, Any]:
         n_deltas=asked.n_deltas or 1,
         kv_bytes=asked.kv_tokens * per_token,
     )
-    room = found.count_fitting(asked.card_bytes) if found.delta_bytes else None
+    room = found.count_fitting(asked.card_bytes)
     if asked.n_deltas is None and room:
-        found = memory.forecast(
-            [delta.n_bytes for delta in deltas],
-            backbone_bytes=found.backbone_bytes,
-            n_deltas=room,
-            kv_bytes=found.kv_bytes,
-        )
+        found = replace(found, n_deltas=room)
     leftover = sum(d.leftover_bytes for d in deltas) / max(1, sum(d.n_bytes for d in deltas))
     plan = Plan(
         forecast=found,
