@@ -3,6 +3,7 @@
 import operator
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 from deltacome_core.layout import Group, RankBand, matrix_payload
@@ -215,10 +216,16 @@ def _plan_spectrum(
     # Prices at which a direction is worth its next bits: the slopes of the loss per direction.
     low, high = 1e-18, 1e6
     best: tuple[RankBand, ...] = ()
+
+    # Most prices give bands that one before gave.
+    @cache
+    def weigh(bands: tuple[RankBand, ...]) -> int:
+        return _size(m, n, recipe, bands)
+
     for _ in range(_BISECTIONS):
         price = (low * high) ** 0.5
         bands = _bands_at(falling, price, recipe)
-        if bands and _size(m, n, recipe, bands) <= limit:
+        if bands and weigh(bands) <= limit:
             best, high = bands, price
         elif not bands:
             high = price

@@ -24,10 +24,9 @@ def _pack_tiles(codes: torch.Tensor, bits: int) -> torch.Tensor:
         padded = codes.new_zeros((rows, tiles, fields * n_words))
         padded[:, :, :n] = (codes >> shift) & ((1 << width) - 1)
         lanes = padded.view(rows, tiles, fields, n_words)
-        words = codes.new_zeros((rows, tiles, n_words))
-        for field in range(fields):
-            words |= lanes[:, :, field] << (width * field)
-        planes.append(words)
+        shifts = torch.arange(0, WORD_BITS, width, dtype=torch.int32, device=codes.device)
+        # Fields do not overlap, so that their sum is their union.
+        planes.append((lanes << shifts[:, None]).sum(dim=2, dtype=torch.int32))
         shift += width
     return torch.cat(planes, dim=2).flatten(1)
 

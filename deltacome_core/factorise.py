@@ -30,6 +30,7 @@ from deltacome_core.vectors import (
     quantise_rows,
     quantise_side_by_side,
 )
+from deltacome_core.walk import Walks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ def factorise_matrices(
     hessian: torch.Tensor | None,
     bands: Mapping[str, tuple[RankBand, ...]] | None = None,
     allowance: Allowance | None = None,
+    walks: Walks | None = None,
 ) -> tuple[FactorisedMatrix, ...]:
     """Decompose and quantise the deltas of matrices that read the same input.
 
@@ -80,6 +82,7 @@ def factorise_matrices(
         hessian: float32 [in, in], mean of x x^T; None rounds without feedback.
         bands: of matrices whose bands were chosen before, by name.
         allowance: bytes that matrices before these left; what these leave is added.
+        walks: of matrices before these, to be used again.
 
     Returns:
         One packed matrix per delta, in order.
@@ -89,7 +92,7 @@ def factorise_matrices(
     spare, fixed = allowance or Allowance(), bands or {}
     decomposed = [_decompose(each, recipe, fixed.get(each.name), spare) for each in deltas]
     if recipe.grid == "vector":
-        return _factorise_vectors(decomposed, recipe, hessian)
+        return _factorise_vectors(decomposed, recipe, hessian, walks or Walks())
     tops = [_codes_by_row(item.bands, item.right.device) for item in decomposed]
     rights = torch.cat([item.right for item in decomposed])
     quantised = _quantise(rights, torch.cat(tops), _feedback(hessian, recipe), recipe)
@@ -190,7 +193,10 @@ def _finish(
 
 
 def _factorise_vectors(
-    decomposed: Sequence[_Decomposed], recipe: Recipe, hessian: torch.Tensor | None
+    decomposed: Sequence[_Decomposed],
+    recipe: Recipe,
+    hessian: torch.Tensor | None,
+    walks: Walks,
 ) -> tuple[FactorisedMatrix, ...]:
     bits = [_bits_by_vector(item.bands, item.right.device) for item in decomposed]
     feedback = None
@@ -201,6 +207,7 @@ def _factorise_vectors(
         torch.cat(bits)[None],
         feedback,
         headroom=recipe.headroom,
+        walks=walks,
     )
     counts = [len(widths) for widths in bits]
     values = torch.split(rights.values[0], counts)
@@ -213,7 +220,7 @@ def _factorise_vectors(
             prepare_columns((reading @ hessian @ reading.T)[None], damping=recipe.damping)
             for reading in readings
         ]
-    lefts = quantise_side_by_side([item.left for item in decomposed], bits, own)
+    lefts = quantise_side_by_side([item.left for item in decomposed], bits, own, walks=walks)
     parts = zip(
         decomposed,
         lefts,

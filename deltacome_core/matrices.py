@@ -10,6 +10,7 @@ from deltacome_core.layout import RankBand
 from deltacome_core.recipe import Recipe
 from deltacome_core.signs import quantise_signs
 from deltacome_core.svd import singular_energies
+from deltacome_core.walk import Walks
 
 
 def is_quantised(shape: tuple[int, int], recipe: Recipe) -> bool:
@@ -51,6 +52,7 @@ def quantise_matrices(
     hessian: torch.Tensor | None,
     bands: Mapping[str, tuple[RankBand, ...]] | None = None,
     allowance: Allowance | None = None,
+    walks: Walks | None = None,
 ) -> tuple[FactorisedMatrix, ...]:
     """Pack the deltas of matrices that read the same input.
 
@@ -60,10 +62,13 @@ def quantise_matrices(
         hessian: float32 [in, in], mean of x x^T; signs need none.
         bands: of matrices whose bands were chosen before, by name.
         allowance: bytes that other matrices of the part left of their limits.
+        walks: of other matrices, to be used again.
 
     Returns:
         One packed matrix per delta, in order.
     """
     if recipe.method == "direct":
         return quantise_signs(deltas, recipe)
-    return factorise_matrices(deltas, recipe, hessian=hessian, bands=bands, allowance=allowance)
+    return factorise_matrices(
+        deltas, recipe, hessian=hessian, bands=bands, allowance=allowance, walks=walks
+    )

@@ -91,7 +91,12 @@ def _compress_tensors(
         own = None if hessian is None else hessian.to(work.device)
         with_feedback += 0 if hessian is None else len(sources)
         for made in quantise_matrices(
-            sources, work.recipe, hessian=own, bands=bands, allowance=allowance
+            sources,
+            work.recipe,
+            hessian=own,
+            bands=bands,
+            allowance=allowance,
+            walks=work.walks,
         ):
             matrices[made.packed.name] = made.packed
             errors.append(made.relative_error)

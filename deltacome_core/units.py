@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from deltacome_core.parts import read_part, write_part
 from deltacome_core.pipeline import run_jobs
 from deltacome_core.recipe import Recipe
 from deltacome_core.rows import choose_rank
+from deltacome_core.walk import Walks
 
 _MATRIX_DIMENSIONS = 2
 
@@ -61,6 +62,7 @@ class Work:
     fingerprint: str
     stages: Stages
     tokens: CalibrationTokens | None
+    walks: Walks = field(default_factory=Walks)
 
     def is_unchanged(self, name: str) -> bool:
         if self.base.checkpoint.is_rounded(name):

@@ -10,14 +10,17 @@ Candidates are rebuilt and compared in fp32: rounding to bf16 would hide the sma
 import argparse
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -226,14 +229,31 @@ def measure_one(args: argparse.Namespace) -> None:
             own.run(candidate)
 
 
-def run_all(commands: dict[str, list[str]], logs: Path, *, at_once: int) -> None:
-    """Run one command per task, some side by side; fail if one of them did."""
+def run_all(
+    commands: dict[str, list[str]], logs: Path, *, at_once: int, devices: Sequence[str]
+) -> None:
+    """Run one command per task, some side by side on each GPU; fail if one of them did."""
+    free: SimpleQueue[str] = SimpleQueue()
+    for _ in range(at_once):
+        for device in devices:
+            free.put(device)
 
     def run(task: str) -> None:
-        with (logs / f"{task}.log").open("w") as log:
-            subprocess.run(commands[task], stdout=log, stderr=subprocess.STDOUT, check=True)
+        device = free.get()
+        seen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
+        try:
+            with (logs / f"{task}.log").open("w") as log:
+                subprocess.run(
+                    commands[task],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | seen,
+                    check=True,
+                )
+        finally:
+            free.put(device)
 
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(at_once * len(devices)) as pool:
         list(pool.map(run, commands))
 
 
@@ -263,9 +283,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--gpus", nargs="*", default=[""], help="to spread over, as CUDA counts")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=36000.0)
-    parser.add_argument("--train-at-once", type=int, default=3, help="six need more than 80 GB")
+    parser.add_argument(
+        "--train-at-once", type=int, default=3, help="on a GPU; six need over 80 GB"
+    )
     parser.add_argument("--measure-at-once", type=int, default=3, help="so do six of these")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--commit", default="unknown", help="which code ran")
@@ -294,6 +317,7 @@ def main() -> None:
         },
         args.work,
         at_once=args.train_at_once,
+        devices=args.gpus,
     )
     if args.train_only:
         return
@@ -302,6 +326,7 @@ def main() -> None:
         {t: [*here, "benchmarks.quality.run", *common, *rest, "--only", t] for t in args.tasks},
         args.out,
         at_once=args.measure_at_once,
+        devices=args.gpus,
     )
     write_table(args.out)
     record = describe(args.device) | {

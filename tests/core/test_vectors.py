@@ -10,6 +10,7 @@ from deltacome_core.vectors import (
     quantise_rows,
     quantise_side_by_side,
 )
+from deltacome_core.walk import Walks
 
 
 def draw(*shape, seed=0):
@@ -84,6 +85,21 @@ def test_matrices_side_by_side_give_what_each_gives_alone(with_feedback):
         )
         assert torch.equal(made.codes, alone.codes[0])
         assert torch.equal(made.scale, alone.scale[0])
+
+
+def test_a_walk_that_is_used_again_keeps_nothing_of_the_matrix_before():
+    walks, bits = Walks(), widths((4, 6), (2, 30), (1, 20))
+    wide, narrow = (prepare_columns(hessian_of(n)[None], damping=0.01) for n in (200, 56))
+    for values, feedback in ((draw(1, 56, 200), wide), (draw(1, 40, 200, seed=1), wide)):
+        rows = bits[None, : values.shape[1]]
+        again = quantise_rows(values, rows, feedback, walks=walks)
+        assert torch.equal(again.codes, quantise_rows(values, rows, feedback).codes)
+    for seed in (2, 3):
+        values = draw(1, 64, 56, seed=seed) * 10.0**seed
+        again = quantise_columns(values, bits[None], narrow, walks=walks)
+        alone = quantise_columns(values, bits[None], narrow)
+        assert torch.equal(again.codes, alone.codes)
+        assert torch.equal(again.scale, alone.scale)
 
 
 def test_codes_stay_on_their_grids():
