@@ -107,7 +107,7 @@ class RowsEntry:
     """An embedding or output head: quantised changes of old rows, new rows exact.
 
     rank: the codes of a row are its coordinates in a basis of so many rows, which lies behind them;
-    None: they are the change itself.
+    None: they are the change itself. scaled: the backbone's rows are multiplied by a number first.
     """
 
     name: str
@@ -119,6 +119,7 @@ class RowsEntry:
     group_rows: Group
     symmetric: bool
     rank: int | None = None
+    scaled: bool = False
 
     @property
     def n_new(self) -> int:
@@ -134,6 +135,7 @@ class RowsEntry:
             group=self.group_rows,
             symmetric=self.symmetric,
             rank=self.rank,
+            scaled=self.scaled,
         )
 
 

@@ -62,7 +62,9 @@ def entry_to_json(entry: DeltaEntry) -> dict[str, Any]:
             "group_rows": list(entry.group_rows),
             "symmetric": entry.symmetric,
         }
-        return common | rows | ({} if entry.rank is None else {"rank": entry.rank})
+        if entry.rank is not None:
+            rows["rank"] = entry.rank
+        return common | rows | ({"scaled": True} if entry.scaled else {})
     if isinstance(entry, CodedEntry):
         return common | {
             "kind": "coded",
@@ -142,6 +144,10 @@ def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
     if base_rows == 0:
         raise fields.invalid("base_rows is 0")
     n_changed = fields.natural("n_changed", limit=base_rows)
+    rank = _basis_rank(fields, cols if n_changed else 0)
+    scaled = fields.has("scaled") and fields.flag("scaled")
+    if scaled and (rank is None or n_changed != base_rows):
+        raise fields.invalid("scaled needs a basis, and all rows of the backbone changed")
     return RowsEntry(
         name=name,
         dtype=dtype,
@@ -151,7 +157,8 @@ def _parse_rows(fields: Fields, name: str, dtype: str) -> RowsEntry:
         bits=_bits(fields),
         group_rows=_group(fields, "group_rows"),
         symmetric=fields.flag("symmetric"),
-        rank=_basis_rank(fields, cols if n_changed else 0),
+        rank=rank,
+        scaled=scaled,
     )
 
 

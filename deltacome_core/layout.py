@@ -256,6 +256,7 @@ def rows_payload(
     group: Group,
     symmetric: bool,
     rank: int | None = None,
+    scaled: bool = False,
 ) -> Payload:
     """Place the sections of a quantised row delta.
 
@@ -267,9 +268,11 @@ def rows_payload(
         group: scale group of the codes [n_changed, rank or cols].
         symmetric: whether zero points are absent.
         rank: of the basis that the codes are coordinates in; None: they are the rows themselves.
+        scaled: whether the backbone's rows are multiplied by a number.
 
     Returns:
-        Sections "changed" (one bit per base row), then codes, scale and zero, then the basis.
+        Sections "changed" (one bit per base row), then codes, scale and zero, then the basis and
+        the base scale.
     """
     factor = FactorShape(
         key="rows",
@@ -285,5 +288,7 @@ def rows_payload(
         yield from factor.arrays()
         if rank is not None:
             yield "basis", "BF16", (rank, cols)
+        if scaled:
+            yield "base_scale", "F32", (1,)
 
     return _place(arrays())

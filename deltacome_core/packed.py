@@ -265,7 +265,8 @@ class PackedRows:
     rows and cols are those of the backbone; changed bool [rows] marks the rows that carry codes;
     factor [n_changed, cols] or None when no row changed; new_rows [n_new, cols] are vocabulary
     rows the backbone lacks, exact in the fine-tune's dtype. With a basis bf16 [rank, cols] the
-    factor is [n_changed, rank]: coordinates in it.
+    factor is [n_changed, rank]: coordinates in it. base_scale f32 [1] multiplies the backbone's
+    rows, all of which have changed then, before the delta is added.
     """
 
     name: str
@@ -275,6 +276,7 @@ class PackedRows:
     factor: PackedFactor | None
     new_rows: torch.Tensor | None
     basis: torch.Tensor | None = None
+    base_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if tuple(self.changed.shape) != (self.rows,) or self.changed.dtype != torch.bool:
@@ -292,7 +294,8 @@ class PackedRows:
         factor = 0 if self.factor is None else self.factor.size_bytes
         new = 0 if self.new_rows is None else self.new_rows.numel() * self.new_rows.element_size()
         basis = 0 if self.basis is None else self.basis.numel() * self.basis.element_size()
-        return -(-self.rows // 8) + factor + basis + new
+        scale = 0 if self.base_scale is None else self.base_scale.element_size()
+        return -(-self.rows // 8) + factor + basis + scale + new
 
     def to(self, device: torch.device | str) -> "PackedRows":
         return replace(
@@ -301,10 +304,11 @@ class PackedRows:
             factor=None if self.factor is None else self.factor.to(device),
             new_rows=None if self.new_rows is None else self.new_rows.to(device),
             basis=None if self.basis is None else self.basis.to(device),
+            base_scale=None if self.base_scale is None else self.base_scale.to(device),
         )
 
     def dequantise_changed(self) -> torch.Tensor:
-        """Give the delta of the rows that changed; the same bits on every machine and device.
+        """Give what is added to the rows that changed; the same bits on every machine and device.
 
         Returns:
             f32 [n_changed, cols].
@@ -319,7 +323,7 @@ class PackedRows:
         return multiply_factors(coordinates.double(), self.basis.double())
 
     def dequantise(self) -> torch.Tensor:
-        """Give the delta of the rows the backbone has.
+        """Give what is added to the rows the backbone has, once they are scaled.
 
         Returns:
             f32 [rows, cols], zero where nothing changed.

@@ -131,6 +131,7 @@ def _describe_rows(rows: PackedRows, dtype: str) -> RowsEntry:
         group_rows=EMPTY_ROWS_GROUP if factor is None else factor.group,
         symmetric=factor is not None and factor.zero is None,
         rank=None if rows.basis is None else len(rows.basis),
+        scaled=rows.base_scale is not None,
     )
 
 

@@ -31,6 +31,7 @@ from deltacome_core.tensors import tensor_bytes
 
 # With the largest half as scale, 255 steps and 2^31 ranks the delta stays below the largest float.
 MAX_SIGMA = 2.0**40
+MAX_BASE_SCALE = 2.0**10
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -95,6 +96,8 @@ def rows_to_payload(entry: RowsEntry, rows: PackedRows) -> bytes:
         arrays |= dict(_factor_arrays("rows", rows.factor))
     if rows.basis is not None:
         arrays["basis"] = rows.basis
+    if rows.base_scale is not None:
+        arrays["base_scale"] = rows.base_scale
     return _assemble(entry.payload, arrays)
 
 
@@ -230,6 +233,7 @@ def rows_from_payload(
         factor=_factor(views, shape) if entry.n_changed else None,
         new_rows=new_rows,
         basis=views.get("basis"),
+        base_scale=views.get("base_scale"),
     )
 
 
@@ -272,8 +276,8 @@ def check_packed(packed: PackedLinear | PackedRows, payload: torch.Tensor, layou
 
     Raises:
         UserError: delta_invalid for a scale or singular value that is negative or not finite, a
-            singular value above MAX_SIGMA, a number of a basis beyond it, a zero point outside the
-            codes, or a bit set that belongs to nothing.
+            singular value above MAX_SIGMA, a number of a basis beyond it, a base scale above
+            MAX_BASE_SCALE, a zero point outside the codes, or a bit set that belongs to nothing.
     """
     factors: Iterable[PackedFactor | None]
     if isinstance(packed, PackedMatrix):
@@ -286,6 +290,9 @@ def check_packed(packed: PackedLinear | PackedRows, payload: torch.Tensor, layou
     # A comparison with NaN is false.
     if basis is not None and not bool((basis.abs() <= MAX_SIGMA).all()):
         raise invalid(f"{packed.name}: a number of the basis is too large or not finite")
+    scale = packed.base_scale if isinstance(packed, PackedRows) else None
+    if scale is not None and not 0 <= float(scale) <= MAX_BASE_SCALE:
+        raise invalid(f"{packed.name}: the base scale is negative, too large or not finite")
     for factor in factors:
         if factor is not None:
             _check_factor(packed.name, factor)

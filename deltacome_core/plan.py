@@ -29,7 +29,7 @@ from deltacome_core.manifest import (
     manifest_to_json,
 )
 from deltacome_core.recipe import Recipe
-from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank, vocabulary_bytes
+from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank, is_scaled, vocabulary_bytes
 from deltacome_core.safetensors_file import encode_header
 from deltacome_core.shards import DATA_METADATA, cut_shards, tensor_size
 
@@ -181,6 +181,7 @@ def _plan_rows(subject: Subject, name: str, recipe: Recipe) -> _Planned:
         group_rows=(1, recipe.group_size) if rank is None else BASIS_GROUP,
         symmetric=rank is not None,
         rank=rank,
+        scaled=rank is not None and is_scaled(base_rows, n_changed),
     )
     new_bytes = tensor_size(dtype, (rows - base_rows, cols))
     packed = vocabulary_bytes(base_rows, cols, n_changed, recipe)

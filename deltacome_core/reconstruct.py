@@ -64,7 +64,8 @@ def apply_entry(
         device: where to compute.
 
     Returns:
-        base + delta, added in f32 and cast once; rows that did not change are only cast. On the
+        base + delta, a scaled base if there is one, added in f32 and cast once; rows that did not
+        change are only cast. On the
         CPU, with the same bits whatever the device or the number of threads.
 
     Raises:
@@ -90,7 +91,10 @@ def apply_entry(
     result = base.to(target, copy=True)
     if packed.factor is not None:
         delta = packed.to(device).dequantise_changed().cpu()
-        result[packed.changed] = (as_float32(base[packed.changed]) + delta).to(target)
+        old = as_float32(base[packed.changed])
+        if packed.base_scale is not None:
+            old = old * packed.base_scale
+        result[packed.changed] = (old + delta).to(target)
     return result if packed.new_rows is None else torch.cat([result, packed.new_rows.to(target)])
 
 

@@ -34,6 +34,19 @@ def plain_bytes(rows: int, cols: int, n_changed: int, recipe: Recipe) -> int:
     ).size_bytes
 
 
+def is_scaled(rows: int, n_changed: int) -> bool:
+    """Whether rows in a basis are added to scaled ones of the backbone: where all of them moved.
+
+    Args:
+        rows: of the backbone's tensor.
+        n_changed: rows that carry codes.
+
+    Returns:
+        True if there is a base scale.
+    """
+    return n_changed == rows
+
+
 def basis_bytes(rows: int, cols: int, n_changed: int, rank: int) -> int:
     """Count the bytes of changed rows kept as coordinates in a basis.
 
@@ -44,7 +57,7 @@ def basis_bytes(rows: int, cols: int, n_changed: int, rank: int) -> int:
         rank: of the basis.
 
     Returns:
-        Bytes of map, codes, scales and basis, new rows not counted.
+        Bytes of map, codes, scales, basis and base scale, new rows not counted.
     """
     return rows_payload(
         rows,
@@ -54,6 +67,7 @@ def basis_bytes(rows: int, cols: int, n_changed: int, rank: int) -> int:
         group=BASIS_GROUP,
         symmetric=True,
         rank=rank,
+        scaled=is_scaled(rows, n_changed),
     ).size_bytes
 
 

@@ -1,7 +1,8 @@
 """The delta of an embedding or output head: its rows as they are, or as coordinates in a basis."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -10,13 +11,15 @@ from deltacome_core.factorise import pack_factor
 from deltacome_core.packed import PackedFactor, PackedRows
 from deltacome_core.quantize import largest_codes, round_to_nearest
 from deltacome_core.recipe import Recipe
-from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank
+from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank, is_scaled
 
 # Rows widened to float32 at once: 8192 rows of 4096 take 128 MiB a copy.
 _ROWS_AT_ONCE = 8192
 # Share of the mean count that every token is given, seen or not.
 _UNSEEN = 0.05
 _DAMPING = 0.01
+# Basis and base scale are fitted in turns; the second changes nothing that a file could tell.
+_SCALE_TURNS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +60,15 @@ def pack_vocabulary(
     rows, cols = base.shape
     changed = _find_changed(base, tuned[:rows])
     rank = choose_rank(rows, cols, int(changed.sum()), recipe)
-    basis = None
+    basis = base_scale = None
+    pairs = partial(_changed_pairs, base, tuned, changed, device)
     if rank is None:
-        pieces = [
-            _round_rows(delta, recipe) for delta, _ in _changed_rows(base, tuned, changed, device)
-        ]
+        pieces = [_round_rows(ours - theirs, recipe) for theirs, ours, _ in pairs()]
     else:
-        basis, pieces = _fit_basis(base, tuned, changed, rank=rank, device=device, use=use)
+        has_scale = is_scaled(rows, int(changed.sum()))
+        basis, base_scale, pieces = _fit_basis(
+            pairs, rank=rank, has_scale=has_scale, device=device, use=use
+        )
     return PackedRows(
         name=name,
         rows=rows,
@@ -72,6 +77,7 @@ def pack_vocabulary(
         factor=_stack(pieces),
         new_rows=tuned[rows:].clone() if tuned.shape[0] > rows else None,
         basis=basis,
+        base_scale=base_scale,
     )
 
 
@@ -93,13 +99,13 @@ def _find_changed(base: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     return torch.cat([(ours != theirs.to(ours.dtype)).any(dim=1) for ours, theirs in pairs])
 
 
-def _changed_rows(
+def _changed_pairs(
     base: torch.Tensor, tuned: torch.Tensor, changed: torch.Tensor, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield float32 deltas of changed rows on the device, and which rows they are."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield changed rows of backbone and fine-tune, float32 on the device, and which they are."""
     for index in torch.split(changed.nonzero()[:, 0], _ROWS_AT_ONCE):
         if index.numel():
-            yield tuned[index].to(device).float() - base[index].to(device).float(), index
+            yield base[index].to(device).float(), tuned[index].to(device).float(), index
 
 
 def _round_rows(delta: torch.Tensor, recipe: Recipe) -> PackedFactor:
@@ -109,45 +115,93 @@ def _round_rows(delta: torch.Tensor, recipe: Recipe) -> PackedFactor:
 
 
 def _fit_basis(
-    base: torch.Tensor,
-    tuned: torch.Tensor,
-    changed: torch.Tensor,
+    pairs: Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]],
     *,
     rank: int,
+    has_scale: bool,
     device: torch.device,
     use: VocabularyUse | None,
-) -> tuple[torch.Tensor, list[PackedFactor]]:
+) -> tuple[torch.Tensor, torch.Tensor | None, list[PackedFactor]]:
     """Find the directions that matter most and round each row's coordinates in them.
 
     Rows are weighted by the fourth root of their counts and directions by H^(1/4), midway between
     no weights and full ones (ADR 11).
     """
-    cols = base.shape[1]
     whiten = None if use is None or use.hessian is None else _root(use.hessian.to(device))
-    weights = _row_weights(use, device)
-    gram = torch.zeros((cols, cols), dtype=torch.float64, device=device)
-    total = 0.0
-    for delta, index in _changed_rows(base, tuned, changed, device):
-        rows = delta.double() if whiten is None else delta.double() @ whiten[0]
-        if weights is not None:
-            own = weights[index.to(device)]
-            rows *= own[:, None]
-            total += float(own.square().sum())
-        else:
-            total += len(index)
-        gram += rows.T @ rows
-    energies, directions = torch.linalg.eigh(gram)
+    moments = _measure_moments(pairs(), whiten, _row_weights(use, device))
+    base_scale = torch.ones(1, device=device)
+    if has_scale:
+        base_scale += _fit_shrinkage(moments, rank)
+    energies, directions = torch.linalg.eigh(moments.of_rest(float(base_scale) - 1))
     directions = directions[:, -rank:].flip(1)  # [cols, rank]
     # Coordinates of size one in every direction, so that a row's share one scale.
-    size = (energies[-rank:].flip(0).clamp_min(0.0) / total).sqrt().clamp_min(1e-30)
+    size = energies[-rank:].flip(0).clamp_min(0.0) / moments.total
+    size = size.sqrt().clamp_min(1e-30)
     reading = directions if whiten is None else whiten[0] @ directions
     writing = directions.T if whiten is None else directions.T @ whiten[1]
     reading = (reading / size).float()
     pieces = [
-        _round_coordinates(delta @ reading)
-        for delta, _ in _changed_rows(base, tuned, changed, device)
+        _round_coordinates((ours - theirs * base_scale) @ reading) for theirs, ours, _ in pairs()
     ]
-    return (writing * size[:, None]).to(torch.bfloat16).cpu(), pieces
+    basis = (writing * size[:, None]).to(torch.bfloat16).cpu()
+    return basis, base_scale.cpu() if has_scale else None, pieces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Moments:
+    """Second moments float64 [cols, cols] of changes D and rows B of the backbone.
+
+    change D^T D, cross D^T B, base B^T B, rows weighted and whitened; total is the sum of the
+    squared weights.
+    """
+
+    change: torch.Tensor
+    cross: torch.Tensor
+    base: torch.Tensor
+    total: float
+
+    def of_rest(self, shrinkage: float) -> torch.Tensor:
+        """Moments of D - shrinkage * B."""
+        return self.change - shrinkage * (self.cross + self.cross.T) + shrinkage**2 * self.base
+
+
+def _measure_moments(
+    pairs: Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    whiten: tuple[torch.Tensor, torch.Tensor] | None,
+    weights: torch.Tensor | None,
+) -> _Moments:
+    change = cross = base = torch.zeros(())
+    total = 0.0
+    for theirs, ours, index in pairs:
+        both = torch.stack([ours - theirs, theirs]).double()
+        if whiten is not None:
+            both = both @ whiten[0]
+        if weights is not None:
+            own = weights[index.to(weights.device)]
+            both *= own[:, None]
+            total += float(own.square().sum())
+        else:
+            total += len(index)
+        moved, rows = both
+        change = change.to(both) + moved.T @ moved
+        cross = cross.to(both) + moved.T @ rows
+        base = base.to(both) + rows.T @ rows
+    return _Moments(change=change, cross=cross, base=base, total=total)
+
+
+def _fit_shrinkage(moments: _Moments, rank: int) -> float:
+    """Say by which share of themselves all rows moved: of training with weight decay, below 0.
+
+    Such a move has the backbone's own rank. It is read off where the basis is not, since there it
+    is not mixed with what was learnt.
+    """
+    shrinkage = 0.0
+    for _ in range(_SCALE_TURNS):
+        rest = torch.linalg.eigh(moments.of_rest(shrinkage)).eigenvectors[:, :-rank]
+        moved = ((moments.cross @ rest) * rest).sum()
+        size = ((moments.base @ rest) * rest).sum()
+        shrinkage = float(moved / size.clamp_min(1e-30))
+    return shrinkage
 
 
 def _root(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -162,6 +162,7 @@ def draw_rows(name: str, shape: tuple[int, ...], pool: Pool, generator: torch.Ge
     return PackedRows(
         name=name, rows=rows, cols=cols, changed=torch.ones(rows, dtype=torch.bool),
         factor=clean(factor), new_rows=None, basis=basis.bfloat16(),
+        base_scale=torch.tensor([0.99]),
     )  # fmt: skip
 
 

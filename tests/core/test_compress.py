@@ -141,7 +141,7 @@ def test_a_vocabulary_over_its_budget_gets_a_basis(tmp_path, tied):
             for folder in (base, tuned, tmp_path / "back")
         )
         assert torch.linalg.norm(ours - truth) < 0.95 * torch.linalg.norm(before - truth)
-        assert torch.allclose(ours, before + rows.dequantise(), atol=1e-6)
+        assert torch.allclose(ours, before * rows.base_scale + rows.dequantise(), atol=1e-6)
 
 
 def test_only_rows_that_changed_are_packed(tmp_path):

@@ -197,6 +197,8 @@ HOSTILE = {
     "group of another layer": entry(0, group="model.layers.1"),
     "symmetric number": entry(0, symmetric=0),
     "rows bits 7": entry(1, bits=7),
+    "rows scaled without a basis": entry(1, scaled=True),
+    "rows scaled of which some are as they were": entry(1, n_changed=39, rank=4, scaled=True),
     "rows more changed than there are": entry(1, n_changed=41),
     "rows base over shape": entry(1, base_rows=43),
     "rows base zero": entry(1, base_rows=0, n_changed=0),

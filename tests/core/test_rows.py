@@ -19,9 +19,13 @@ def draw(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def lost(rows, base, tuned):
+    scale = 1.0 if rows.base_scale is None else rows.base_scale
+    return base * scale + rows.dequantise() - tuned
+
+
 def relative_error(rows, base, tuned):
-    delta = tuned - base
-    return float(torch.linalg.norm(rows.dequantise() - delta) / torch.linalg.norm(delta))
+    return float(torch.linalg.norm(lost(rows, base, tuned)) / torch.linalg.norm(tuned - base))
 
 
 def draw_pair(rows=2000, cols=256):
@@ -119,11 +123,10 @@ def test_a_basis_follows_what_is_read():
     plain = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
     use = VocabularyUse(counts=counts, hessian=hessian)
     fitted = pack_vocabulary("embed", base, tuned, SMALL, device=CPU, use=use)
-    delta = tuned - base
 
     def read_error(rows, these):
-        lost = (rows.dequantise() - delta)[these]
-        return float(torch.einsum("ri,ij,rj->", lost, hessian, lost))
+        missing = lost(rows, base, tuned)[these]
+        return float(torch.einsum("ri,ij,rj->", missing, hessian, missing))
 
     everything = slice(None)
     assert read_error(fitted, everything) < 0.9 * read_error(plain, everything)
@@ -148,3 +151,24 @@ def test_the_product_with_the_basis_is_exact():
 def test_bits_of_vocabularies_have_limits(bits):
     with pytest.raises(UserError, match="bits of vocabularies"):
         replace(COME, vocabulary_bits=bits)
+
+
+def test_rows_that_all_decayed_cost_one_number():
+    base, tuned = draw_pair()
+    decayed = tuned - 0.05 * base
+    rows = pack_vocabulary("embed", base, decayed, SMALL, device=CPU)
+    assert abs(float(rows.base_scale) - 0.95) < 1e-4
+    plain = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
+    found = [
+        torch.linalg.norm(lost(rows, base, decayed)),
+        torch.linalg.norm(lost(plain, base, tuned)),
+    ]
+    assert found[0] < 1.05 * found[1]
+
+
+def test_rows_are_scaled_only_where_all_of_them_changed():
+    base, tuned = draw_pair()
+    tuned[7] = base[7]
+    rows = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
+    assert rows.basis is not None
+    assert rows.base_scale is None

@@ -77,6 +77,8 @@ SHAPES = {
     "bias": {"bias": True},
     "basis": {},
     "tied basis": {"tied": True},
+    "decayed basis": {},
+    "tied decayed basis": {"tied": True},
 }
 ROWS = get_recipe("datafree", matrix_bits=3.0)
 # Of 8 ranks, and of 16.
@@ -93,8 +95,17 @@ def folder(tmp_path_factory, request):
         tiny.tune(tiny.make_model(**shape), seed=seed, size=0.05, new_rows=new_rows)
         for seed, new_rows in ((1, 0), (2, 3), (3, 0))
     ]
+    if "decayed" in request.param:
+        for number, model in enumerate(tuned):
+            decay(model, 1 - 0.1 * (number + 1))
     make_deltas(root, tuned, *((BASIS, BASIS, LARGER) if "basis" in request.param else (ROWS,)))
     return root
+
+
+def decay(model, share):
+    with torch.no_grad():
+        for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
+            table.weight.mul_(share)
 
 
 WAYS = {

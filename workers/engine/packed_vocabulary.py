@@ -56,6 +56,30 @@ class _Rows:
         return self._table, torch.tensor(own, dtype=torch.int32).to(self._device)
 
 
+class _Scales:
+    """By how much deltas multiply the backbone's rows before they add to them."""
+
+    def __init__(self) -> None:
+        self._by_slot: dict[int, float] = {}
+
+    def put(self, slot: int, rows: PackedRows) -> None:
+        if rows.base_scale is not None:
+            self._by_slot[slot] = float(rows.base_scale)
+
+    def drop(self, slot: int) -> None:
+        self._by_slot.pop(slot, None)
+
+    def multiply(self, values: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        """Multiply the rows float [rows, any] of who has a scale; rounded once."""
+        slots = slots_of(spans, len(values))
+        found = [self._by_slot.get(slot, 1.0) for slot in slots]
+        if all(scale == 1.0 for scale in found):
+            return values
+        found += [1.0] * (len(values) - len(found))
+        scales = torch.tensor(found, dtype=torch.float32).to(values.device)
+        return (values.float() * scales[:, None]).to(values.dtype)
+
+
 class PackedVocabulary:
     """Embeddings and heads of the deltas in an arena."""
 
@@ -71,6 +95,8 @@ class PackedVocabulary:
         self._bases = _Rows(slots, embedding.device)
         self._new_embeddings: dict[int, torch.Tensor] = {}
         self._new_heads: dict[int, torch.Tensor] = {}
+        self._embedding_scales = _Scales()
+        self._head_scales = _Scales()
 
     @property
     def _kinds(self) -> tuple[_Rows, ...]:
@@ -93,18 +119,22 @@ class PackedVocabulary:
         if rows.factor is not None:
             kind = self._plain if rows.basis is None else self._coordinates
             kind.put(slot, rows)
+        self._embedding_scales.put(slot, rows)
         if rows.new_rows is not None:
             self._new_embeddings[slot] = rows.new_rows.to(self._embedding)
 
     def _load_head(self, slot: int, rows: PackedRows) -> None:
         if rows.basis is not None:
             self._bases.put(slot, rows, basis_only=True)
+        self._head_scales.put(slot, rows)
         if rows.new_rows is not None:
             self._new_heads[slot] = rows.new_rows.to(self._head)
 
     def evict(self, slot: int) -> None:
         for kind in self._kinds:
             kind.drop(slot)
+        for scales in (self._embedding_scales, self._head_scales):
+            scales.drop(slot)
         for held in (self._new_embeddings, self._new_heads):
             held.pop(slot, None)
 
@@ -118,6 +148,7 @@ class PackedVocabulary:
         known = len(self._embedding)
         inside = ids.clamp_max(known - 1)
         rows = functional.embedding(inside, self._embedding)
+        rows = self._embedding_scales.multiply(rows, spans)
         slots = slots_of(spans, len(ids))
         for kind in (self._plain, self._coordinates):
             found = kind.find(slots)
@@ -140,7 +171,7 @@ class PackedVocabulary:
             # Plans are made for few sizes; rows beyond the last one are nobody's.
             size = next((size for size in BUCKETS if size >= n_rows), n_rows)
             hidden = functional.pad(hidden, (0, 0, 0, size - n_rows))
-        y = functional.linear(hidden, self._head)
+        y = self._head_scales.multiply(functional.linear(hidden, self._head), spans)
         slots = slots_of(spans, n_rows)
         found = self._bases.find([*slots, *[-1] * (len(hidden) - len(slots))])
         coordinates = None if found is None else found[0].project(hidden, found[1])
