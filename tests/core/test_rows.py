@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from deltacome_core.errors import UserError
+from deltacome_core.parts import describe
+from deltacome_core.payload import check_packed, rows_from_payload, rows_to_payload
 from deltacome_core.recipe import get_recipe
 from deltacome_core.rows import basis_bytes, choose_rank, plain_bytes, vocabulary_bytes
 from deltacome_core.vocabulary import VocabularyUse, pack_vocabulary
@@ -172,3 +174,15 @@ def test_rows_are_scaled_only_where_all_of_them_changed():
     rows = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
     assert rows.basis is not None
     assert rows.base_scale is None
+
+
+@pytest.mark.parametrize("scale", [float("nan"), -0.5, 2.0**11])
+def test_a_base_scale_no_writer_gives_is_refused(scale):
+    base, tuned = draw_pair(rows=300)
+    rows = pack_vocabulary("embed", base, tuned, SMALL, device=CPU)
+    bad = replace(rows, base_scale=torch.tensor([scale]))
+    entry = describe(bad, dtype="F32")
+    stored = torch.frombuffer(bytearray(rows_to_payload(entry, bad)), dtype=torch.uint8)
+    read = rows_from_payload(entry, stored, None)
+    with pytest.raises(UserError, match="base scale"):
+        check_packed(read, stored, entry.payload)
