@@ -108,7 +108,8 @@ class ArenaSlots:
                 # Where the device is fast, and back to what an image is built from.
                 padded = pad_ranks(head.to(self._device), sites[-1].in_features)
                 matrices[COORDINATES] = head_matrix(padded.to("cpu"))
-        image = build_image(sites, matrices, pin=self._device.type == "cuda")
+        is_cuda = self._device.type == "cuda"
+        image = build_image(sites, matrices, pin=is_cuda, memory=parts.memory)
         with lock:
             arena = self._fit(sites, image)
             if self._stream is None:
@@ -120,11 +121,7 @@ class ArenaSlots:
         if self._stream is not None:
             self._stream.synchronize()
             # Its bytes are on the device now; what stays on the host says how they lie there.
-            arena.images[slot] = replace(
-                image,
-                source=torch.empty(0, dtype=torch.uint8),
-                matrices={name: matrix.to("meta") for name, matrix in matrices.items()},
-            )
+            arena.images[slot] = replace(image, chunks=(), matrices={})
         return slot
 
     def evict(self, slot: int) -> None:
