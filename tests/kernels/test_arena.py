@@ -285,6 +285,22 @@ def test_pieces_far_apart_or_elsewhere_are_copied():
         assert read_codes(image) == read_codes(build_image((SITE,), delta))
 
 
+def test_tokens_of_prompts_read_the_codes_together():
+    deltas = [draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), seed=seed) for seed in (0, 1)]
+    arena, slots = build_arena(deltas)
+    numbers = [0] * 9 + [-1] + [1] * 3
+    x = torch.randn(len(numbers), 70, generator=torch.Generator().manual_seed(5)).half()
+    plan = StepPlan(arena, units_per_group=4, n_groups=4)
+    plan.assign([slots[number] if number >= 0 else -1 for number in numbers])
+    assert plan.group_counts.tolist() == [8, 1, 3, 0]
+    y = serving.add_delta(torch.zeros(len(numbers), 33), x, plan, 0)
+    wanted = expected_terms(deltas, numbers, x)
+    assert relative(y, wanted) <= 2e-6
+    assert torch.equal(y[9], torch.zeros(33))
+    with pytest.raises(InternalError, match="5 groups of tokens where 4 have room"):
+        plan.assign([slots[0]] * 33)
+
+
 def test_slots_are_reused_and_run_out():
     image = build_image((SITE,), draw(BY_VECTOR))
     arena = DeltaArena(ArenaSpec.covering((SITE,), [image]), n_slots=2, device="cpu")
