@@ -24,11 +24,15 @@ from deltacome_core.tensors import TORCH_DTYPES, read_bytes, tensor_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """An opened delta; tensors are read when asked for."""
+    """An opened delta; tensors are read when asked for.
+
+    read: gives the bytes of a file from a start on, u8 [size] aligned for any data type.
+    """
 
     folder: DeltaFolder
     entries: dict[str, DeltaEntry]
     offsets: dict[str, int]
+    read: Callable[[Path, int, int], torch.Tensor] = read_bytes
 
     @property
     def manifest(self) -> DeltaManifest:
@@ -55,7 +59,7 @@ class Delta:
     def _read(self, stored: str, start: int = 0, size_bytes: int | None = None) -> torch.Tensor:
         at = self.folder.stored[stored]
         wanted = at.info.size_bytes if size_bytes is None else size_bytes
-        return read_bytes(at.file, at.start + start, wanted)
+        return self.read(at.file, at.start + start, wanted)
 
     def _read_whole(self, stored: str) -> torch.Tensor:
         info = self.folder.stored[stored].info

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from deltacome_core.checkpoint import Layout, is_vocabulary_tensor
@@ -67,6 +68,26 @@ class _Matrices:
         return self.n_slices * self.payload.size_bytes
 
 
+# Asked several times for each of hundreds of matrices while a delta is opened and read.
+@lru_cache(maxsize=4096)
+def _lowrank_payload(
+    out_features: int,
+    in_features: int,
+    bands: tuple[RankBand, ...],
+    group_u: Group,
+    group_v: Group,
+    symmetric: bool,  # noqa: FBT001  a cache takes arguments by position
+) -> Payload:
+    return matrix_payload(
+        out_features,
+        in_features,
+        bands=bands,
+        group_u=group_u,
+        group_v=group_v,
+        symmetric=symmetric,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LowRankEntry(_Matrices):
     """Matrices kept as rank bands, all slices with the same ones."""
@@ -78,12 +99,9 @@ class LowRankEntry(_Matrices):
 
     @property
     def payload(self) -> Payload:
-        return matrix_payload(
-            *self.matrix_shape,
-            bands=self.bands,
-            group_u=self.group_u,
-            group_v=self.group_v,
-            symmetric=self.symmetric,
+        out_features, in_features = self.matrix_shape
+        return _lowrank_payload(
+            out_features, in_features, self.bands, self.group_u, self.group_v, self.symmetric
         )
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from deltacome_core.bitpack import used_bits
@@ -32,6 +33,7 @@ from deltacome_core.tensors import tensor_bytes
 # With the largest half as scale, 255 steps and 2^31 ranks the delta stays below the largest float.
 MAX_SIGMA = 2.0**40
 MAX_BASE_SCALE = 2.0**10
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -237,16 +239,20 @@ def rows_from_payload(
     )
 
 
-def _is_magnitude(values: torch.Tensor) -> bool:
-    return bool(torch.isfinite(values).all()) and not bool((values < 0).any())
+def _is_magnitude(values: torch.Tensor, *, most: float = _MAX_FLOAT) -> bool:
+    """Whether no number is negative, NaN, infinite or above `most`; -0 is fine."""
+    array = values.numpy()
+    # numpy, since arrays are small and many: torch takes several times as long to begin. A NaN
+    # is what least and largest are when there is one, and no comparison with it holds.
+    return not array.size or (float(array.min()) >= 0 and float(array.max()) <= most)
 
 
 @lru_cache(maxsize=1024)
-def _find_unused(cols: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _find_unused(cols: int, bits: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """Words of a row that have bits beyond the codes, and those bits; few shapes make a model."""
     unused = ~used_bits(cols, bits)
     columns = unused.nonzero().flatten()
-    return columns, unused[columns]
+    return columns.numpy(), unused[columns].numpy()
 
 
 def _check_factor(name: str, factor: PackedFactor) -> None:
@@ -255,14 +261,18 @@ def _check_factor(name: str, factor: PackedFactor) -> None:
     if factor.zero is not None and bool((factor.zero > (1 << factor.bits) - 1).any()):
         raise invalid(f"{name}: a zero point lies outside the codes")
     columns, unused = _find_unused(factor.cols, factor.bits)
-    if len(columns) and bool((factor.codes[:, columns] & unused).any()):
+    if len(columns) and bool((factor.codes.numpy()[:, columns] & unused).any()):
         raise invalid(f"{name}: a bit that belongs to no code is set")
 
 
 def _check_padding(name: str, payload: torch.Tensor, layout: Payload) -> None:
-    starts = [section.start for section in layout.sections] + [layout.size_bytes]
-    ends = [0] + [section.start + section.size_bytes for section in layout.sections]
-    if any(bool(payload[end:start].any()) for start, end in zip(starts, ends, strict=True)):
+    raw = payload.numpy()
+    end = 0
+    for start, size_bytes in [(s.start, s.size_bytes) for s in layout.sections]:
+        if start > end and raw[end:start].any():
+            raise invalid(f"{name}: a padding byte is not 0")
+        end = start + size_bytes
+    if raw[end : layout.size_bytes].any():
         raise invalid(f"{name}: a padding byte is not 0")
 
 
@@ -281,7 +291,7 @@ def check_packed(packed: PackedLinear | PackedRows, payload: torch.Tensor, layou
     """
     factors: Iterable[PackedFactor | None]
     if isinstance(packed, PackedMatrix):
-        if not _is_magnitude(packed.sigma) or bool((packed.sigma > MAX_SIGMA).any()):
+        if not _is_magnitude(packed.sigma, most=MAX_SIGMA):
             raise invalid(f"{packed.name}: a singular value is negative, too large or not finite")
         factors = [factor for band in packed.bands for factor in (band.v, band.u)]
     else:

@@ -258,14 +258,13 @@ class DeltaArena:
             self._copies.wait_stream(main)
         for number, chunk in enumerate(image.chunks):
             staged = self._staged[number % _N_STAGED]
-            source = image.source[chunk.start : chunk.start + chunk.size]
             if main is None:
-                staged[: chunk.size].copy_(source)
+                staged[: chunk.size].copy_(chunk.source)
             else:
                 if read[number % _N_STAGED] is not None:
                     self._copies.wait_event(read[number % _N_STAGED])
                 with torch.cuda.stream(self._copies):
-                    staged[: chunk.size].copy_(source, non_blocking=True)
+                    staged[: chunk.size].copy_(chunk.source, non_blocking=True)
                 main.wait_stream(self._copies)
             launch_repack(
                 all_jobs[chunk.first_job : chunk.first_job + chunk.n_jobs],

@@ -1,16 +1,14 @@
 """Resident deltas as plain matrices: prompts of hundreds of tokens, and whole fine-tunes."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from deltacome_core.errors import UserError
-from deltacome_core.packed import PackedDirect, PackedMatrix
 from kernels.arena import DeltaArena
 from kernels.fragments import STEP_COLUMNS
-from kernels.image import Image, Site
+from kernels.image import Image
 from kernels.streams import side_stream
 
 
@@ -40,33 +38,8 @@ class DenseSite:
     right: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cut:
-    """One part before it has a place: outputs, hidden values from first on, width of its left."""
-
-    first_row: int
-    rows: int
-    first: int
-    columns: int
-    is_direct: bool
-
-
 def _padded(size: int) -> int:
     return -(-size // STEP_COLUMNS) * STEP_COLUMNS
-
-
-def _cut_parts(site: Site, image: Image) -> Iterator[_Cut]:
-    first_row = first = 0
-    for name, out in zip(site.parts, site.out_features, strict=True):
-        matrix = image.matrices.get(name)
-        if isinstance(matrix, PackedMatrix):
-            columns = sum(_padded(band.rank) for band in matrix.bands)
-            yield _Cut(first_row=first_row, rows=out, first=first, columns=columns, is_direct=False)
-            first += columns
-        elif isinstance(matrix, PackedDirect):
-            columns = site.in_features
-            yield _Cut(first_row=first_row, rows=out, first=first, columns=columns, is_direct=True)
-        first_row += out
 
 
 class Unfolder:
@@ -112,7 +85,7 @@ class Unfolder:
         if image is None:
             raise UserError("arena_slot_unknown", slot=slot, n_slots=self.arena.n_slots)
         where = self.arena.spec.sites[site]
-        cuts = list(_cut_parts(where, image))
+        cuts = image.cuts[site]
         hidden = sum(0 if cut.is_direct else cut.columns for cut in cuts)
         widest = max((cut.columns for cut in cuts), default=0)
         left = self._take("left", where.total_out, _padded(widest))

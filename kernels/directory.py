@@ -93,8 +93,8 @@ def encode_site(shrink: list[Record], parts: list[Part | None]) -> npt.NDArray[n
     entry = np.zeros(ENTRY_INTS, dtype=np.int32)
     for number, record in enumerate(shrink):
         entry[SHRINK_SIZES + number] = -(-record.rows // 32) * 32
-        at = SHRINK_RECORDS + number * RECORD_INTS
-        entry[at : at + len(record.fields())] = record.fields()
+        at, fields = SHRINK_RECORDS + number * RECORD_INTS, record.fields()
+        entry[at : at + len(fields)] = fields
     for number, part in enumerate(parts):
         if part is None:
             continue
@@ -104,6 +104,6 @@ def encode_site(shrink: list[Record], parts: list[Part | None]) -> npt.NDArray[n
         entry[at : at + 4] = [part.first_row, bound, part.source, part.first_step]
         for record in part.expand:
             place = number * len(WIDTHS) + WIDTHS.index(record.bits)
-            at = EXPAND_RECORDS + place * RECORD_INTS
-            entry[at : at + len(record.fields())] = record.fields()
+            at, fields = EXPAND_RECORDS + place * RECORD_INTS, record.fields()
+            entry[at : at + len(fields)] = fields
     return entry

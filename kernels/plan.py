@@ -23,34 +23,47 @@ class Groups:
     tokens: npt.NDArray[np.int32]
 
 
-def group_tokens(slots: Sequence[int], *, group_size: int) -> Groups:
+def count_groups(n_tokens: int, *, units_per_group: int) -> int:
+    """Groups that hold so many tokens of one slot."""
+    return -(-n_tokens // (units_per_group * UNIT_TOKENS))
+
+
+def group_tokens(slots: Sequence[int], *, group_size: int, n_groups: int | None = None) -> Groups:
     """Put the tokens of one slot together, up to `group_size` in a group.
 
     Args:
         slots: slot of each token, -1 for the backbone.
         group_size: most tokens that one group holds.
+        n_groups: how many groups there are; None is as many as tokens.
 
     Returns:
-        As many groups as there are tokens, those that are needed first, in rising order of slots.
+        The groups, those that are needed first, in rising order of slots.
+
+    Raises:
+        InternalError: more groups are needed.
     """
-    n_tokens = len(slots)
-    order = np.argsort(np.asarray(slots, dtype=np.int64), kind="stable")
+    n_groups = len(slots) if n_groups is None else n_groups
     groups = Groups(
-        slots=np.full(n_tokens, -1, dtype=np.int32),
-        counts=np.zeros(n_tokens, dtype=np.int32),
-        tokens=np.full((n_tokens, group_size), -1, dtype=np.int32),
+        slots=np.full(n_groups, -1, dtype=np.int32),
+        counts=np.zeros(n_groups, dtype=np.int32),
+        tokens=np.full((n_groups, group_size), -1, dtype=np.int32),
     )
-    number = -1
-    for token in order:
-        slot = slots[token]
-        if slot < 0:
-            continue
-        full = number >= 0 and groups.counts[number] == group_size
-        if number < 0 or full or groups.slots[number] != slot:
-            number += 1
-            groups.slots[number] = slot
-        groups.tokens[number, groups.counts[number]] = token
-        groups.counts[number] += 1
+    known = np.asarray(slots, dtype=np.int64)
+    order = np.argsort(known, kind="stable")
+    tokens = order[known[order] >= 0]
+    if not len(tokens):
+        return groups
+    own = known[tokens]
+    is_first = np.concatenate(([True], own[1:] != own[:-1]))
+    firsts = np.flatnonzero(is_first)
+    lanes = (np.arange(len(tokens)) - firsts[np.cumsum(is_first) - 1]) % group_size
+    numbers = np.cumsum(lanes == 0) - 1
+    n_used = int(numbers[-1]) + 1
+    if n_used > n_groups:
+        raise InternalError(f"{n_used} groups of tokens where {n_groups} have room")
+    groups.slots[:n_used] = own[lanes == 0]
+    groups.counts[:n_used] = np.bincount(numbers)
+    groups.tokens[numbers, lanes] = tokens
     return groups
 
 
@@ -71,9 +84,10 @@ class StepPlan:
         self,
         arena: DeltaArena,
         *,
-        n_tokens: int,
+        n_tokens: int = 0,
         units_per_group: int = 1,
         planes: int = PLANES,
+        n_groups: int = 0,
     ) -> None:
         if planes not in {2, PLANES} or units_per_group < 1:
             raise InternalError(f"{planes} planes, {units_per_group} units a group")
@@ -83,10 +97,11 @@ class StepPlan:
         self.n_tokens = n_tokens
         self.units_per_group = units_per_group
         self.planes = planes
-        n_units = n_tokens * units_per_group
+        self.n_groups = n_tokens or n_groups
+        n_units = self.n_groups * units_per_group
         device = arena.device
-        self.group_slots = torch.full((n_tokens,), -1, dtype=torch.int32, device=device)
-        self.group_counts = torch.zeros(n_tokens, dtype=torch.int32, device=device)
+        self.group_slots = torch.full((self.n_groups,), -1, dtype=torch.int32, device=device)
+        self.group_counts = torch.zeros(self.n_groups, dtype=torch.int32, device=device)
         self.group_tokens = torch.full(
             (n_units * UNIT_TOKENS,), -1, dtype=torch.int32, device=device
         )
@@ -108,16 +123,20 @@ class StepPlan:
         """Say which delta each token of the next step uses.
 
         Args:
-            slots: `n_tokens` slots, -1 for the backbone.
+            slots: one a token, -1 for the backbone.
 
         Raises:
             UserError: arena_slot_unknown.
-            InternalError: not one slot a token.
+            InternalError: not as many as the plan has tokens, or more groups than it has room for.
         """
-        if len(slots) != self.n_tokens:
+        if self.n_tokens and len(slots) != self.n_tokens:
             raise InternalError(f"{len(slots)} slots for {self.n_tokens} tokens")
         self.arena.check_slots(slots)
-        groups = group_tokens(slots, group_size=self.units_per_group * UNIT_TOKENS)
+        groups = group_tokens(
+            slots,
+            group_size=self.units_per_group * UNIT_TOKENS,
+            n_groups=self.n_groups,
+        )
         self.token_slots = list(slots)
         self.group_slots.copy_(torch.from_numpy(groups.slots))
         self.group_counts.copy_(torch.from_numpy(groups.counts))

@@ -1,5 +1,7 @@
 """A linear layer of many fine-tunes at once: one backbone product, and each token's own delta."""
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional
 
@@ -9,6 +11,10 @@ from kernels.arena import DeltaArena
 from kernels.plan import PLANS, StepPlan
 from kernels.streams import side_stream
 from kernels.tuning import Shape, Stage, choose_shape
+
+_MANY_GROUPS = 1 << 30
+# Tiles of 16 x 8 sums of a warp.
+_MOST_SUMS = 8
 
 
 def find_site(arena: DeltaArena, name: str) -> int:
@@ -36,7 +42,7 @@ def _check(x: torch.Tensor, out_features: int, plan: StepPlan, site: int) -> Non
     if not 0 <= site < len(plan.arena.spec.sites):
         raise UserError("arena_site_unknown", name=str(site), known=[])
     wanted = plan.arena.spec.sites[site]
-    shape = (plan.n_tokens, wanted.in_features)
+    shape = (len(plan.token_slots), wanted.in_features)
     if tuple(x.shape) != shape or x.stride(1) != 1 or x.device != plan.arena.table.device:
         raise InternalError(f"x is {tuple(x.shape)} on {x.device}, expected {shape} of the plan")
     if out_features != wanted.total_out:
@@ -46,7 +52,13 @@ def _check(x: torch.Tensor, out_features: int, plan: StepPlan, site: int) -> Non
 def _choose(stage: Stage, plan: StepPlan, steps: int) -> Shape:
     from kernels.triton_ops.launch_batch import current_arch
 
-    return choose_shape(stage, groups=plan.n_tokens, steps=steps, arch=current_arch())
+    arch = current_arch()
+    if plan.units_per_group == 1:
+        return choose_shape(stage, groups=plan.n_groups, steps=steps, arch=arch)
+    # Prompts come in every number of groups: one kernel serves them all. Its sums are as many as
+    # blocks times units, and have to stay in registers.
+    shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, arch=arch)
+    return replace(shape, blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)))
 
 
 def _launch_first(

@@ -3,7 +3,8 @@
 Tokens are compared on the tiny models of examples/ with the rebuilt dense checkpoints. Speed and
 memory are measured on a model of Llama-2-7B's shapes with random weights and deltas of random codes
 in the default recipe's layout; `--trial` takes small shapes and needs no GPU. Each part has
-a limit of time, and OUT is written again when it ends.
+a limit of time, OUT is written again when it ends, and what has not begun when `--limit` is near is
+left out; those that bars are judged by come first.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -37,13 +39,18 @@ from benchmarks.engine.session import Session, warm
 WARM = ((1,), (8,), (32,))
 WARM_LIMIT_S = 90
 TOKENS_LIMIT_S = 100
+# A part with less time than this is not begun.
+LEAST_S = 5
+# From the end of the time to the end of the process, whatever still runs.
+GRACE_S = 5
 
 
 class Report:
     """Rows, errors and seconds by part, on disk as soon as they are known."""
 
-    def __init__(self, out: Path, device: str) -> None:
+    def __init__(self, out: Path, device: str, limit_s: float) -> None:
         self._out = out
+        self._ends_s = time.perf_counter() + limit_s
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         self.record: dict[str, Any] = {
             "device": name,
@@ -55,12 +62,21 @@ class Report:
             "rows": {},
             "errors": {},
             "seconds": {},
+            "left_out": [],
         }
+
+    @property
+    def left_s(self) -> float:
+        return self._ends_s - time.perf_counter()
 
     def measure(self, name: str, limit_s: int, part: Callable[[], Any]) -> None:
         started = time.perf_counter()
+        if self.left_s < LEAST_S:
+            self.record["left_out"].append(name)
+            self.write()
+            return
         try:
-            with deadline(limit_s):
+            with deadline(min(limit_s, int(self.left_s))):
                 self.record["rows"][name] = part()
         except Exception as error:  # noqa: BLE001  the other parts still count
             traceback.print_exc()
@@ -90,6 +106,17 @@ def deadline(limit_s: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def end_after(limit_s: float) -> None:
+    """End this process when its time is up: a device that does not answer wakes no signal."""
+
+    def end() -> None:
+        time.sleep(limit_s)
+        print("the time is up", flush=True)
+        os._exit(3)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
 class Helper:
     """Another process of this benchmark; what it reports is read when it has ended."""
 
@@ -99,6 +126,7 @@ class Helper:
         command += ["--device", args.device, "--items", str(args.items), *options]
         command += ["--made", str(args.made)] if args.made else []
         command += ["--trial"] if args.trial else []
+        command += ["--limit", str(args.warm_limit)]
         self._process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "4"})
 
     def wait(self, limit_s: float) -> dict[str, Any]:
@@ -130,7 +158,7 @@ def measure_large(args: argparse.Namespace, report: Report, scratch: Path) -> No
     session = Session(size, args.device, scratch)
     report.measure("setup", 120, session.set_up)
     for helper in helpers:
-        found = helper.wait(max(1.0, WARM_LIMIT_S - (time.perf_counter() - started)))
+        found = helper.wait(max(1.0, args.warm_limit - (time.perf_counter() - started)))
         for key in ("rows", "errors"):
             report.record[key] |= found.get(key, {})
     report.record["seconds"]["helpers"] = round(time.perf_counter() - started, 1)
@@ -154,12 +182,17 @@ def main() -> None:
     parser.add_argument("--part", choices=("all", "tokens", "warm"), default="all")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="steps to compile for")
     parser.add_argument("--skip-tokens", action="store_true", help="compare no tokens")
+    parser.add_argument("--limit", type=float, default=900, help="seconds for everything")
+    parser.add_argument(
+        "--warm-limit", type=float, default=WARM_LIMIT_S, help="of them, to compile"
+    )
     parser.add_argument("--only", nargs="*", help="parts of the large model to measure")
     parser.add_argument("--same-vocabulary", action="store_true", help="leave vocabularies alone")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = False
-    report = Report(args.out, args.device)
+    report = Report(args.out, args.device, args.limit)
+    end_after(args.limit + GRACE_S)
     with tempfile.TemporaryDirectory() as scratch:
         if args.part == "tokens":
             measure_tokens(args, report, args.made or Path(scratch))

@@ -99,10 +99,12 @@ def time_flatness(
         many_runs.append(time_decode(large, loop, slots, repeats=1)["tokens_per_s"])
         for slot in away:
             large.slots.evict(slot)
-        few_runs.append(time_decode(large, loop, slots, repeats=1)["tokens_per_s"])
-        for slot, (image, directory) in held.items():
-            arena.images[slot] = image
-            arena.directory[slot].copy_(directory)
+        try:
+            few_runs.append(time_decode(large, loop, slots, repeats=1)["tokens_per_s"])
+        finally:
+            for slot, (image, directory) in held.items():
+                arena.images[slot] = image
+                arena.directory[slot].copy_(directory)
     return {
         "registered": len(registered),
         "few": len(few),

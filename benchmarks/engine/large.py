@@ -27,7 +27,7 @@ from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank
 from kernels.bench.models import HUB, Layout, Pool
 from workers.engine import shared
 from workers.engine.executor import PlainExecutor
-from workers.engine.model import LoadedModel
+from workers.engine.model import LoadedModel, settle_memory
 from workers.engine.parts import TenantParts, read_parts
 from workers.engine.shared import SharedExecutor
 
@@ -149,6 +149,7 @@ def open_large(scratch: Path, size: Size, device: str) -> tuple[Large, str]:
         size=size, device=device, module=module, model=replace(plain, executor=executor),
         executor=executor, base=base, delta=scratch / "delta",
     )  # fmt: skip
+    settle_memory()
     return large, check
 
 

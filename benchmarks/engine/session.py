@@ -26,6 +26,7 @@ BUDGET_BYTES = 80e9
 # Share of the measured throughput that the trace asks for.
 _LOAD = 0.5
 _MEAN_ANSWER = 64
+_STOP_S = 5
 Part = tuple[str, int, Callable[[], Any]]
 
 
@@ -53,13 +54,15 @@ class Session:
         return self._loop
 
     def close(self) -> None:
-        if self._loop is not None:
-            self._loop.__exit__()
+        self.renew_loop()
 
     def renew_loop(self) -> None:
         """Go on with another scheduler; the old one fails what it still has when it can."""
         if self._loop is not None:
-            threading.Thread(target=self._loop.scheduler.stop, daemon=True).start()
+            stopping = threading.Thread(target=self._loop.scheduler.stop, daemon=True)
+            stopping.start()
+            # A step ends in milliseconds, unless it never does.
+            stopping.join(_STOP_S)
         self._loop = None
 
     def parts(self) -> list[Part]:
@@ -74,13 +77,13 @@ class Session:
             ("all_tenants", 60, self.ask_everyone),
             ("flatness", 80, lambda: time_flatness(self.large, self.loop, self.tenants, few)),
             ("decode_0", 40, lambda: time_decode(self.large, self.loop, spread(0, batch))),
-            ("trace", 100, self.serve_trace),
             ("prompt", 40, self.time_prompts),
+            ("trace", 80, self.serve_trace),
             (f"decode_{few}", 60, lambda: self.decode(few)),
             ("dense_copies", 40, self.copy_dense),
-            ("adapters", 60, lambda: time_adapters(self.large, self.loop, few)),
             ("library", 60, lambda: self.time_library(with_delta=False)),
-            ("swapping", 70, self.swap),
+            ("adapters", 60, lambda: time_adapters(self.large, self.loop, few)),
+            ("swapping", 50, self.swap),
             ("library_delta", 60, lambda: self.time_library(with_delta=True)),
         ]
 

@@ -216,7 +216,7 @@ def time_loading(bench: Bench) -> dict[str, float]:
     load()
     torch.cuda.synchronize()
     load_us = time_calls(load, n_calls=7)
-    size = bench.image.source.numel()
+    size = bench.image.source_bytes
     return {"load_us": load_us, "source_bytes": float(size), "gbps": size / load_us / 1e3}
 
 

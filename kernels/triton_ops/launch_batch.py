@@ -144,7 +144,7 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
     blocks = arena.spec.shrink_blocks(site, shape.rows)
     if blocks == 0:
         return
-    batch_shrink_kernel[(blocks, plan.n_tokens)](
+    batch_shrink_kernel[(blocks, plan.n_groups)](
         plan.x_planes.view(torch.int64),
         plan.x_step,
         plan.x_norm,
@@ -177,7 +177,7 @@ def launch_expand(
     arena = plan.arena
     overlap = overlap and overlaps()
     blocks = sum(-(-out // shape.rows) for out in arena.spec.sites[site].out_features)
-    batch_expand_kernel[(blocks, plan.n_tokens)](
+    batch_expand_kernel[(blocks, plan.n_groups)](
         plan.x_planes.view(torch.int64),
         plan.x_step,
         plan.x_norm,

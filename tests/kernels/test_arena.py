@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import kernels.arena
+import kernels.image
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.layout import RankBand
 from kernels import batch_reference, serving
@@ -202,6 +203,102 @@ def test_delta_linear_is_one_operator_of_torch():
         wanted = base.double() + expected_terms(deltas, numbers, x)
         assert relative(compiled(x), wanted) <= 1e-6
         assert torch.equal(compiled(x)[numbers.index(-1)], base[numbers.index(-1)])
+
+
+def take_apart(factor):
+    arrays = {name: getattr(factor, name) for name in ("codes", "scale", "zero")}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def put_in_one_piece(delta, *, gap=0):
+    """The same matrices as views of one memory, bytes between them or not."""
+    memory = torch.zeros(1 << 20, dtype=torch.uint8)
+    end = 0
+
+    def move(array):
+        nonlocal end
+        first, end = end, -(-(end + array.nbytes) // 16) * 16 + gap
+        raw = memory[first : first + array.nbytes]
+        raw.copy_(array.contiguous().flatten().view(torch.uint8))
+        return raw.view(array.dtype).view(array.shape)
+
+    def move_factor(factor):
+        return replace(factor, **{name: move(array) for name, array in take_apart(factor).items()})
+
+    moved = {}
+    for name, matrix in delta.items():
+        if hasattr(matrix, "factor"):
+            moved[name] = replace(matrix, factor=move_factor(matrix.factor))
+            continue
+        sigma = move(matrix.sigma)
+        bands = tuple(
+            replace(band, v=move_factor(band.v), u=move_factor(band.u)) for band in matrix.bands
+        )
+        moved[name] = replace(matrix, sigma=sigma, bands=bands)
+    return memory, moved
+
+
+def read_codes(image):
+    """What each job that moves codes reads."""
+    return [
+        chunk.source[job[1] : job[1] + 4 * job[4] * job[6]].tolist()
+        for chunk in image.chunks
+        for job in image.jobs[chunk.first_job : chunk.first_job + chunk.n_jobs].tolist()
+        if job[0] == kernels.image.CODES_JOB
+    ]
+
+
+@pytest.mark.parametrize("order", [("one", "two"), ("two", "one")], ids=["in order", "backwards"])
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_a_delta_in_one_piece_of_memory_is_not_copied(monkeypatch, order, chunk_bytes):
+    monkeypatch.setattr(kernels.image, "CHUNK_BYTES", chunk_bytes)
+    sites = [replace(SITE, name=name, parts=(f"{name}.q", f"{name}.k")) for name in order]
+    layouts = {"one": BY_VECTOR, "two": BY_TILE}
+    delta = {
+        name: matrix
+        for site in sorted(sites, key=lambda site: site.name)
+        for name, matrix in draw(layouts[site.name], site=site).items()
+    }
+    memory, moved = put_in_one_piece(delta)
+    copied = build_image(sites, delta)
+    found = build_image(sites, moved, memory=memory)
+    inside = range(memory.data_ptr(), memory.data_ptr() + len(memory))
+    assert all(chunk.source.data_ptr() in inside for chunk in found.chunks)
+    assert found.source_bytes <= copied.source_bytes + 16 * len(found.chunks)
+    assert read_codes(found) == read_codes(copied)
+    assert torch.equal(found.directory, copied.directory)
+    assert (found.slab_bytes, found.needs, found.cuts) == (
+        copied.slab_bytes,
+        copied.needs,
+        copied.cuts,
+    )
+
+
+def test_pieces_far_apart_or_elsewhere_are_copied():
+    delta = draw(BY_VECTOR)
+    for gap, without in ((4096, ()), (0, ("k",))):
+        memory, moved = put_in_one_piece(delta, gap=gap)
+        mixed = moved | {name: delta[name] for name in without}
+        image = build_image((SITE,), mixed, memory=memory)
+        inside = range(memory.data_ptr(), memory.data_ptr() + len(memory))
+        assert all(chunk.source.data_ptr() not in inside for chunk in image.chunks)
+        assert read_codes(image) == read_codes(build_image((SITE,), delta))
+
+
+def test_tokens_of_prompts_read_the_codes_together():
+    deltas = [draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), seed=seed) for seed in (0, 1)]
+    arena, slots = build_arena(deltas)
+    numbers = [0] * 9 + [-1] + [1] * 3
+    x = torch.randn(len(numbers), 70, generator=torch.Generator().manual_seed(5)).half()
+    plan = StepPlan(arena, units_per_group=4, n_groups=4)
+    plan.assign([slots[number] if number >= 0 else -1 for number in numbers])
+    assert plan.group_counts.tolist() == [8, 1, 3, 0]
+    y = serving.add_delta(torch.zeros(len(numbers), 33), x, plan, 0)
+    wanted = expected_terms(deltas, numbers, x)
+    assert relative(y, wanted) <= 2e-6
+    assert torch.equal(y[9], torch.zeros(33))
+    with pytest.raises(InternalError, match="5 groups of tokens where 4 have room"):
+        plan.assign([slots[0]] * 33)
 
 
 def test_slots_are_reused_and_run_out():

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import accumulate, pairwise
 
 import pytest
 import tiny
@@ -17,6 +18,7 @@ from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from workers.engine import arena_slots
+from workers.engine.arena_slots import _choose_short
 from workers.engine.attention import DecodeRows
 from workers.engine.executor import PlainExecutor, Work
 from workers.engine.graphs import DecodeGraphs, StepInputs, _Captured
@@ -24,6 +26,7 @@ from workers.engine.layers import RowTables
 from workers.engine.model import load_backbone, load_shared, share_backbone
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.shared import SharedExecutor
+from workers.engine.slots import Span
 
 CPU = torch.device("cpu")
 PROMPTS = ((40, 41, 42, 200, 7, 8, 9), tuple(range(50, 83)), (99,))
@@ -161,6 +164,22 @@ def test_logits_of_a_mixed_step_are_those_of_each_alone(folder, way):
         torch.testing.assert_close(found[:, :width], truth, rtol=1e-4, atol=1e-4)
         # What another tenant's vocabulary has beyond this one's can never be chosen.
         assert torch.isneginf(found[:, width:]).all()
+
+
+def test_short_prompts_are_read_together_as_far_as_there_is_room():
+    def spans(*counts):
+        ends = list(accumulate(counts, initial=5))
+        return [
+            Span(first=first, last=last, slot=slot)
+            for slot, (first, last) in enumerate(pairwise(ends))
+        ]
+
+    long, short, shorter = spans(129, 128, 9)
+    assert _choose_short([long, short, shorter]) == ([shorter, short], 2 + 16)
+    assert _choose_short([long]) == ([], 0)
+    many = spans(*[64] * 40)
+    chosen, n_groups = _choose_short(many)
+    assert (chosen, n_groups) == (many[:32], 256)
 
 
 def test_a_slot_is_used_again_without_a_trace_of_who_left(folder):

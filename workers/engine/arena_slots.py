@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -15,7 +16,7 @@ from kernels.arena import ArenaSpec, DeltaArena
 from kernels.dense import Unfolder, multiply_prompt
 from kernels.fragments import STEP_COLUMNS, FragmentShape
 from kernels.image import Image, Site, SiteNeeds, build_image
-from kernels.plan import StepPlan
+from kernels.plan import StepPlan, count_groups
 from kernels.serving import add_delta, delta_linear
 from kernels.vocabulary import head_matrix, pad_ranks
 from workers.engine.parts import TenantParts
@@ -28,8 +29,12 @@ HEAD = "head"
 COORDINATES = "head.coordinates"
 # Rows of single tokens: graphs are captured, and plans made, for these sizes.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Rows of one tenant above which its factors are unfolded once instead of read for each row.
+# Rows of one tenant above which its factors are unfolded once instead of read for each group of
+# rows: unfolding costs 55 ms a tenant, a group about 1 (7B, one H100).
 _PROMPT_ROWS = 128
+# Eight rows of a prompt read the codes once. Rooms for so many groups; more are unfolded.
+_PROMPT_UNITS = 4
+_PROMPT_GROUPS = (16, 64, 256)
 # Deltas of one recipe differ a little in size and ranks.
 _SLACK = 1.02
 _RANK_SLACK = 1.25
@@ -77,6 +82,9 @@ class ArenaSlots:
         self._unfolder: Unfolder | None = None
         self._plans: dict[tuple[str, int], StepPlan] = {}
         self._plan: StepPlan | None = None
+        # Prompts short enough to be read by the kernels of single tokens, and the row they begin.
+        self._prompts: StepPlan | None = None
+        self._first_prompt = 0
         self._segments: list[Span] = []
         self._generation = 0
         self._stream: Any = None
@@ -108,7 +116,8 @@ class ArenaSlots:
                 # Where the device is fast, and back to what an image is built from.
                 padded = pad_ranks(head.to(self._device), sites[-1].in_features)
                 matrices[COORDINATES] = head_matrix(padded.to("cpu"))
-        image = build_image(sites, matrices, pin=self._device.type == "cuda")
+        is_cuda = self._device.type == "cuda"
+        image = build_image(sites, matrices, pin=is_cuda, memory=parts.memory)
         with lock:
             arena = self._fit(sites, image)
             if self._stream is None:
@@ -120,11 +129,7 @@ class ArenaSlots:
         if self._stream is not None:
             self._stream.synchronize()
             # Its bytes are on the device now; what stays on the host says how they lie there.
-            arena.images[slot] = replace(
-                image,
-                source=torch.empty(0, dtype=torch.uint8),
-                matrices={name: matrix.to("meta") for name, matrix in matrices.items()},
-            )
+            arena.images[slot] = replace(image, chunks=(), matrices={})
         return slot
 
     def evict(self, slot: int) -> None:
@@ -221,12 +226,19 @@ class ArenaSlots:
         return ArenaSpec(sites=sites, slab_bytes=aligned, needs=tuple(needs))
 
     def begin(self, spans: Sequence[Span], *, n_rows: int, n_single: int) -> None:
-        del n_rows
-        self._plan = None
-        self._segments = [span for span in spans if span.slot >= 0 and span.first >= n_single]
+        self._plan = self._prompts = None
+        self._first_prompt = n_single
+        chunks = [span for span in spans if span.slot >= 0 and span.first >= n_single]
         slots = slots_of(spans, n_single)
         if any(slot >= 0 for slot in slots):
             self._plan = self._take_plan("step", slots)
+        short, n_groups = _choose_short(chunks)
+        if short:
+            owners = np.full(n_rows - n_single, -1)
+            for span in short:
+                owners[span.first - n_single : span.last - n_single] = span.slot
+            self._prompts = self._take_prompts(owners.tolist(), n_groups)
+        self._segments = [span for span in chunks if span not in short]
         self._check([span.slot for span in self._segments])
 
     def _check(self, slots: Sequence[int]) -> None:
@@ -236,24 +248,40 @@ class ArenaSlots:
             raise UserError("arena_slot_unknown", slot=max(slots), n_slots=0)
 
     def _take_plan(self, use: str, slots: list[int]) -> StepPlan:
-        self._check(slots)
-        if self._arena is None:
-            raise UserError("arena_slot_unknown", slot=max(slots), n_slots=0)
+        arena = self._arena_of(slots)
         key = (use, len(slots))
         if key not in self._plans:
-            self._plans[key] = StepPlan(self._arena, n_tokens=len(slots))
+            self._plans[key] = StepPlan(arena, n_tokens=len(slots))
         self._plans[key].assign(slots)
         return self._plans[key]
 
+    def _take_prompts(self, slots: list[int], n_groups: int) -> StepPlan:
+        arena = self._arena_of(slots)
+        room = next(size for size in _PROMPT_GROUPS if size >= n_groups)
+        key = ("prompts", room)
+        if key not in self._plans:
+            self._plans[key] = StepPlan(arena, units_per_group=_PROMPT_UNITS, n_groups=room)
+        self._plans[key].assign(slots)
+        return self._plans[key]
+
+    def _arena_of(self, slots: list[int]) -> DeltaArena:
+        self._check(slots)
+        if self._arena is None:
+            raise UserError("arena_slot_unknown", slot=max(slots), n_slots=0)
+        return self._arena
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, site: int) -> torch.Tensor:
         plan, arena = self._plan, self._arena
-        if arena is None or (plan is None and not self._segments):
+        prompts, first = self._prompts, self._first_prompt
+        if arena is None or (plan is None and prompts is None and not self._segments):
             return functional.linear(x, weight)
         if plan is not None and plan.n_tokens == len(x):
             return delta_linear(x, weight, arena, site, plan)
         y = functional.linear(x, weight)
         if plan is not None:
-            add_delta(y[: plan.n_tokens], x[: plan.n_tokens], plan, site)
+            add_delta(y[:first], x[:first], plan, site)
+        if prompts is not None:
+            add_delta(y[first:], x[first:], prompts, site)
         for span in self._segments:
             self._add_segment(y, x, span, site)
         return y
@@ -297,6 +325,20 @@ class ArenaSlots:
         add_delta(y, x, plan, head)
         if coordinates is not None:
             add_delta(y, coordinates, plan, head + 1)
+
+
+def _choose_short(chunks: Sequence[Span]) -> tuple[list[Span], int]:
+    """Chunks that the kernels of single tokens read, as many as there is room for; their groups."""
+    short: list[Span] = []
+    n_groups = 0
+    for span in sorted(chunks, key=lambda span: span.last - span.first):
+        n_rows = span.last - span.first
+        more = count_groups(n_rows, units_per_group=_PROMPT_UNITS)
+        if n_rows > _PROMPT_ROWS or n_groups + more > _PROMPT_GROUPS[-1]:
+            break
+        short.append(span)
+        n_groups += more
+    return short, n_groups
 
 
 def slots_of(spans: Sequence[Span], n_rows: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Backbones and deltas made ready to answer: in the shared model where possible, else alone."""
 
+import gc
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from deltacome_core.entries import (
     UnchangedEntry,
 )
 from deltacome_core.errors import UserError
+from deltacome_core.held_files import HeldFiles
 from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_config, load_model, load_tokenizer
 from deltacome_core.parameters import locate_parameters
@@ -34,6 +36,9 @@ from workers.engine.parts import is_shareable, read_parts, same_decoder
 from workers.engine.shared import SharedExecutor
 
 log = logging.getLogger(__name__)
+
+# Files are read by the kernel, which one thread alone cannot keep busy.
+_READERS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +106,16 @@ def share_backbone(
     return replace(backbone, executor=executor)
 
 
+def settle_memory() -> None:
+    """Leave all objects that there are now out of later collections of garbage.
+
+    A library and a backbone are a million of them: walking those stops every thread for up to half
+    a second, in the middle of answers and of loading a delta.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def load_shared(
     backbone: LoadedModel, backbone_folder: Path, folder: Path, *, factor_bytes: int
 ) -> LoadedModel | None:
@@ -120,18 +135,23 @@ def load_shared(
         entries, names, executor.places
     ):
         return None
-    with ThreadPoolExecutor(2, thread_name_prefix="engine-load") as pool:
-        # Hashing takes as long as everything else; the slot is nobody's until both are done.
-        checked = pool.submit(open_delta, folder)
+    packed = executor.vocabulary.keeps_packed
+    with ThreadPoolExecutor(_READERS + 2, thread_name_prefix="engine-load") as pool:
         tokenizer = pool.submit(load_tokenizer, folder, backbone_folder)
+        held = HeldFiles(delta.folder, pool, pin=executor.is_async)
+        # Hashing takes as long as everything else; the slot is nobody's until both are done.
+        checked = pool.submit(held.check)
+        # What stays packed is copied to a slot; on a CPU it stays itself, and the rest shall go.
+        read = held.read if packed else lambda *place: held.read(*place).clone()
         try:
             parts = read_parts(
-                delta,
+                replace(delta, read=read),
                 names,
                 executor.places,
                 open_checkpoint(backbone_folder),
-                keep_packed=executor.vocabulary.keeps_packed,
+                keep_packed=packed,
             )
+            parts.memory = held.memory if packed else None
             slot = executor.load(parts, factor_bytes=factor_bytes)
         except UserError:
             # Where a file is damaged, that is the reason to give.

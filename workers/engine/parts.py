@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from deltacome_core.packed import PackedLinear, PackedRows
 from deltacome_core.reconstruct import apply_entry
 from deltacome_core.tensors import TORCH_DTYPES, load_tensor
 
-# Files are read by the kernel, which one thread alone cannot keep busy.
-_READERS = 8
 # Of a config.json, what changes no number inside the decoder.
 _HARMLESS = frozenset(
     {
@@ -58,8 +55,12 @@ class Places:
 
 @dataclass(slots=True, kw_only=True)
 class TenantParts:
-    """A delta as the shared model takes it; a dense table is all of the fine-tune's rows."""
+    """A delta as the shared model takes it; a dense table is all of the fine-tune's rows.
 
+    memory: u8, what the matrices are views of, if that is one piece.
+    """
+
+    memory: torch.Tensor | None = None
     matrices: dict[str, PackedLinear] = field(default_factory=dict)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     embedding: PackedRows | torch.Tensor | None = None
@@ -136,10 +137,8 @@ def read_parts(
         UserError: delta_invalid and kin from reading.
     """
     parts = TenantParts()
-    entries = delta.entries.values()
-    with ThreadPoolExecutor(_READERS, thread_name_prefix="engine-read") as pool:
-        loaded = list(pool.map(delta.load, [entry.name for entry in entries]))
-    for entry, packed in zip(entries, loaded, strict=True):
+    for entry in delta.entries.values():
+        packed = delta.load(entry.name)
         if packed is None:
             continue
         name = names[entry.name]

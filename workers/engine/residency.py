@@ -26,6 +26,7 @@ from workers.engine.model import (
     load_delta,
     load_shared,
     measure_delta,
+    settle_memory,
     share_backbone,
 )
 from workers.engine.paging import pages_for
@@ -269,6 +270,7 @@ class Residency:
             n_slots=self._config.max_resident,
             delta_bytes=max(0, self._config.memory_bytes - model.size_bytes),
         )
+        settle_memory()
         model = replace(model, key=snapshot.key)
         return self._insert(
             (snapshot.key, None),
