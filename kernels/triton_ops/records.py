@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from kernels import directory
-from kernels.triton_ops.mma import load_ahead, multiply_band
+from kernels.triton_ops.codes import load_ahead, locate_blocks
+from kernels.triton_ops.mma import multiply_band
 
 MAX_RECORDS = tl.constexpr(directory.MAX_RECORDS)
 RECORD_INTS = tl.constexpr(directory.RECORD_INTS)
@@ -78,19 +79,13 @@ def start_record(
     n_steps = tl.load(record_ptr + 5)
     group = tl.load(record_ptr + 7)
     first_step = tl.load(record_ptr + 8)
-    ahead = load_ahead(
-        codes_ptr,
-        high_ptr,
-        first_block,
-        n_blocks,
-        n_steps,
-        wk * pairs_ahead(BITS, U),
-        lane,
-        BITS,
-        R,
-        pairs_ahead(BITS, U),
+    marker = tl.load(record_ptr + 10)
+    pairs: tl.constexpr = pairs_ahead(BITS, U)
+    places = locate_blocks(
+        codes_ptr, high_ptr, first_block, n_blocks, n_steps, wk * pairs, lane, BITS, R
     )
-    return ahead, codes_ptr, high_ptr, n_blocks, n_steps, group, first_step
+    ahead = load_ahead(places, n_steps - 2 * pairs * wk, BITS, pairs)
+    return ahead, places, marker, n_blocks, n_steps, group, first_step
 
 
 @triton.constexpr_function
@@ -141,24 +136,24 @@ def finish_record(
     Returns:
         NT x R x 2 fp32 [threads].
     """
-    ahead, codes_ptr, high_ptr, n_blocks, n_steps, group, _ = started
+    ahead, places, marker, n_blocks, n_steps, group, _ = started
     group_ptr = load_pointer(slab, group, tl.int32)
     if GROUPING == 1:
         if group > 0:
             totals = multiply_band(
-                ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+                ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
                 BITS, True, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
             )  # fmt: skip
         else:
             totals = multiply_band(
-                ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+                ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
                 BITS, False, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
             )  # fmt: skip
     else:
         totals = multiply_band(
-            ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+            ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
             n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
             BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
         )  # fmt: skip
