@@ -11,8 +11,8 @@ One entry is int32 [ENTRY_INTS] for each slot and site:
 | 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where absent |
 
 A record is: bits, codes, plane of the third bit, rows, row blocks, steps, row factors, group words,
-first step in its source (expand) or its target (shrink), part, marker of its codes. Places in the slab count units of
-128 bytes from its start; 0 means absent, since a slab begins with an empty unit.
+first step in its source (expand) or its target (shrink), part, marker of its codes. Places count
+units of 128 bytes from the slab's start; 0 means absent, since a slab begins with an empty unit.
 """
 
 from dataclasses import dataclass

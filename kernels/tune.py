@@ -29,47 +29,50 @@ from kernels.triton_ops.launch_batch import launch_expand, launch_prepare, launc
 from kernels.tuning import Shape, Stage
 
 
-def _shape(blocks: int, along_steps: int, along_rows: int, ahead: int) -> Shape:
-    return Shape(blocks=blocks, along_steps=along_steps, along_rows=along_rows, ahead=ahead)
+def _shape(blocks: int, along_steps: int, along_rows: int, ahead: int, registers: int = 0) -> Shape:
+    return Shape(
+        blocks=blocks,
+        along_steps=along_steps,
+        along_rows=along_rows,
+        ahead=ahead,
+        registers=registers,
+    )
 
 
-# Those of sixteen that were within a tenth of the best in a first sweep, and their neighbours.
+# Those of thirty that were within a tenth of the best somewhere, and their neighbours.
 CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
     "shrink": (
         _shape(1, 8, 1, 4),
         _shape(1, 16, 1, 2),
-        _shape(2, 8, 1, 2),
+        _shape(1, 16, 1, 4),
+        _shape(2, 8, 1, 4),
         _shape(2, 4, 1, 4),
         _shape(2, 4, 1, 2),
-        _shape(2, 2, 1, 4),
-        _shape(2, 2, 2, 2),
+        _shape(2, 4, 1, 4, 64),
         _shape(4, 4, 1, 2),
-        _shape(4, 2, 1, 2),
-        _shape(2, 4, 1, 1),
-        _shape(1, 4, 1, 4),
+        _shape(4, 4, 1, 4),
     ),
     "expand": (
         _shape(1, 4, 1, 2),
-        _shape(1, 2, 2, 2),
-        _shape(1, 2, 2, 4),
         _shape(2, 2, 2, 2),
         _shape(2, 1, 4, 2),
         _shape(2, 1, 2, 4),
-        _shape(4, 1, 2, 2),
-        _shape(4, 2, 2, 2),
-        _shape(2, 1, 2, 2),
-        _shape(4, 1, 1, 2),
-        _shape(4, 1, 2, 4),
         _shape(2, 1, 1, 4),
-        _shape(1, 8, 1, 2),
+        _shape(2, 1, 4, 2, 80),
+        _shape(2, 1, 2, 2, 80),
+        _shape(4, 1, 2, 2),
+        _shape(4, 1, 2, 2, 128),
+        _shape(4, 1, 1, 2),
     ),
     "layer": (
         _shape(2, 2, 2, 2),
         _shape(1, 4, 1, 2),
         _shape(2, 4, 1, 2),
         _shape(1, 2, 2, 2),
-        _shape(2, 4, 2, 2),
-        _shape(1, 8, 1, 2),
+        _shape(2, 2, 2, 2, 168),
+        _shape(2, 2, 2, 2, 128),
+        _shape(1, 4, 1, 2, 168),
+        _shape(1, 4, 1, 2, 128),
     ),
 }
 GROUPS: Final = (1, 8, 32)

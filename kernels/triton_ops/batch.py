@@ -82,6 +82,8 @@ def prepare_kernel(
     that follow find it in the cache.
     """
     if OVERLAP:
+        # A kernel that starts early reads the plan before it waits: nothing may still write it.
+        gdc_wait()
         gdc_launch_dependents()
     place = tl.program_id(0)
     token = tl.load(group_tokens_ptr + place)

@@ -12,12 +12,16 @@ FOLDER: Final = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead."""
+    """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
+
+    registers: most that a thread may use, so that more programs run at once; 0 is no limit.
+    """
 
     blocks: int
     along_steps: int
     along_rows: int
     ahead: int
+    registers: int = 0
 
     @property
     def rows(self) -> int:
