@@ -52,6 +52,7 @@ _POINTERS: Final = {
     "step_ptr": "*fp32",
     "norm_ptr": "*fp32",
     "term_ptr": "*fp32",
+    "product_ptr": "*fp32",
     "table_ptr": "*i64",
     "jobs_ptr": "*i64",
     "source_ptr": "i64",

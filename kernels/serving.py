@@ -128,7 +128,7 @@ def multiply_layer(
     from kernels.triton_ops.launch_batch import launch_layer
 
     y = torch.empty(1, len(weight), dtype=x.dtype, device=x.device)
-    _launch_first(x, plan, site, cleared=plan.flags, overlap=True)
+    _launch_first(x, plan, site, cleared=plan.arrivals, overlap=True)
     launch_layer(x, weight, bias, y, plan, site, shape)
     return y
 

@@ -27,6 +27,8 @@ _PROJECT_COLUMNS = 512
 _LAYER_BLOCK = 512
 _LAYER_STAGES = 3
 LAYER_ROWS = 16
+# Programs that stream weights before those of the delta start: two on each multiprocessor.
+BEFORE = 264
 
 
 def is_compiled() -> bool:
@@ -238,11 +240,13 @@ def launch_layer(
     cut = _cut(plan, site, shape, overlap=overlaps())
     del cut["NT"], cut["num_stages"]
     n_delta = len(weight) // shape.rows
-    layer_kernel[(n_delta + len(weight) // LAYER_ROWS,)](
+    n_base = len(weight) // LAYER_ROWS
+    layer_kernel[(n_delta + n_base,)](
         x,
         weight,
         weight if bias is None else bias,
         x.shape[1],
+        min(n_base, BEFORE),
         n_delta,
         plan.x_planes.view(torch.int64),
         plan.x_step,
@@ -254,7 +258,8 @@ def launch_layer(
         site * arena.directory.stride(1),
         plan.group_slots,
         plan.terms,
-        plan.flags,
+        plan.products,
+        plan.arrivals,
         y,
         P=plan.planes if spec.has_direct(site) else PLANES,
         HAS_DIRECT=spec.has_direct(site),
