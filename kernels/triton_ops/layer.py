@@ -188,6 +188,9 @@ def layer_kernel(
                 slot_stride, site_offset, group_slot_ptr, P, WIDTHS, GROUPING, HAS_DIRECT,
                 HAS_FACTORS, R, WK, WR, U, USE_PTX, OVERLAP,
             )  # fmt: skip
+            # A part without a delta has waited for nothing yet.
+            if OVERLAP:
+                gdc_wait()
             token = tl.arange(0, 2)[None, None, :, None]
             at = term_ptr + first_row + row_of_share(0, R, WR)
             tl.store(at + token, delta, mask=token < 1)

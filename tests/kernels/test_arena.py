@@ -16,6 +16,7 @@ from kernels.dense import Unfolder, merge_site, multiply_prompt
 from kernels.fragments import FragmentShape
 from kernels.image import Site, build_image
 from kernels.plan import StepPlan
+from kernels.triton_ops import launch_batch
 from kernels.tuning import Shape
 
 BY_VECTOR = Layout(
@@ -98,8 +99,13 @@ def test_recipes_of_every_kind_share_a_batch(planes, units, limit):
     assert torch.equal(y[wanted == 0], torch.zeros(int((wanted == 0).sum())))
 
 
-@pytest.mark.parametrize("without", [(), ("q",)], ids=["all", "one-part"])
-def test_a_lone_token_has_its_whole_layer_in_one_launch(without):
+@pytest.mark.parametrize(
+    ("before", "without"),
+    [(0, ()), (1, ("q",)), (264, ())],
+    ids=["delta-first", "one-part-between", "delta-last"],
+)
+def test_a_lone_token_has_its_whole_layer_in_one_launch(before, without, monkeypatch):
+    monkeypatch.setattr(launch_batch, "BEFORE", before)
     site = replace(SITE, out_features=(64, 32))
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site, without=without)
     arena, (slot,) = build_arena([delta], site=site)
@@ -110,9 +116,10 @@ def test_a_lone_token_has_its_whole_layer_in_one_launch(without):
     shape = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2)
     base = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     found = {}
-    # The second of two runs must not take the first one's flags for its own.
+    # The last of three runs must not take the first one's arrivals for its own.
     for number in (0, -1, 0):
         plan.terms.fill_(torch.nan)
+        plan.products.fill_(torch.nan)
         plan.assign([slot if number == 0 else -1])
         y = serving.multiply_layer(x, weight, bias, plan, 0, shape)
         assert torch.equal(y, found.setdefault(number, y))
