@@ -64,6 +64,7 @@ def sum_delta(
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
@@ -104,7 +105,7 @@ def sum_delta(
                     worth = 0.5 * tl.load(step_ptr)
             totals = finish_part(
                 started, record_ptr, slab, first_block, n_rows, source_ptr, 0, columns,
-                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U, USE_PTX,
+                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
             delta = add_shares(totals, 0, R, WK, WR) * worth
     return delta
@@ -165,6 +166,7 @@ def layer_kernel(
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -186,7 +188,7 @@ def layer_kernel(
             delta = sum_delta(
                 first_row, planes_ptr, step_ptr, norm_ptr, hidden_ptr, table_ptr, directory_ptr,
                 slot_stride, site_offset, group_slot_ptr, P, WIDTHS, GROUPING, HAS_DIRECT,
-                HAS_FACTORS, R, WK, WR, U, USE_PTX, OVERLAP,
+                HAS_FACTORS, R, WK, WR, U, X_AHEAD, USE_PTX, OVERLAP,
             )  # fmt: skip
             # A part without a delta has waited for nothing yet.
             if OVERLAP:

@@ -157,8 +157,7 @@ def multiply_unit(
     sums,
     words,
     marker,
-    at,
-    mask,
+    b,
     STEP: tl.constexpr,
     UNIT: tl.constexpr,
     BITS: tl.constexpr,
@@ -173,8 +172,7 @@ def multiply_unit(
         sums: int32 [threads], two for each unit: of the activations themselves.
         words: R tuples of `load_pair`.
         marker: Of `unpack_step`.
-        at: int64 pointers [threads] to the unit's planes of this step.
-        mask: bool [threads], which of them to load; the others are 0.
+        b: int64 [threads], the unit's planes of this step, 0 where none exist.
         STEP: 0 or 1.
         UNIT: Number of the unit.
         BITS: 1, 2, 3, 4 or 8.
@@ -185,7 +183,6 @@ def multiply_unit(
     Returns:
         acc and sums.
     """
-    b = tl.load(at, mask=mask, other=0)
     b0 = b.to(tl.int32)
     b1 = (b >> 32).to(tl.int32)
     if HAS_SUMS:
@@ -198,6 +195,30 @@ def multiply_unit(
         d = multiply_step(a, b0, b1, four_items(acc, UNIT * R + r), USE_PTX)
         acc = replace_items(acc, d, 4 * (UNIT * R + r), 4)
     return acc, sums
+
+
+@triton.jit
+def load_planes(
+    planes_at, unit_stride, left, FIRST: tl.constexpr, STEPS: tl.constexpr, NT: tl.constexpr
+):
+    """Activations of STEPS steps from the FIRST one on, those of a step together.
+
+    Args:
+        planes_at: int64 pointers [threads], this lane's planes of the first unit.
+        unit_stride: int64 elements between units.
+        left: NT int32 [threads], steps from there to the end for which this lane has planes.
+        FIRST: Same.
+        STEPS: Same.
+        NT: Units.
+
+    Returns:
+        STEPS x NT int64 [threads].
+    """
+    planes = ()
+    for i in tl.static_range(STEPS * NT):
+        at = planes_at + (FIRST + i // NT) * 32 + i % NT * unit_stride
+        planes += (tl.load(at, mask=left[i % NT] > FIRST + i // NT, other=0),)
+    return planes
 
 
 @triton.jit
@@ -222,6 +243,7 @@ def multiply_band(
     NT: tl.constexpr,
     WK: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Twice the products of R blocks of 16 rows and NT units of activations, this warp's share.
@@ -247,6 +269,7 @@ def multiply_band(
         NT: Units of two tokens.
         WK: Warps that share the steps.
         U: Pairs of steps loaded ahead.
+        X_AHEAD: Whether their activations are loaded ahead too.
         USE_PTX: Of `multiply_step`.
 
     Returns:
@@ -265,23 +288,34 @@ def multiply_band(
     for unit in tl.static_range(NT):
         own_left += (tl.where(columns[unit], left, 0),)
     planes_at = planes_ptr + 2 * U * 32 * wk + lane
+    planes = ()
+    if X_AHEAD:
+        planes = load_planes(planes_at, unit_stride, own_left, 0, 2 * U, NT)
     for start in range(0, n_pairs, WK * U):
         words = ahead
         places = move_blocks(places, WK * U, BITS)
         left -= 2 * WK * U
         ahead = load_ahead(places, left, BITS, U)
+        present = planes
+        next_left = add_to_items(own_left, -2 * WK * U)
+        next_at = planes_at + 2 * WK * U * 32
+        if X_AHEAD:
+            planes = load_planes(next_at, unit_stride, next_left, 0, 2 * U, NT)
         for u in tl.static_range(U):
             pair = start + wk * U + u
             for step in tl.static_range(2):
-                at = planes_at + (2 * u + step) * 32
+                if X_AHEAD:
+                    own = present[(2 * u + step) * NT : (2 * u + step + 1) * NT]
+                else:
+                    own = load_planes(planes_at, unit_stride, own_left, 2 * u + step, 1, NT)
                 for unit in tl.static_range(NT):
                     acc, sums = multiply_unit(
-                        acc, sums, words[u * R : u * R + R], marker, at + unit * unit_stride,
-                        own_left[unit] > 2 * u + step, step, unit, BITS, R, needs_sums, USE_PTX,
+                        acc, sums, words[u * R : u * R + R], marker, own[unit],
+                        step, unit, BITS, R, needs_sums, USE_PTX,
                     )  # fmt: skip
             if GROUPED:
                 for unit in tl.static_range(NT):
-                    own = (sums[2 * unit], sums[2 * unit + 1])
+                    ones = (sums[2 * unit], sums[2 * unit + 1])
                     for r in tl.static_range(R):
                         c = four_items(acc, unit * R + r)
                         mask = (pair < n_pairs) & (first_block + r < n_blocks)
@@ -292,14 +326,14 @@ def multiply_band(
                             scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                             twice_zero = (word >> 16) & 511
                             term = scale * fold_planes(
-                                c, own, twice_zero, weights, half, BITS, True
+                                c, ones, twice_zero, weights, half, BITS, True
                             )
                             term += totals[2 * (unit * R + r) + half]
                             totals = replace_items(totals, (term,), 2 * (unit * R + r) + half, 1)
                 acc = (zero,) * (NT * R * 4)
                 sums = (zero,) * (NT * 2)
-        planes_at += 2 * WK * U * 32
-        own_left = add_to_items(own_left, -2 * WK * U)
+        planes_at = next_at
+        own_left = next_left
     if not GROUPED:
         totals = ()
         for unit in tl.static_range(NT):

@@ -46,8 +46,17 @@ def load_pointer(slab, units, TYPE: tl.constexpr):
 
 
 @triton.jit
+def load_record(record_ptr):
+    """The fields of a record that `start_record` takes, in its order."""
+    fields = ()
+    for i in tl.static_range(1, 11):
+        fields += (tl.load(record_ptr + i),)
+    return fields
+
+
+@triton.jit
 def start_record(
-    record_ptr,
+    fields,
     slab,
     first_block,
     wk,
@@ -56,10 +65,10 @@ def start_record(
     R: tl.constexpr,
     U: tl.constexpr,
 ):
-    """Read a record and start the first loads of its codes.
+    """Start the first loads of a record's codes.
 
     Args:
-        record_ptr: int32 [16].
+        fields: Of `load_record`.
         slab: Address of the tenant's slab.
         first_block: Of `multiply_band`, and so all that are not named here.
         wk: Same.
@@ -71,15 +80,9 @@ def start_record(
     Returns:
         What `finish_record` takes.
     """
-    codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
-    high_ptr = codes_ptr
-    if BITS == 3:  # noqa: PLR2004 same as in mma.py
-        high_ptr = load_pointer(slab, tl.load(record_ptr + 2), tl.int32)
-    n_blocks = tl.load(record_ptr + 4)
-    n_steps = tl.load(record_ptr + 5)
-    group = tl.load(record_ptr + 7)
-    first_step = tl.load(record_ptr + 8)
-    marker = tl.load(record_ptr + 10)
+    codes, high, _, n_blocks, n_steps, _, group, first_step, _, marker = fields
+    codes_ptr = load_pointer(slab, codes, tl.int32)
+    high_ptr = load_pointer(slab, high, tl.int32)
     pairs: tl.constexpr = pairs_ahead(BITS, U)
     places = locate_blocks(
         codes_ptr, high_ptr, first_block, n_blocks, n_steps, wk * pairs, lane, BITS, R
@@ -111,6 +114,7 @@ def finish_record(
     NT: tl.constexpr,
     WK: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """`multiply_band` of a started record.
@@ -131,6 +135,7 @@ def finish_record(
         NT: Same.
         WK: Same.
         U: Of `start_record`.
+        X_AHEAD: Of `multiply_band`.
         USE_PTX: Same.
 
     Returns:
@@ -143,19 +148,19 @@ def finish_record(
             totals = multiply_band(
                 ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                BITS, True, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+                BITS, True, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
             )  # fmt: skip
         else:
             totals = multiply_band(
                 ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                BITS, False, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+                BITS, False, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
             )  # fmt: skip
     else:
         totals = multiply_band(
             ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
             n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-            BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+            BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
         )  # fmt: skip
     return totals
 

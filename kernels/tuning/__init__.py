@@ -14,6 +14,7 @@ FOLDER: Final = Path(__file__).parent
 class Shape:
     """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
 
+    inputs_ahead: load the activations of those pairs ahead too.
     registers: most that a thread may use, so that more programs run at once; 0 is no limit.
     """
 
@@ -21,6 +22,7 @@ class Shape:
     along_steps: int
     along_rows: int
     ahead: int
+    inputs_ahead: bool = False
     registers: int = 0
 
     @property

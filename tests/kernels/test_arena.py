@@ -140,6 +140,26 @@ def test_inputs_of_a_real_model_cost_no_precision(key):
     assert relative(y, expected_terms([delta], [0], recorded, site)) <= 2e-6
 
 
+@pytest.mark.parametrize("units", [1, 2])
+def test_how_a_program_is_cut_changes_no_bit(units, monkeypatch):
+    deltas = [draw(replace(BY_VECTOR, wide=(RankBand(3, 33), RankBand(1, 5)))), draw(BY_TILE)]
+    arena, slots = build_arena(deltas[:units])
+    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(9))
+    plan = StepPlan(arena, n_tokens=3, units_per_group=units)
+    plan.assign([slots[0], slots[-1], slots[0]])
+    found = []
+    for shape in (
+        Shape(blocks=1, along_steps=1, along_rows=1, ahead=1),
+        Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True, registers=96),
+        Shape(blocks=1, along_steps=2, along_rows=2, ahead=1, inputs_ahead=True),
+    ):
+        monkeypatch.setattr(serving, "_choose", lambda *_, shape=shape: shape)
+        plan.h_planes.fill_(85)
+        found.append(serving.add_delta(torch.zeros(3, 33), x, plan, 0))
+    assert torch.equal(found[0], found[1])
+    assert relative(found[2], found[0].double()) <= 1e-6
+
+
 def test_outliers_cost_no_precision():
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 9),)))
     arena, (slot,) = build_arena([delta])
