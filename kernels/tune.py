@@ -36,6 +36,7 @@ def _shape(
     ahead: int,
     *,
     x: bool = False,
+    first: int = 0,
     registers: int = 0,
 ) -> Shape:
     return Shape(
@@ -44,6 +45,7 @@ def _shape(
         along_rows=along_rows,
         ahead=ahead,
         inputs_ahead=x,
+        streams_first=first,
         registers=registers,
     )
 
@@ -76,9 +78,12 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
     ),
     "layer": (
         _shape(2, 2, 2, 2),
-        _shape(2, 2, 2, 2, x=True),
-        _shape(2, 2, 2, 2, registers=168),
-        _shape(2, 4, 1, 2),
+        _shape(2, 2, 2, 2, first=132),
+        _shape(2, 2, 2, 2, first=264),
+        _shape(2, 2, 2, 2, first=528),
+        _shape(2, 2, 2, 2, first=264, x=True),
+        _shape(2, 2, 2, 2, first=264, registers=168),
+        _shape(2, 4, 1, 2, first=264),
     ),
 }
 GROUPS: Final = (1, 8, 32)

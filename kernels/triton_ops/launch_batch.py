@@ -27,8 +27,6 @@ _PROJECT_COLUMNS = 512
 _LAYER_BLOCK = 512
 _LAYER_STAGES = 3
 LAYER_ROWS = 16
-# Programs that stream weights before those of the delta start: two on each multiprocessor.
-BEFORE = 264
 
 
 def is_compiled() -> bool:
@@ -247,7 +245,7 @@ def launch_layer(
         weight,
         weight if bias is None else bias,
         x.shape[1],
-        min(n_base, BEFORE),
+        min(n_base, shape.streams_first),
         n_delta,
         plan.x_planes.view(torch.int64),
         plan.x_step,
