@@ -82,26 +82,29 @@ class Result:
 
 
 def _list_variants() -> Iterator[Variant]:
+    """Every width of every kernel on the newest architecture, every dtype of it on the others.
+
+    Widths, dtypes, architectures and the two switches meet in different lines of a kernel, so what
+    is not listed takes turns: each architecture sees each width, each dtype and both switches.
+    """
     newest = ARCHITECTURES[-1]
     shapes = [(op, n_tokens) for op in KERNELS for n_tokens in TOKENS[op]]
-    for (op, n_tokens), bits, dtype in product(shapes, BITS, DTYPES):
+    for (shape, (op, n_tokens)), (turn, bits) in product(enumerate(shapes), enumerate(BITS)):
         yield Variant(
             op=op,
             bits=bits,
-            dtype=dtype,
+            dtype=DTYPES[(shape + turn) % len(DTYPES)],
             arch=newest,
             n_tokens=n_tokens,
             has_zero=True,
             is_aligned=True,
         )
-    # Older architectures differ in lowering and shared memory, not by dtype: the dtypes and the
-    # other two switches take turns, so that each architecture still sees each of them.
-    combinations = product(ARCHITECTURES[:-1], shapes, BITS)
-    for turn, (arch, (op, n_tokens), bits) in enumerate(combinations):
+    combinations = product(ARCHITECTURES[:-1], shapes, DTYPES)
+    for turn, (arch, (op, n_tokens), dtype) in enumerate(combinations):
         yield Variant(
             op=op,
-            bits=bits,
-            dtype=DTYPES[turn % len(DTYPES)],
+            bits=BITS[turn % len(BITS)],
+            dtype=dtype,
             arch=arch,
             n_tokens=n_tokens,
             has_zero=turn % 2 == 0,

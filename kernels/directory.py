@@ -11,8 +11,8 @@ One entry is int32 [ENTRY_INTS] for each slot and site:
 | 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where absent |
 
 A record is: bits, codes, plane of the third bit, rows, row blocks, steps, row factors, group words,
-first step in its source (expand) or its target (shrink), part. Places in the slab count units of
-128 bytes from its start; 0 means absent, since a slab begins with an empty unit.
+first step in its source (expand) or its target (shrink), part, marker of its codes. Places count
+units of 128 bytes from the slab's start; 0 means absent, since a slab begins with an empty unit.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,15 @@ ENTRY_INTS: Final = EXPAND_RECORDS + MAX_PARTS * len(WIDTHS) * RECORD_INTS
 
 SOURCE_HIDDEN: Final = 0
 SOURCE_INPUT: Final = 1
+
+
+def mark_codes(bits: int) -> int:
+    """The one that kernels put below each code of less than 8 bits, in four bytes.
+
+    A kernel reads it from the record because a compiler must not know it: a mask and a number in a
+    register are one instruction (LOP3, which takes one constant), two constants are two.
+    """
+    return 0x01010101 << max(0, 7 - bits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +74,7 @@ class Record:
             self.groups,
             self.first_step,
             self.part,
+            mark_codes(self.bits),
         ]
 
 

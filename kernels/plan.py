@@ -112,10 +112,12 @@ class StepPlan:
         width = UNIT_TOKENS * PLANES * STEP_COLUMNS
         self.x_planes = torch.empty((n_units, steps * width), dtype=torch.int8, device=device)
         self.h_planes = torch.empty((n_units, hidden * width), dtype=torch.int8, device=device)
-        # The delta term of a lone token, and which of its blocks are summed: the least has 16 rows.
+        # Delta and backbone's product of a lone token, and who of them has been to which rows.
         widest = max(site.total_out for site in arena.spec.sites)
         self.terms = torch.empty(widest if n_tokens == 1 else 0, device=device)
-        self.flags = torch.zeros((1, -(-widest // STEP_ROWS)), dtype=torch.int32, device=device)
+        self.products = torch.empty_like(self.terms)
+        n_blocks = -(-widest // STEP_ROWS)
+        self.arrivals = torch.zeros((1, n_blocks), dtype=torch.int32, device=device)
         self.x_step = torch.empty(n_units * UNIT_TOKENS, device=device)
         self.x_norm = torch.empty(n_units * UNIT_TOKENS, device=device)
 

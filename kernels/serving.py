@@ -62,11 +62,16 @@ def _choose(stage: Stage, plan: StepPlan, steps: int) -> Shape:
 
 
 def _launch_first(
-    x: torch.Tensor, plan: StepPlan, site: int, *, cleared: torch.Tensor | None = None
+    x: torch.Tensor,
+    plan: StepPlan,
+    site: int,
+    *,
+    cleared: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> None:
     from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
-    launch_prepare(x, plan, site, cleared=cleared)
+    launch_prepare(x, plan, site, cleared=cleared, overlap=overlap)
     launch_shrink(plan, site, _choose("shrink", plan, plan.arena.spec.sites[site].input_steps))
 
 
@@ -99,7 +104,7 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     _check(x, y.shape[1], plan, site)
     if not plan.arena.operand_order:
         return batch_reference.add_delta(y, x, plan, site)
-    _launch_first(x, plan, site)
+    _launch_first(x, plan, site, overlap=True)
     _launch_last(y, plan, site, overlap=True)
     return y
 
@@ -135,7 +140,7 @@ def multiply_layer(
     from kernels.triton_ops.launch_batch import launch_layer
 
     y = torch.empty(1, len(weight), dtype=x.dtype, device=x.device)
-    _launch_first(x, plan, site, cleared=plan.flags)
+    _launch_first(x, plan, site, cleared=plan.arrivals, overlap=True)
     launch_layer(x, weight, bias, y, plan, site, shape)
     return y
 

@@ -29,47 +29,61 @@ from kernels.triton_ops.launch_batch import launch_expand, launch_prepare, launc
 from kernels.tuning import Shape, Stage
 
 
-def _shape(blocks: int, along_steps: int, along_rows: int, ahead: int) -> Shape:
-    return Shape(blocks=blocks, along_steps=along_steps, along_rows=along_rows, ahead=ahead)
+def _shape(
+    blocks: int,
+    along_steps: int,
+    along_rows: int,
+    ahead: int,
+    *,
+    x: bool = False,
+    first: int = 0,
+    registers: int = 0,
+) -> Shape:
+    return Shape(
+        blocks=blocks,
+        along_steps=along_steps,
+        along_rows=along_rows,
+        ahead=ahead,
+        inputs_ahead=x,
+        streams_first=first,
+        registers=registers,
+    )
 
 
-# Those of sixteen that were within a tenth of the best in a first sweep, and their neighbours.
+# Those of fifty that were within a twentieth of the best somewhere, and their neighbours.
 CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
     "shrink": (
+        _shape(1, 16, 1, 4),
+        _shape(1, 16, 1, 4, x=True),
         _shape(1, 8, 1, 4),
-        _shape(1, 16, 1, 2),
-        _shape(2, 8, 1, 2),
+        _shape(2, 8, 1, 4),
+        _shape(2, 8, 1, 2, x=True),
         _shape(2, 4, 1, 4),
-        _shape(2, 4, 1, 2),
-        _shape(2, 2, 1, 4),
-        _shape(2, 2, 2, 2),
-        _shape(4, 4, 1, 2),
-        _shape(4, 2, 1, 2),
-        _shape(2, 4, 1, 1),
-        _shape(1, 4, 1, 4),
+        _shape(2, 4, 1, 4, x=True),
+        _shape(2, 4, 1, 2, x=True),
+        _shape(2, 4, 2, 2, x=True),
+        _shape(2, 4, 2, 4),
     ),
     "expand": (
-        _shape(1, 4, 1, 2),
-        _shape(1, 2, 2, 2),
-        _shape(1, 2, 2, 4),
+        _shape(1, 4, 1, 2, x=True),
         _shape(2, 2, 2, 2),
-        _shape(2, 1, 4, 2),
+        _shape(2, 2, 2, 2, x=True, registers=96),
         _shape(2, 1, 2, 4),
-        _shape(4, 1, 2, 2),
-        _shape(4, 2, 2, 2),
-        _shape(2, 1, 2, 2),
-        _shape(4, 1, 1, 2),
-        _shape(4, 1, 2, 4),
-        _shape(2, 1, 1, 4),
-        _shape(1, 8, 1, 2),
+        _shape(2, 1, 4, 2),
+        _shape(2, 1, 4, 2, x=True, registers=96),
+        _shape(2, 1, 4, 2, x=True, registers=80),
+        _shape(2, 1, 2, 2, x=True, registers=96),
+        _shape(4, 1, 2, 2, registers=128),
+        _shape(4, 1, 2, 2, x=True, registers=128),
     ),
     "layer": (
         _shape(2, 2, 2, 2),
-        _shape(1, 4, 1, 2),
-        _shape(2, 4, 1, 2),
-        _shape(1, 2, 2, 2),
-        _shape(2, 4, 2, 2),
-        _shape(1, 8, 1, 2),
+        _shape(2, 2, 2, 2, first=132),
+        _shape(2, 2, 2, 2, first=264),
+        _shape(2, 2, 2, 2, first=528),
+        _shape(2, 2, 2, 2, first=264, x=True),
+        _shape(2, 2, 2, 2, first=264, registers=168),
+        _shape(2, 4, 1, 2, first=264),
     ),
 }
 GROUPS: Final = (1, 8, 32)

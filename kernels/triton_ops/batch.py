@@ -18,6 +18,7 @@ from kernels.triton_ops.records import (
     find_block,
     finish_record,
     load_pointer,
+    load_record,
     row_of_share,
     start_record,
 )
@@ -31,6 +32,12 @@ LARGEST_FAST = tl.constexpr(32512)
 LEAST = tl.constexpr(1e-20)
 
 
+@triton.constexpr_function
+def carry_of_digits(n_planes):
+    """What makes the bytes of a whole number, once added and once flipped, its signed digits."""
+    return sum(0x80 << 8 * plane for plane in range(n_planes - 1))
+
+
 @triton.jit
 def store_planes(at, value, mask, N_PLANES: tl.constexpr):
     """Write whole numbers as signed digits of 8 bits, the highest first, 32 bytes apart.
@@ -41,10 +48,10 @@ def store_planes(at, value, mask, N_PLANES: tl.constexpr):
         mask: What to write.
         N_PLANES: Digits.
     """
+    digits = (value + carry_of_digits(N_PLANES)) ^ carry_of_digits(N_PLANES)
     for plane in tl.static_range(N_PLANES):
-        digit = (value << 24) >> 24
-        tl.store(at + 32 * (N_PLANES - 1 - plane), digit.to(tl.int8), mask=mask)
-        value = (value - digit) >> 8
+        digit = (digits >> (8 * (N_PLANES - 1 - plane))).to(tl.int8)
+        tl.store(at + 32 * plane, digit, mask=mask)
 
 
 @triton.jit
@@ -82,6 +89,8 @@ def prepare_kernel(
     that follow find it in the cache.
     """
     if OVERLAP:
+        # A kernel that starts early reads the plan before it waits: nothing may still write it.
+        gdc_wait()
         gdc_launch_dependents()
     place = tl.program_id(0)
     token = tl.load(group_tokens_ptr + place)
@@ -130,6 +139,7 @@ def batch_shrink_kernel(
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
@@ -153,12 +163,13 @@ def batch_shrink_kernel(
             record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
             # Loads that only the last lines need start here, beside the codes.
             bits = tl.load(record_ptr)
+            fields = load_record(record_ptr)
             row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
-            n_rows = tl.load(record_ptr + 3)
-            factors_ptr = load_pointer(slab, tl.load(record_ptr + 6), tl.float32)
+            n_rows = fields[2]
+            factors_ptr = load_pointer(slab, fields[5], tl.float32)
             factor = tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
-            first_step = tl.load(record_ptr + 8)
-            part_ptr = entry_ptr + EXPAND_PARTS + tl.load(record_ptr + 9) * PART_INTS
+            first_step = fields[7]
+            part_ptr = entry_ptr + EXPAND_PARTS + fields[8] * PART_INTS
             bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
             first_block = (block * WR + wr) * R
             source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
@@ -166,16 +177,18 @@ def batch_shrink_kernel(
             for width in tl.static_range(1, 9):
                 if (WIDTHS >> width) & 1:
                     if bits == width:
-                        started = start_record(record_ptr, slab, first_block, wk, lane, width, R, U)
+                        started = start_record(fields, slab, first_block, wk, lane, width, R, U)
                         if OVERLAP:
                             gdc_wait()
                         totals = finish_record(
                             started, slab, first_block, source_ptr, x_steps * 32, columns,
-                            weights, wk, lane, width, GROUPING, R, NT, WK, U, USE_PTX,
+                            weights, wk, lane, width, GROUPING, R, NT, WK, U, X_AHEAD, USE_PTX,
                         )  # fmt: skip
             # A band is read in whole steps: the rows that fill its last one are written as 0.
             inside = row < (n_rows + 31) // 32 * 32
             token = tl.arange(0, 2)[None, None, :, None]
+            # All planes are one tensor: it changes its layout once, not once a plane.
+            plane = tl.arange(0, 4)[None, None, None, None, :]
             for unit in tl.static_range(NT):
                 place = (group * NT + unit) * 2 + token
                 exists = 2 * unit + token < count
@@ -184,7 +197,10 @@ def batch_shrink_kernel(
                 h = add_shares(totals, unit, R, WK, WR) * factor * (worth * LARGEST)
                 step = (group * NT + unit).to(tl.int64) * h_steps + first_step + row // 32
                 at = hidden_ptr + (step * 8 + 4 * token) * 32 + row % 32
-                store_planes(at, round_to_int(h), inside & exists, 4)
+                digits = (round_to_int(h) + carry_of_digits(4)) ^ carry_of_digits(4)
+                digit = (digits[:, :, :, :, None] >> (24 - 8 * plane)).to(tl.int8)
+                mask = (inside & exists)[:, :, :, :, None]
+                tl.store(at[:, :, :, :, None] + 32 * plane, digit, mask=mask)
 
 
 @triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset", "y_stride"])
@@ -214,6 +230,7 @@ def batch_expand_kernel(
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
@@ -266,7 +283,8 @@ def batch_expand_kernel(
                 outputs += (tl.load(at, mask=exists & (row < n_rows), other=0.0).to(tl.float32),)
             totals = finish_part(
                 started, record_ptr, slab, first_block, n_rows, source_ptr, stride,
-                columns, weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, NT, WK, U, USE_PTX,
+                columns, weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, NT, WK, U, X_AHEAD,
+                USE_PTX,
             )  # fmt: skip
             for unit in tl.static_range(NT):
                 place = (group * NT + unit) * 2 + token

@@ -75,7 +75,12 @@ def launch_repack(
 
 
 def launch_prepare(
-    x: torch.Tensor, plan: StepPlan, site: int, *, cleared: torch.Tensor | None = None
+    x: torch.Tensor,
+    plan: StepPlan,
+    site: int,
+    *,
+    cleared: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> None:
     """Write the int8 planes of the tokens that use a delta.
 
@@ -84,6 +89,7 @@ def launch_prepare(
         plan: of the step.
         site: number of the site.
         cleared: 32-bit elements [tokens, n], adjacent: rows of tokens that use a delta become 0.
+        overlap: be launched while the kernel before it on this stream ends, where a device can.
     """
     arena = plan.arena
     steps = arena.spec.sites[site].input_steps
@@ -108,7 +114,12 @@ def launch_prepare(
         BLOCK=block,
         OVERLAP=overlaps(),
         num_warps=max(1, min(16, block // 512)),
+        **_overlapping(overlap and overlaps()),
     )
+
+
+def _overlapping(overlap: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if overlap else {}
 
 
 def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str, Any]:
@@ -122,11 +133,13 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "WK": shape.along_steps,
         "WR": shape.along_rows,
         "U": shape.ahead,
+        "X_AHEAD": shape.inputs_ahead,
         "USE_PTX": is_compiled(),
         "OVERLAP": overlap,
         "num_warps": shape.warps,
         "num_stages": 1,
-        **({"launch_pdl": True} if overlap else {}),
+        **_overlapping(overlap),
+        **({"maxnreg": shape.registers} if shape.registers and is_compiled() else {}),
     }
 
 
@@ -226,11 +239,13 @@ def launch_layer(
     cut = _cut(plan, site, shape, overlap=overlaps())
     del cut["NT"], cut["num_stages"]
     n_delta = len(weight) // shape.rows
-    layer_kernel[(n_delta + len(weight) // LAYER_ROWS,)](
+    n_base = len(weight) // LAYER_ROWS
+    layer_kernel[(n_delta + n_base,)](
         x,
         weight,
         weight if bias is None else bias,
         x.shape[1],
+        min(n_base, shape.streams_first),
         n_delta,
         plan.x_planes.view(torch.int64),
         plan.x_step,
@@ -242,7 +257,8 @@ def launch_layer(
         site * arena.directory.stride(1),
         plan.group_slots,
         plan.terms,
-        plan.flags,
+        plan.products,
+        plan.arrivals,
         y,
         P=plan.planes if spec.has_direct(site) else PLANES,
         HAS_DIRECT=spec.has_direct(site),

@@ -19,6 +19,8 @@ from kernels.triton_ops.records import (
 )
 
 MAX_PARTS = tl.constexpr(directory.MAX_PARTS)
+# Who has been to a block of the delta's rows: this bit is its delta, the lower ones their products.
+HAS_DELTA = tl.constexpr(1 << 30)
 
 
 @triton.jit
@@ -62,6 +64,7 @@ def sum_delta(
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
@@ -102,7 +105,7 @@ def sum_delta(
                     worth = 0.5 * tl.load(step_ptr)
             totals = finish_part(
                 started, record_ptr, slab, first_block, n_rows, source_ptr, 0, columns,
-                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U, USE_PTX,
+                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
             delta = add_shares(totals, 0, R, WK, WR) * worth
     return delta
@@ -132,12 +135,13 @@ def multiply_rows(
     return tl.sum(total, axis=1)
 
 
-@triton.jit(do_not_specialize=["n_delta", "slot_stride", "site_offset"])
+@triton.jit(do_not_specialize=["n_delta", "n_before", "slot_stride", "site_offset"])
 def layer_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     n_cols,
+    n_before,
     n_delta,
     planes_ptr,
     step_ptr,
@@ -149,7 +153,8 @@ def layer_kernel(
     site_offset,
     group_slot_ptr,
     term_ptr,
-    flag_ptr,
+    product_ptr,
+    arrival_ptr,
     y_ptr,
     P: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -161,47 +166,64 @@ def layer_kernel(
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One token: y = x W^T + bias + U h, or + D x; the first n_delta programs sum the delta.
+    """One token: y = x W^T + bias + U h, or + D x; n_delta programs sum the delta.
 
-    The others stream the backbone's weights while `prepare` and `shrink`, launched before, still
-    run, and add the terms of their rows when all is summed. Programs start in order, so that those
-    of the delta never wait for the ones that wait for them. Parts of the site begin at multiples of
-    the delta's blocks.
+    The others stream the backbone's weights, the first n_before of them while `prepare` and
+    `shrink`, launched before, still run; then come those of the delta. Nobody waits for anybody: of
+    the two programs that have a row, the second to arrive adds what the first has left. Parts of
+    the site begin at multiples of the delta's blocks.
     """
     DELTA_ROWS: tl.constexpr = 16 * R * WR
     program = tl.program_id(0)
-    if program < n_delta:
+    if (program >= n_before) & (program < n_before + n_delta):
         if tl.load(group_slot_ptr) >= 0:
-            first_row = program * DELTA_ROWS
+            first_row = (program - n_before) * DELTA_ROWS
             delta = sum_delta(
                 first_row, planes_ptr, step_ptr, norm_ptr, hidden_ptr, table_ptr, directory_ptr,
                 slot_stride, site_offset, group_slot_ptr, P, WIDTHS, GROUPING, HAS_DIRECT,
-                HAS_FACTORS, R, WK, WR, U, USE_PTX, OVERLAP,
+                HAS_FACTORS, R, WK, WR, U, X_AHEAD, USE_PTX, OVERLAP,
             )  # fmt: skip
+            # A part without a delta has waited for nothing yet.
+            if OVERLAP:
+                gdc_wait()
             token = tl.arange(0, 2)[None, None, :, None]
             at = term_ptr + first_row + row_of_share(0, R, WR)
             tl.store(at + token, delta, mask=token < 1)
             tl.debug_barrier()
-            tl.atomic_xchg(flag_ptr + program, 1, sem="release")
+            at = arrival_ptr + program - n_before
+            arrived = tl.atomic_or(at, HAS_DELTA, sem="acq_rel")
+            tl.debug_barrier()
+            row = tl.arange(0, DELTA_ROWS)
+            mask = (arrived >> row // ROWS) & 1 != 0
+            y = tl.load(product_ptr + first_row + row, mask=mask, other=0.0, cache_modifier=".cg")
+            y += tl.load(term_ptr + first_row + row, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(y_ptr + first_row + row, y.to(y_ptr.dtype.element_ty), mask=mask)
     else:
-        first_row = (program - n_delta) * ROWS
+        number = tl.where(program < n_before, program, program - n_delta)
+        first_row = number * ROWS
         rows = first_row + tl.arange(0, ROWS)
         y = multiply_rows(first_row, x_ptr, weight_ptr, n_cols, ROWS, BLOCK, STAGES)
         if HAS_BIAS:
             y += tl.load(bias_ptr + rows).to(tl.float32)
-        # The flags are those of this launch once the launches before have ended.
+        # Arrivals are those of this launch once the launches before have ended.
         if OVERLAP:
             gdc_wait()
+        is_last = rows >= 0
         if tl.load(group_slot_ptr) >= 0:
-            at = flag_ptr + first_row // DELTA_ROWS
-            while tl.atomic_add(at, 0, sem="acquire") == 0:
-                pass
+            tl.store(product_ptr + rows, y)
             tl.debug_barrier()
-            y += tl.load(term_ptr + rows, cache_modifier=".cg")
-        tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty))
+            block: tl.constexpr = DELTA_ROWS // ROWS
+            arrived = tl.atomic_or(
+                arrival_ptr + number // block, 1 << number % block, sem="acq_rel"
+            )
+            tl.debug_barrier()
+            is_last &= arrived >= HAS_DELTA
+            y += tl.load(term_ptr + rows, mask=is_last, other=0.0, cache_modifier=".cg")
+        tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=is_last)

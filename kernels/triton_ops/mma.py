@@ -9,11 +9,26 @@ describe. Unpacked codes never leave their registers: that is what made tl.dot l
 import triton
 import triton.language as tl
 
+from kernels.triton_ops.codes import (
+    load_ahead,
+    move_blocks,
+    unpack_step,
+)
+
 
 @triton.jit
 def replace_items(items, new, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """`items` with COUNT of them, from FIRST on, replaced by `new`."""
     return items[:FIRST] + new + items[FIRST + COUNT :]
+
+
+@triton.jit
+def add_to_items(items, term):
+    """`items`, each with `term` added."""
+    sums = ()
+    for i in tl.static_range(len(items)):
+        sums += (items[i] + term,)
+    return sums
 
 
 @triton.jit
@@ -80,90 +95,6 @@ def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
     return (d[0], d[1], d[2], d[3])
 
 
-@triton.jit
-def load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS: tl.constexpr):
-    """Words of two steps of one block of 16 rows, one int32 [threads] each.
-
-    Args:
-        codes_ptr: int32 words in operand order (kernels/fragments.py).
-        high_ptr: int32 words of the third bit; unread at other widths.
-        block: int32 [threads], the row block.
-        pair: int32 [threads], number of the pair of steps.
-        n_steps: Steps of a row of blocks.
-        lane: int32 [threads], 0..31.
-        mask: Which threads load at all; the others see 0.
-        BITS: 1, 2, 3, 4 or 8.
-
-    Returns:
-        1, 2, 3, 4 or 8 words; those of a second step that does not exist are 0.
-    """
-    n_pairs = (n_steps + 1) // 2
-    second = mask & (2 * pair + 1 < n_steps)
-    step_ptr = codes_ptr + (block * n_steps + 2 * pair) * (16 * (BITS // 2 * 2))
-    words = ()
-    # Codes are read once: they should not push activations out of the caches.
-    if BITS == 1:
-        at = codes_ptr + (block * n_pairs + pair) * 32 + lane
-        words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
-    elif BITS <= 3:  # noqa: PLR2004 the interpreter cannot shift by a named tl.constexpr
-        at = step_ptr + lane
-        words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
-        words += (tl.load(at + 32, mask=second, other=0, eviction_policy="evict_first"),)
-        if BITS == 3:  # noqa: PLR2004 same
-            at = high_ptr + (block * n_pairs + pair) * 32 + lane
-            words += (tl.load(at, mask=mask, other=0, eviction_policy="evict_first"),)
-    else:
-        for step in tl.static_range(2):
-            for part in tl.static_range(BITS // 4):
-                at = step_ptr + (step * (BITS // 4) + part) * 64 + 2 * lane
-                wide = tl.load(
-                    at.to(tl.pointer_type(tl.int64)),
-                    mask=second if step else mask,
-                    other=0,
-                    eviction_policy="evict_first",
-                )
-                words += (wide.to(tl.int32), (wide >> 32).to(tl.int32))
-    return words
-
-
-@triton.jit
-def unpack_step(words, STEP: tl.constexpr, BITS: tl.constexpr):
-    """Codes of one step of a pair: four int32 [threads] of four signed bytes each.
-
-    A code c of b bits is kept as c - 2^(b - 1) in b bits, with a one below it in the byte: that is
-    2^(7 - b) times the odd number 2 c - (2^b - 1), whose zero point is 0. Eight bits leave no room
-    for the one; their byte is c - 128.
-
-    Args:
-        words: Of `load_pair`.
-        STEP: 0 or 1.
-        BITS: 1, 2, 3, 4 or 8.
-
-    Returns:
-        The operand `a` of `multiply_step`.
-    """
-    codes = ()
-    # Masks whose highest bit is set are written as the negative numbers they are in 32 bits.
-    for i in tl.static_range(4):
-        if BITS == 8:  # noqa: PLR2004 same
-            codes += (words[4 * STEP + i],)
-        elif BITS == 4:  # noqa: PLR2004 same
-            code = (words[2 * STEP + i // 2] << (4 - 4 * (i % 2))) & -0x0F0F0F10
-            codes += (code | 0x08080808,)
-        elif BITS == 1:
-            codes += (((words[0] << (7 - 4 * STEP - i)) & -0x7F7F7F80) | 0x40404040,)
-        elif BITS == 2:  # noqa: PLR2004 same
-            codes += (((words[STEP] << (6 - 2 * i)) & -0x3F3F3F40) | 0x20202020,)
-        else:
-            if i == 3:  # noqa: PLR2004 same
-                low = (words[STEP] >> 1) & 0x60606060
-            else:
-                low = (words[STEP] << (5 - 2 * i)) & 0x60606060
-            high = (words[2] << (7 - 4 * STEP - i)) & -0x7F7F7F80
-            codes += (low | high | 0x10101010,)
-    return codes
-
-
 @triton.constexpr_function
 def spare_bits(bits):
     """Bits of a byte below twice its code: what `unpack_step` multiplies odd numbers by."""
@@ -221,51 +152,12 @@ def fold_planes(
 
 
 @triton.jit
-def load_ahead(
-    codes_ptr,
-    high_ptr,
-    first_block,
-    n_blocks,
-    n_steps,
-    first_pair,
-    lane,
-    BITS: tl.constexpr,
-    R: tl.constexpr,
-    U: tl.constexpr,
-):
-    """Words of U pairs of R row blocks, those of a pair together; arguments as in `multiply_band`.
-
-    Args:
-        codes_ptr: Same.
-        high_ptr: Same.
-        first_block: Same.
-        n_blocks: Same.
-        n_steps: Same.
-        first_pair: int32 [threads], the first of the pairs.
-        lane: Same.
-        BITS: Same.
-        R: Same.
-        U: Same.
-
-    Returns:
-        U x R tuples of `load_pair`.
-    """
-    words = ()
-    for i in tl.static_range(U * R):
-        pair = first_pair + i // R
-        block = first_block + i % R
-        mask = (2 * pair < n_steps) & (block < n_blocks)
-        words += (load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, mask, BITS),)
-    return words
-
-
-@triton.jit
 def multiply_unit(
     acc,
     sums,
     words,
-    at,
-    mask,
+    marker,
+    b,
     STEP: tl.constexpr,
     UNIT: tl.constexpr,
     BITS: tl.constexpr,
@@ -279,8 +171,8 @@ def multiply_unit(
         acc: int32 [threads], four for each unit and row block.
         sums: int32 [threads], two for each unit: of the activations themselves.
         words: R tuples of `load_pair`.
-        at: int64 pointers [threads] to the unit's planes of this step.
-        mask: bool [threads], which of them to load; the others are 0.
+        marker: Of `unpack_step`.
+        b: int64 [threads], the unit's planes of this step, 0 where none exist.
         STEP: 0 or 1.
         UNIT: Number of the unit.
         BITS: 1, 2, 3, 4 or 8.
@@ -291,7 +183,6 @@ def multiply_unit(
     Returns:
         acc and sums.
     """
-    b = tl.load(at, mask=mask, other=0)
     b0 = b.to(tl.int32)
     b1 = (b >> 32).to(tl.int32)
     if HAS_SUMS:
@@ -300,17 +191,41 @@ def multiply_unit(
         d = multiply_step((zero + 0x01010101,) * 4, b0, b1, c, USE_PTX)
         sums = replace_items(sums, (d[0], d[1]), 2 * UNIT, 2)
     for r in tl.static_range(R):
-        a = unpack_step(words[r], STEP, BITS)
+        a = unpack_step(words[r], marker, STEP, BITS)
         d = multiply_step(a, b0, b1, four_items(acc, UNIT * R + r), USE_PTX)
         acc = replace_items(acc, d, 4 * (UNIT * R + r), 4)
     return acc, sums
 
 
 @triton.jit
+def load_planes(
+    planes_at, unit_stride, left, FIRST: tl.constexpr, STEPS: tl.constexpr, NT: tl.constexpr
+):
+    """Activations of STEPS steps from the FIRST one on, those of a step together.
+
+    Args:
+        planes_at: int64 pointers [threads], this lane's planes of the first unit.
+        unit_stride: int64 elements between units.
+        left: NT int32 [threads], steps from there to the end for which this lane has planes.
+        FIRST: Same.
+        STEPS: Same.
+        NT: Units.
+
+    Returns:
+        STEPS x NT int64 [threads].
+    """
+    planes = ()
+    for i in tl.static_range(STEPS * NT):
+        at = planes_at + (FIRST + i // NT) * 32 + i % NT * unit_stride
+        planes += (tl.load(at, mask=left[i % NT] > FIRST + i // NT, other=0),)
+    return planes
+
+
+@triton.jit
 def multiply_band(
     ahead,
-    codes_ptr,
-    high_ptr,
+    places,
+    marker,
     group_ptr,
     group_rows,
     first_block,
@@ -328,14 +243,15 @@ def multiply_band(
     NT: tl.constexpr,
     WK: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Twice the products of R blocks of 16 rows and NT units of activations, this warp's share.
 
     Args:
         ahead: Of `load_ahead` at pair wk * U: loads that were started before others.
-        codes_ptr: int32 words of the band in operand order.
-        high_ptr: Those of the third bit.
+        places: Of `locate_blocks` at the same pair.
+        marker: Of `unpack_step`.
         group_ptr: int32 [tiles of 128 columns, group_rows], fp16 scale and twice the zero point.
         group_rows: Rows of that array.
         first_block: int32 [threads], first row block of this warp.
@@ -353,6 +269,7 @@ def multiply_band(
         NT: Units of two tokens.
         WK: Warps that share the steps.
         U: Pairs of steps loaded ahead.
+        X_AHEAD: Whether their activations are loaded ahead too.
         USE_PTX: Of `multiply_step`.
 
     Returns:
@@ -365,25 +282,40 @@ def multiply_band(
     totals = (zero.to(tl.float32),) * (NT * R * 2)
     acc = (zero,) * (NT * R * 4)
     sums = (zero,) * (NT * 2)
+    # Steps from this warp's next one to the end; none for lanes whose planes do not exist.
+    left = n_steps - 2 * U * wk
+    own_left = ()
+    for unit in tl.static_range(NT):
+        own_left += (tl.where(columns[unit], left, 0),)
+    planes_at = planes_ptr + 2 * U * 32 * wk + lane
+    planes = ()
+    if X_AHEAD:
+        planes = load_planes(planes_at, unit_stride, own_left, 0, 2 * U, NT)
     for start in range(0, n_pairs, WK * U):
         words = ahead
-        following = start + (WK + wk) * U
-        ahead = load_ahead(
-            codes_ptr, high_ptr, first_block, n_blocks, n_steps, following, lane, BITS, R, U
-        )
+        places = move_blocks(places, WK * U, BITS)
+        left -= 2 * WK * U
+        ahead = load_ahead(places, left, BITS, U)
+        present = planes
+        next_left = add_to_items(own_left, -2 * WK * U)
+        next_at = planes_at + 2 * WK * U * 32
+        if X_AHEAD:
+            planes = load_planes(next_at, unit_stride, next_left, 0, 2 * U, NT)
         for u in tl.static_range(U):
             pair = start + wk * U + u
             for step in tl.static_range(2):
-                at = planes_ptr + (2 * pair + step) * 32 + lane
-                exists = 2 * pair + step < n_steps
+                if X_AHEAD:
+                    own = present[(2 * u + step) * NT : (2 * u + step + 1) * NT]
+                else:
+                    own = load_planes(planes_at, unit_stride, own_left, 2 * u + step, 1, NT)
                 for unit in tl.static_range(NT):
                     acc, sums = multiply_unit(
-                        acc, sums, words[u * R : u * R + R], at + unit * unit_stride,
-                        columns[unit] & exists, step, unit, BITS, R, needs_sums, USE_PTX,
+                        acc, sums, words[u * R : u * R + R], marker, own[unit],
+                        step, unit, BITS, R, needs_sums, USE_PTX,
                     )  # fmt: skip
             if GROUPED:
                 for unit in tl.static_range(NT):
-                    own = (sums[2 * unit], sums[2 * unit + 1])
+                    ones = (sums[2 * unit], sums[2 * unit + 1])
                     for r in tl.static_range(R):
                         c = four_items(acc, unit * R + r)
                         mask = (pair < n_pairs) & (first_block + r < n_blocks)
@@ -394,12 +326,14 @@ def multiply_band(
                             scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                             twice_zero = (word >> 16) & 511
                             term = scale * fold_planes(
-                                c, own, twice_zero, weights, half, BITS, True
+                                c, ones, twice_zero, weights, half, BITS, True
                             )
                             term += totals[2 * (unit * R + r) + half]
                             totals = replace_items(totals, (term,), 2 * (unit * R + r) + half, 1)
                 acc = (zero,) * (NT * R * 4)
                 sums = (zero,) * (NT * 2)
+        planes_at = next_at
+        own_left = next_left
     if not GROUPED:
         totals = ()
         for unit in tl.static_range(NT):

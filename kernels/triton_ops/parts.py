@@ -8,6 +8,7 @@ from kernels.triton_ops.records import (
     RECORD_INTS,
     finish_record,
     load_pointer,
+    load_record,
     start_record,
 )
 
@@ -79,8 +80,8 @@ def start_part(
     started = ()
     for i in tl.static_range(N_WIDTHS):
         if (WIDTHS >> width_of(i)) & 1:
-            at = record_ptr + i * RECORD_INTS
-            started += (start_record(at, slab, first_block, wk, lane, width_of(i), R, U),)
+            fields = load_record(record_ptr + i * RECORD_INTS)
+            started += (start_record(fields, slab, first_block, wk, lane, width_of(i), R, U),)
     return started
 
 
@@ -104,6 +105,7 @@ def finish_part(
     NT: tl.constexpr,
     WK: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Sums of `finish_record` over the widths; `started` is of `start_part`."""
@@ -113,7 +115,7 @@ def finish_part(
             band = started[count_widths(WIDTHS, i)]
             products = finish_record(
                 band, slab, first_block, source_ptr + band[6].to(tl.int64) * 32, stride,
-                columns, weights, wk, lane, width_of(i), GROUPING, R, NT, WK, U, USE_PTX,
+                columns, weights, wk, lane, width_of(i), GROUPING, R, NT, WK, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
             if HAS_FACTORS:
                 factors = tl.load(record_ptr + i * RECORD_INTS + 6)

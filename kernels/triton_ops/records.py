@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from kernels import directory
-from kernels.triton_ops.mma import load_ahead, multiply_band
+from kernels.triton_ops.codes import load_ahead, locate_blocks
+from kernels.triton_ops.mma import multiply_band
 
 MAX_RECORDS = tl.constexpr(directory.MAX_RECORDS)
 RECORD_INTS = tl.constexpr(directory.RECORD_INTS)
@@ -45,8 +46,17 @@ def load_pointer(slab, units, TYPE: tl.constexpr):
 
 
 @triton.jit
+def load_record(record_ptr):
+    """The fields of a record that `start_record` takes, in its order."""
+    fields = ()
+    for i in tl.static_range(1, 11):
+        fields += (tl.load(record_ptr + i),)
+    return fields
+
+
+@triton.jit
 def start_record(
-    record_ptr,
+    fields,
     slab,
     first_block,
     wk,
@@ -55,10 +65,10 @@ def start_record(
     R: tl.constexpr,
     U: tl.constexpr,
 ):
-    """Read a record and start the first loads of its codes.
+    """Start the first loads of a record's codes.
 
     Args:
-        record_ptr: int32 [16].
+        fields: Of `load_record`.
         slab: Address of the tenant's slab.
         first_block: Of `multiply_band`, and so all that are not named here.
         wk: Same.
@@ -70,27 +80,15 @@ def start_record(
     Returns:
         What `finish_record` takes.
     """
-    codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
-    high_ptr = codes_ptr
-    if BITS == 3:  # noqa: PLR2004 same as in mma.py
-        high_ptr = load_pointer(slab, tl.load(record_ptr + 2), tl.int32)
-    n_blocks = tl.load(record_ptr + 4)
-    n_steps = tl.load(record_ptr + 5)
-    group = tl.load(record_ptr + 7)
-    first_step = tl.load(record_ptr + 8)
-    ahead = load_ahead(
-        codes_ptr,
-        high_ptr,
-        first_block,
-        n_blocks,
-        n_steps,
-        wk * pairs_ahead(BITS, U),
-        lane,
-        BITS,
-        R,
-        pairs_ahead(BITS, U),
+    codes, high, _, n_blocks, n_steps, _, group, first_step, _, marker = fields
+    codes_ptr = load_pointer(slab, codes, tl.int32)
+    high_ptr = load_pointer(slab, high, tl.int32)
+    pairs: tl.constexpr = pairs_ahead(BITS, U)
+    places = locate_blocks(
+        codes_ptr, high_ptr, first_block, n_blocks, n_steps, wk * pairs, lane, BITS, R
     )
-    return ahead, codes_ptr, high_ptr, n_blocks, n_steps, group, first_step
+    ahead = load_ahead(places, n_steps - 2 * pairs * wk, BITS, pairs)
+    return ahead, places, marker, n_blocks, n_steps, group, first_step
 
 
 @triton.constexpr_function
@@ -116,6 +114,7 @@ def finish_record(
     NT: tl.constexpr,
     WK: tl.constexpr,
     U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """`multiply_band` of a started record.
@@ -136,31 +135,32 @@ def finish_record(
         NT: Same.
         WK: Same.
         U: Of `start_record`.
+        X_AHEAD: Of `multiply_band`.
         USE_PTX: Same.
 
     Returns:
         NT x R x 2 fp32 [threads].
     """
-    ahead, codes_ptr, high_ptr, n_blocks, n_steps, group, _ = started
+    ahead, places, marker, n_blocks, n_steps, group, _ = started
     group_ptr = load_pointer(slab, group, tl.int32)
     if GROUPING == 1:
         if group > 0:
             totals = multiply_band(
-                ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+                ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                BITS, True, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+                BITS, True, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
             )  # fmt: skip
         else:
             totals = multiply_band(
-                ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+                ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                BITS, False, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+                BITS, False, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
             )  # fmt: skip
     else:
         totals = multiply_band(
-            ahead, codes_ptr, high_ptr, group_ptr, n_blocks * 16, first_block, n_blocks,
+            ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
             n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-            BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), USE_PTX,
+            BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
         )  # fmt: skip
     return totals
 

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.mma import double_sum, load_pair, unpack_step
+from kernels.triton_ops.codes import load_pair, locate_pair, unpack_step
+from kernels.triton_ops.mma import double_sum
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
@@ -56,6 +57,7 @@ def unfold_record(
     factors_ptr = load_pointer(slab, factors, tl.float32)
     group = tl.load(record_ptr + 7)
     group_ptr = load_pointer(slab, group, tl.int32)
+    marker = tl.load(record_ptr + 10)
     n_pairs = (n_steps + 1) // 2
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
@@ -65,7 +67,8 @@ def unfold_record(
         block = item // n_pairs
         pair = item % n_pairs
         exists = block < n_blocks
-        words = load_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, exists, BITS)
+        places = locate_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, BITS)
+        words = load_pair(places, tl.where(exists, n_steps - 2 * pair, 0), 0, BITS)
         for half in tl.static_range(2):
             row = block * 16 + lane // 4 + 8 * half
             factor = tl.load(factors_ptr + row, mask=(row < n_rows) & (factors > 0), other=1.0)
@@ -79,7 +82,7 @@ def unfold_record(
             factor = tl.where(row < n_rows, factor, 0.0)
             row_at = out_ptr + row.to(tl.int64) * out_stride
             for step in tl.static_range(2):
-                codes = unpack_step(words, step, BITS)
+                codes = unpack_step(words, marker, step, BITS)
                 for side in tl.static_range(2):
                     col = (2 * pair + step) * 32 + lane % 4 * 8 + 4 * side
                     four = tl.zeros_like(lane).to(tl.int64)

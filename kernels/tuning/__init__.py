@@ -12,12 +12,20 @@ FOLDER: Final = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead."""
+    """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
+
+    inputs_ahead: load the activations of those pairs ahead too.
+    streams_first: programs of a lone token's layer that stream weights before its delta starts.
+    registers: most that a thread may use, so that more programs run at once; 0 is no limit.
+    """
 
     blocks: int
     along_steps: int
     along_rows: int
     ahead: int
+    inputs_ahead: bool = False
+    streams_first: int = 0
+    registers: int = 0
 
     @property
     def rows(self) -> int:
@@ -68,7 +76,7 @@ _DEFAULTS: Final = (
         stage="layer",
         groups=1,
         steps=1 << 30,
-        shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2),
+        shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2, streams_first=264),
     ),
 )
 

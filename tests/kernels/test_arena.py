@@ -99,8 +99,12 @@ def test_recipes_of_every_kind_share_a_batch(planes, units, limit):
     assert torch.equal(y[wanted == 0], torch.zeros(int((wanted == 0).sum())))
 
 
-@pytest.mark.parametrize("without", [(), ("q",)], ids=["all", "one-part"])
-def test_a_lone_token_has_its_whole_layer_in_one_launch(without):
+@pytest.mark.parametrize(
+    ("before", "without"),
+    [(0, ()), (1, ("q",)), (264, ())],
+    ids=["delta-first", "one-part-between", "delta-last"],
+)
+def test_a_lone_token_has_its_whole_layer_in_one_launch(before, without):
     site = replace(SITE, out_features=(64, 32))
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site, without=without)
     arena, (slot,) = build_arena([delta], site=site)
@@ -108,12 +112,13 @@ def test_a_lone_token_has_its_whole_layer_in_one_launch(without):
     x, weight = (torch.randn(n, 70, generator=generator) for n in (1, 96))
     bias = torch.randn(96, generator=generator)
     plan = StepPlan(arena, n_tokens=1)
-    shape = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2)
+    shape = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, streams_first=before)
     base = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     found = {}
-    # The second of two runs must not take the first one's flags for its own.
+    # The last of three runs must not take the first one's arrivals for its own.
     for number in (0, -1, 0):
         plan.terms.fill_(torch.nan)
+        plan.products.fill_(torch.nan)
         plan.assign([slot if number == 0 else -1])
         y = serving.multiply_layer(x, weight, bias, plan, 0, shape)
         assert torch.equal(y, found.setdefault(number, y))
@@ -132,6 +137,24 @@ def test_inputs_of_a_real_model_cost_no_precision(key):
     plan.assign([slot])
     y = serving.add_delta(torch.zeros(1, 16), recorded, plan, 0)
     assert relative(y, expected_terms([delta], [0], recorded, site)) <= 2e-6
+
+
+def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
+    site = replace(SITE, parts=("q",), out_features=(17,))
+    delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site)
+    arena, (slot,) = build_arena([delta], site=site)
+    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(9))
+    found = []
+    for units, shape in (
+        (1, Shape(blocks=1, along_steps=1, along_rows=1, ahead=1)),
+        (2, Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)),
+    ):
+        monkeypatch.setattr(serving, "_choose", lambda *_, shape=shape: shape)
+        plan = StepPlan(arena, n_tokens=3, units_per_group=units)
+        plan.assign([slot] * 3)
+        plan.h_planes.fill_(85)
+        found.append(serving.add_delta(torch.zeros(3, 17), x, plan, 0))
+    assert torch.equal(*found)
 
 
 def test_outliers_cost_no_precision():

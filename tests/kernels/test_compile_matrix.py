@@ -39,16 +39,25 @@ def test_the_interpreter_cannot_pass_for_the_compiler():
     assert "TRITON_INTERPRET" in run.stderr
 
 
-def test_the_newest_architecture_sees_every_kernel_width_and_dtype():
-    seen = {(v.op, v.bits, v.dtype) for v in VARIANTS if v.arch == ARCHITECTURES[-1]}
-    assert seen == set(product(KERNELS, BITS, DTYPES))
+def test_the_newest_architecture_sees_every_width_of_every_kernel():
+    newest = [variant for variant in VARIANTS if variant.arch == ARCHITECTURES[-1]]
+    assert {(v.op, v.bits) for v in newest} == set(product(KERNELS, BITS))
+    assert {(v.op, v.dtype) for v in newest} == set(product(KERNELS, DTYPES))
+    assert {(v.bits, v.dtype) for v in newest} == set(product(BITS, DTYPES))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_sees_every_kernel_width_and_every_dtype(arch):
+def test_every_architecture_sees_every_kernel_and_dtype_and_every_width(arch):
     variants = [variant for variant in VARIANTS if variant.arch == arch]
-    assert {(v.op, v.bits) for v in variants} == set(product(KERNELS, BITS))
     assert {(v.op, v.dtype) for v in variants} == set(product(KERNELS, DTYPES))
+    assert {v.bits for v in variants} == set(BITS)
+
+
+def test_the_older_architectures_see_every_width_of_every_kernel_and_both_switches():
+    older = [variant for variant in VARIANTS if variant.arch != ARCHITECTURES[-1]]
+    assert {(v.op, v.bits) for v in older} == set(product(KERNELS, BITS))
+    switches = {(v.arch, v.has_zero, v.is_aligned) for v in older}
+    assert switches == set(product(ARCHITECTURES[:-1], (True, False), (True, False)))
 
 
 @pytest.mark.parametrize(
