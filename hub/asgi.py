@@ -60,6 +60,16 @@ async def _refuse(send: Send) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-application = limit_body(
-    get_asgi_application(), max_bytes=max(settings.UPLOAD_PART_BYTES, MAX_HEADER_BYTES) + 1
-)
+_pages = get_asgi_application()
+# Views and models can be imported once that has loaded the apps.
+from hub.model_calls import ModelCalls, is_model_call  # noqa: E402
+
+_model_calls = ModelCalls()
+
+
+async def route(scope: Scope, receive: Receive, send: Send) -> None:
+    """Send calls of models with a token their short way, and everything else through Django."""
+    await (_model_calls if is_model_call(scope) else _pages)(scope, receive, send)
+
+
+application = limit_body(route, max_bytes=max(settings.UPLOAD_PART_BYTES, MAX_HEADER_BYTES) + 1)

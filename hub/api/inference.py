@@ -9,13 +9,17 @@ Errors have OpenAI's shape here and nowhere else, because that is what its clien
 import json
 import time
 import uuid
+from asyncio import get_running_loop
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import RequestDataTooBig
+from django.core.handlers.asgi import ASGIRequest
+from django.db import close_old_connections
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.urls import path
@@ -29,6 +33,25 @@ from hub.inference import Model
 from hub.models import User
 
 View = Callable[..., Coroutine[Any, Any, HttpResponseBase]]
+_R = TypeVar("_R")
+# Threads that ask the database for all requests here. Django's own way is a thread, and with it a
+# connection, for each request as long as it lasts: a thousand of them for a thousand streams.
+_THREADS = ThreadPoolExecutor(4, thread_name_prefix="hub-ask")
+
+
+async def ask(request: HttpRequest, work: Callable[..., _R], *args: object) -> _R:
+    """Await the answer of work that asks the database."""
+    if not isinstance(request, ASGIRequest):
+        # By WSGI the request has a thread already, and its view runs there.
+        return await sync_to_async(work)(*args)
+
+    def run() -> _R:
+        try:
+            return work(*args)
+        finally:
+            close_old_connections()
+
+    return await get_running_loop().run_in_executor(_THREADS, run)
 
 
 class Refusal(Exception):  # noqa: N818  what it is: an answer, not a mistake
@@ -59,7 +82,7 @@ def openai_route(*methods: str) -> Callable[[View], View]:
             request_id = f"req_{uuid.uuid4().hex}"
             try:
                 _check_method(request, methods)
-                user = await sync_to_async(_authenticate)(request)
+                user = await ask(request, _authenticate, request)
                 response = await view(
                     Call(request=request, user=user, request_id=request_id, **captured)
                 )
@@ -75,6 +98,19 @@ def openai_route(*methods: str) -> Callable[[View], View]:
         return handle
 
     return decorate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A model that the caller may ask, and its files as the engine is told of them."""
+
+    model: Model
+    target: str
+
+
+def _find_whole(user: User, name: str) -> Found:
+    model = inference.find_model(user, name)
+    return Found(model=model, target=inference.describe_target(model))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,27 +141,27 @@ class Call:
             raise Refusal(400, "invalid_json", "The request body must be a JSON object.")
         return body
 
-    async def find_named(self, name: object, *, param: str = "model") -> Model:
+    async def find_named(self, name: object, *, param: str = "model") -> Found:
         """Find the model that a field of the request names."""
         if not isinstance(name, str) or not name:
             message = f"{param} must name a backbone or a delta."
             raise Refusal(400, "invalid_value", message, param=param)
         try:
-            return await sync_to_async(inference.find_model)(self.user, name)
+            return await ask(self.request, _find_whole, self.user, name)
         except UserError as error:
             text = f"The model {name[:200]!r} does not exist or you may not see it."
             if error.code == "finetune_gone":
                 text = messages.explain(error.code, error.params).what
             raise Refusal(404, "model_not_found", text, param=param) from None
 
-    async def find_model(self, name: object) -> Model:
+    async def find_model(self, name: object) -> Found:
         """Find the model of the address; a body that names another one is a mistake."""
         if not self.place:
             return await self.find_named(name)
         found = await self.find_named(self.place)
         if name is not None and name != "":
             other = await self.find_named(name)
-            if other.revision.repo_id != found.revision.repo_id:
+            if other.model.revision.repo_id != found.model.revision.repo_id:
                 message = f"This address answers for {self.place!r} only."
                 raise Refusal(400, "model_mismatch", message, param="model")
         return found
@@ -147,16 +183,17 @@ async def nothing(call: Call) -> HttpResponseBase:
 async def models(call: Call) -> HttpResponseBase:
     if call.place:
         found = await call.find_named(call.place)
-        data = [await sync_to_async(inference.describe_model)(call.user, found)]
+        data = [await ask(call.request, inference.describe_model, call.user, found.model)]
     else:
-        data = await sync_to_async(inference.list_models)(call.user)
+        data = await ask(call.request, inference.list_models, call.user)
     return JsonResponse({"object": "list", "data": data})
 
 
 @openai_route("GET")
 async def model(call: Call) -> HttpResponseBase:
     found = await call.find_named(call.wanted)
-    return JsonResponse(await sync_to_async(inference.describe_model)(call.user, found))
+    card = await ask(call.request, inference.describe_model, call.user, found.model)
+    return JsonResponse(card)
 
 
 def forwarded(method: str, route: str) -> View:
@@ -183,7 +220,9 @@ async def compare(call: Call) -> HttpResponseBase:
     body = call.read_json()
     found = await call.find_model(body.get("model"))
     reference = await call.find_named(body.get("reference"), param="reference")
-    content = json.dumps(body | {"model": found.name, "reference": reference.name}).encode()
+    content = json.dumps(
+        body | {"model": found.model.name, "reference": reference.model.name}
+    ).encode()
     return await _forward(call, "POST", "/v1/compare", found, content=content, reference=reference)
 
 
@@ -191,19 +230,18 @@ async def _forward(
     call: Call,
     method: str,
     route: str,
-    found: Model,
+    found: Found,
     *,
     content: bytes = b"",
-    reference: Model | None = None,
+    reference: Found | None = None,
 ) -> HttpResponseBase:
-    describe = sync_to_async(inference.describe_target)
     try:
         answer = await inference.ask_engine(
             method,
             route,
             body=content,
-            target=await describe(found),
-            reference=None if reference is None else await describe(reference),
+            target=found.target,
+            reference=None if reference is None else reference.target,
             request_id=call.request_id,
         )
     except inference.EngineAwayError:
@@ -223,7 +261,8 @@ async def _forward(
     for header, value in answer.headers.items():
         response[header] = value
     response["X-Accel-Buffering"] = "no"
-    response["X-Delta-Revision"] = f"{found.revision.label} sha256:{found.revision.digest}"
+    revision = found.model.revision
+    response["X-Delta-Revision"] = f"{revision.label} sha256:{revision.digest}"
     return response
 
 

@@ -55,6 +55,35 @@ def test_another_host_is_refused(host):
     assert Client(headers={"host": host}).get("/api/v1/repos").status_code == 400
 
 
+@pytest.mark.parametrize("url", ["/v1/models", "/d/acme/math/v1/models", "/v1/none"])
+def test_a_call_with_a_token_takes_the_short_way_with_the_same_guards(live_client, url):
+    headers = {"authorization": "Bearer dch_wrong", "cookie": "sessionid=x"}
+    answer = live_client.get(url, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert {name: answer.headers[name] for name in middleware.HEADERS} == middleware.HEADERS
+    # Nothing on that way reads a cookie.
+    assert "Cookie" not in answer.headers.get("vary", "")
+    assert live_client.get(url, headers=headers | {"host": "evil.example"}).status_code == 400
+
+
+def test_a_call_with_a_token_still_has_to_come_by_tls(live_client, monkeypatch):
+    from hub import asgi
+
+    monkeypatch.setattr(asgi._model_calls._security, "redirect", True)
+    answer = live_client.get("/v1/models", headers={"authorization": "Bearer dch_wrong"})
+    assert answer.status_code == 301
+    assert answer.headers["location"].startswith("https://")
+
+
+def test_a_mistake_of_ours_on_the_short_way_is_an_error_without_its_reason(
+    live_client, monkeypatch
+):
+    monkeypatch.setattr("hub.api.inference.find_token", lambda _request: 1 // 0)
+    answer = live_client.get("/v1/models", headers={"authorization": "Bearer dch_wrong"})
+    assert answer.status_code == 500
+    assert "ZeroDivision" not in answer.text
+
+
 @pytest.mark.parametrize(
     ("method", "url", "code"),
     [
