@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from deltacome_core.errors import InternalError, UserError
 from kernels import batch_reference
-from kernels.arena import DeltaArena
+from kernels.arena import ArenaSpec, DeltaArena
+from kernels.fragments import STEP_COLUMNS
 from kernels.plan import PLANS, StepPlan
 from kernels.streams import side_stream
 from kernels.tuning import Shape, Stage, choose_shape
@@ -49,16 +50,35 @@ def _check(x: torch.Tensor, out_features: int, plan: StepPlan, site: int) -> Non
         raise InternalError(f"{out_features} outputs at a site of {wanted.total_out}")
 
 
-def _choose(stage: Stage, plan: StepPlan, steps: int) -> Shape:
+def _choose(stage: Stage, plan: StepPlan, site: int) -> Shape:
     from kernels.triton_ops.launch_batch import current_arch
 
     arch = current_arch()
+    steps, rows = measure_stage(stage, plan.arena.spec, site)
     if plan.units_per_group == 1:
-        return choose_shape(stage, groups=plan.n_groups, steps=steps, arch=arch)
+        return choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
     # Prompts come in every number of groups: one kernel serves them all. Its sums are as many as
     # blocks times units, and have to stay in registers.
-    shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, arch=arch)
+    shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, rows=rows, arch=arch)
     return replace(shape, blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)))
+
+
+def measure_stage(stage: Stage, spec: ArenaSpec, site: int) -> tuple[int, int]:
+    """Sizes that a shape is chosen by.
+
+    Args:
+        stage: which kernel.
+        spec: of the arena.
+        site: number of the site.
+
+    Returns:
+        Steps along the rows that are read, and how many rows those are.
+    """
+    where = spec.sites[site]
+    if stage == "shrink":
+        return where.input_steps, spec.hidden_steps(site) * STEP_COLUMNS
+    steps = spec.hidden_steps(site) if stage == "expand" else where.input_steps
+    return steps, where.total_out
 
 
 def _launch_first(
@@ -72,16 +92,15 @@ def _launch_first(
     from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
     launch_prepare(x, plan, site, cleared=cleared, overlap=overlap)
-    launch_shrink(plan, site, _choose("shrink", plan, plan.arena.spec.sites[site].input_steps))
+    launch_shrink(plan, site, _choose("shrink", plan, site))
 
 
 def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
     from kernels.triton_ops.launch_batch import launch_expand
 
-    steps = plan.arena.spec.hidden_steps(site)
-    shape = _choose("expand", plan, steps)
+    shape = _choose("expand", plan, site)
     # Without hidden values no shrink was launched that this could overlap.
-    launch_expand(y, plan, site, shape, overlap=overlap and steps > 0)
+    launch_expand(y, plan, site, shape, overlap=overlap and plan.arena.spec.hidden_steps(site) > 0)
 
 
 def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> torch.Tensor:
@@ -152,7 +171,7 @@ def _delta_linear(
     step = PLANS[plan]
     if x.device.type != "cuda" or not step.arena.operand_order:
         return add_delta(functional.linear(x, weight, bias), x, step, site)
-    shape = _choose("layer", step, step.arena.spec.sites[site].input_steps)
+    shape = _choose("layer", step, site)
     if _fits_layer(weight, step, site, shape):
         return multiply_layer(x, weight, bias, step, site, shape)
     main = torch.cuda.current_stream(x.device)

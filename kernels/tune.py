@@ -87,6 +87,8 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
     ),
 }
 GROUPS: Final = (1, 8, 32)
+# What a choice is found by.
+KEY: Final = ("stage", "groups", "steps", "rows")
 _N_SLOTS: Final = 160
 # Whole programs of every shape.
 _TINY_OUT: Final = 128
@@ -174,8 +176,8 @@ def _draw_weights(site: Site) -> list[torch.Tensor]:
 
 def _runs(
     arena: DeltaArena, site: int, plans: Sequence[StepPlan], stages: Sequence[Stage]
-) -> Iterator[tuple[Stage, Shape, int, Callable[[], None]]]:
-    """Each candidate, the steps it is chosen by, and a run of it over all plans."""
+) -> Iterator[tuple[Stage, Shape, Callable[[], None]]]:
+    """Each candidate and a run of it over all plans."""
     where = arena.spec.sites[site]
     n_groups = plans[0].n_tokens
     x = torch.randn(n_groups, where.in_features, device="cuda").bfloat16()
@@ -196,10 +198,9 @@ def _runs(
 
     for stage in stages:
         for shape in CANDIDATES[stage]:
-            steps = arena.spec.hidden_steps(site) if stage == "expand" else where.input_steps
             fits = all(out % shape.rows == 0 for out in where.out_features)
             if stage != "layer" or (fits and n_groups == 1):
-                yield stage, shape, steps, partial(launch, stage, shape)
+                yield stage, shape, partial(launch, stage, shape)
 
 
 def _time_shapes(
@@ -211,46 +212,43 @@ def _time_shapes(
         plan = StepPlan(arena, n_tokens=n_groups)
         plan.assign([(first * n_groups + i) % arena.n_slots for i in range(n_groups)])
         plans.append(plan)
-    return [
-        {
-            "stage": stage,
-            "groups": n_groups,
-            "steps": steps,
-            "site": arena.spec.sites[site].name.rpartition(".")[2],
-            "shape": asdict(shape),
-            "us": time_graph(run, n_calls=5) / len(plans),
-        }
-        for stage, shape, steps, run in _runs(arena, site, plans, stages)
-    ]
+    found = []
+    for stage, shape, run in _runs(arena, site, plans, stages):
+        steps, rows = serving.measure_stage(stage, arena.spec, site)
+        found.append(
+            {
+                "stage": stage,
+                "groups": n_groups,
+                "steps": steps,
+                "rows": rows,
+                "site": arena.spec.sites[site].name.rpartition(".")[2],
+                "shape": asdict(shape),
+                "us": time_graph(run, n_calls=5) / len(plans),
+            }
+        )
+    return found
 
 
 def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fastest shape for each stage, number of groups and length of rows.
+    """The fastest shape for each stage, number of groups, length and number of rows.
 
     Args:
         rows: of the timings.
 
     Returns:
-        One row each, times of sites with equal lengths added up.
+        One row each, times of sites with equal sizes added up.
     """
     sums: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
-        key = (row["stage"], row["groups"], row["steps"])
+        key = tuple(row[name] for name in KEY)
         shape = json.dumps(row["shape"])
         sums.setdefault(key, {}).setdefault(shape, 0.0)
         sums[key][shape] += row["us"]
     chosen = []
-    for (stage, groups, steps), times in sums.items():
+    for key, times in sums.items():
         best = min(times, key=lambda shape: times[shape])
-        chosen.append(
-            {
-                "stage": stage,
-                "groups": groups,
-                "steps": steps,
-                "shape": json.loads(best),
-                "us": times[best],
-            }
-        )
+        named = dict(zip(KEY, key, strict=True))
+        chosen.append(named | {"shape": json.loads(best), "us": times[best]})
     return chosen
 
 

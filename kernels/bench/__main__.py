@@ -97,12 +97,10 @@ def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]
             wanted |= {(HUB.name, stage, shape, planes) for planes in (4, 2)}
         if stage != "layer" and "decode_come" in names:
             wanted.add((COME.name, stage, shape, 4))
+    layer = choose_shape("layer", groups=1, steps=1, rows=1, arch=current_arch())
     if "decode" in names:
-        steps = LLAMA_7B.sites()[0].input_steps
-        layer = choose_shape("layer", groups=1, steps=steps, arch=current_arch())
         wanted |= {(HUB.name, "layer", layer, planes) for planes in (4, 2)}
     if "decode_come" in names:
-        layer = choose_shape("layer", groups=1, steps=1, arch=current_arch())
         wanted.add((COME.name, "layer", layer, 4))
     ordered = sorted(wanted, key=lambda one: (one[0] == HUB.name, one[1] == "shrink", str(one)))
     return [(LAYOUTS[name], stage, shape, planes) for name, stage, shape, planes in ordered]

@@ -201,6 +201,9 @@ def batch_shrink_kernel(
                 digit = (digits[:, :, :, :, None] >> (24 - 8 * plane)).to(tl.int8)
                 mask = (inside & exists)[:, :, :, :, None]
                 tl.store(at[:, :, :, :, None] + 32 * plane, digit, mask=mask)
+    # Programs without work wait too: who waits for this launch means the ones before it as well.
+    if OVERLAP:
+        gdc_wait()
 
 
 @triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset", "y_stride"])
@@ -293,3 +296,5 @@ def batch_expand_kernel(
                 at = row_at + at_token * y_stride
                 y = outputs[unit] + add_shares(totals, unit, R, WK, WR) * worths[unit]
                 tl.store(at, y.to(y_ptr.dtype.element_ty), mask=exists & (row < n_rows))
+    if OVERLAP:
+        gdc_wait()

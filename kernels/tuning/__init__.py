@@ -43,6 +43,7 @@ class Choice:
     stage: Stage
     groups: int
     steps: int
+    rows: int
     shape: Shape
 
 
@@ -52,30 +53,35 @@ _DEFAULTS: Final = (
         stage="shrink",
         groups=2,
         steps=1 << 30,
+        rows=1 << 30,
         shape=Shape(blocks=1, along_steps=8, along_rows=1, ahead=2),
     ),
     Choice(
         stage="shrink",
         groups=1 << 30,
         steps=1 << 30,
+        rows=1 << 30,
         shape=Shape(blocks=2, along_steps=4, along_rows=1, ahead=2),
     ),
     Choice(
         stage="expand",
         groups=2,
         steps=1 << 30,
+        rows=1 << 30,
         shape=Shape(blocks=1, along_steps=4, along_rows=1, ahead=2),
     ),
     Choice(
         stage="expand",
         groups=1 << 30,
         steps=1 << 30,
+        rows=1 << 30,
         shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2),
     ),
     Choice(
         stage="layer",
         groups=1,
         steps=1 << 30,
+        rows=1 << 30,
         shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2, streams_first=264),
     ),
 )
@@ -100,21 +106,23 @@ def load_table(arch: int) -> tuple[Choice, ...]:
             stage=row["stage"],
             groups=row["groups"],
             steps=row["steps"],
+            rows=row["rows"],
             shape=Shape(**row["shape"]),
         )
         for row in rows
     ]
-    return tuple(sorted(choices, key=lambda choice: (choice.groups, choice.steps)))
+    return tuple(sorted(choices, key=lambda choice: (choice.groups, choice.steps, choice.rows)))
 
 
 @cache
-def choose_shape(stage: Stage, *, groups: int, steps: int, arch: int) -> Shape:
+def choose_shape(stage: Stage, *, groups: int, steps: int, rows: int, arch: int) -> Shape:
     """The shape measured for the next larger launch, or for the largest.
 
     Args:
         stage: which kernel.
         groups: groups of tokens of the launch.
         steps: steps of 32 codes along the rows that are read.
+        rows: rows that all programs of a group read.
         arch: compute capability.
 
     Returns:
@@ -122,8 +130,8 @@ def choose_shape(stage: Stage, *, groups: int, steps: int, arch: int) -> Shape:
     """
     tables = (load_table(arch), _DEFAULTS)
     own = next(own for own in ([c for c in table if c.stage == stage] for table in tables) if own)
-    enough = [choice for choice in own if choice.groups >= groups]
-    group_limit = min(choice.groups for choice in enough) if enough else own[-1].groups
-    same = [choice for choice in own if choice.groups == group_limit]
-    fitting = [choice for choice in same if choice.steps >= steps]
-    return (fitting[0] if fitting else same[-1]).shape
+    for size, wanted in (("groups", groups), ("steps", steps), ("rows", rows)):
+        sizes = sorted({getattr(choice, size) for choice in own})
+        nearest = next((measured for measured in sizes if measured >= wanted), sizes[-1])
+        own = [choice for choice in own if getattr(choice, size) == nearest]
+    return own[0].shape

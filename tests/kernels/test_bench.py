@@ -112,7 +112,8 @@ def test_the_benchmark_has_the_bands_of_the_default_recipe(shape):
 
 def test_the_table_takes_the_fastest_shape():
     shape = {"blocks": 1, "along_steps": 4, "along_rows": 1, "ahead": 2}
-    slow = {"stage": "expand", "groups": 8, "steps": 27, "shape": shape | {"ahead": 4}, "us": 3.0}
+    sizes = {"stage": "expand", "groups": 8, "steps": 27, "rows": 64}
+    slow = sizes | {"shape": shape | {"ahead": 4}, "us": 3.0}
     fast = slow | {"shape": shape, "us": 2.0}
     (chosen,) = tune.choose([slow, fast, fast])
     # The same shape at two sites counts twice: 4 against 3.
@@ -165,7 +166,8 @@ def test_a_prompt_has_a_floor_above_its_bar():
 def test_a_table_keeps_the_launches_that_were_not_measured_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
     shape = {"blocks": 1, "along_steps": 4, "along_rows": 1, "ahead": 2}
-    row = {"stage": "shrink", "groups": 1, "steps": 8, "site": "o", "shape": shape, "us": 3.0}
+    sizes = {"stage": "shrink", "groups": 1, "steps": 8, "rows": 64}
+    row = sizes | {"site": "o", "shape": shape, "us": 3.0}
     other = row | {"groups": 8}
     old = {"choices": [row, other], "measured": [row, other]}
     merged = tune.merge_tables(old, [row | {"us": 2.0}])

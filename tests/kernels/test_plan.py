@@ -21,7 +21,7 @@ def test_a_batch_of_the_backbone_has_no_group():
 @pytest.mark.parametrize("steps", [1, 128, 5000])
 def test_every_launch_has_a_shape(arch, groups, steps):
     for stage in ("shrink", "expand"):
-        shape = choose_shape(stage, groups=groups, steps=steps, arch=arch)
+        shape = choose_shape(stage, groups=groups, steps=steps, rows=4096, arch=arch)
         assert shape.warps in {1, 2, 4, 8, 16}
         assert shape.blocks in {1, 2, 4}
 
@@ -30,6 +30,25 @@ def test_the_next_larger_measured_launch_decides():
     table = [choice for choice in load_table(90) if choice.stage == "expand"]
     assert table, "kernels/tuning/sm_90.json"
     for choice in table:
-        found = choose_shape("expand", groups=choice.groups, steps=choice.steps, arch=90)
-        assert found == choice.shape
+        sizes = {name: getattr(choice, name) for name in ("groups", "steps", "rows")}
+        assert choose_shape("expand", **sizes, arch=90) == choice.shape
     assert tuning.FOLDER.joinpath("sm_90.json").exists()
+
+
+def test_sites_of_one_width_are_told_apart_by_their_rows(monkeypatch):
+    sizes = ((1, 128, 64), (1, 128, 640), (8, 128, 640))
+    table = tuple(
+        tuning.Choice(
+            stage="shrink",
+            groups=groups,
+            steps=steps,
+            rows=rows,
+            shape=tuning.Shape(blocks=1, along_steps=1, along_rows=1, ahead=number),
+        )
+        for number, (groups, steps, rows) in enumerate(sizes)
+    )
+    monkeypatch.setattr(tuning, "load_table", lambda _: table)
+    for wanted, number in (((1, 64, 64), 0), ((1, 128, 65), 1), ((1, 500, 999), 1), ((9, 1, 1), 2)):
+        groups, steps, rows = wanted
+        shape = choose_shape("shrink", groups=groups, steps=steps, rows=rows, arch=-1)
+        assert shape.ahead == number
