@@ -175,11 +175,11 @@ def test_short_prompts_are_read_together_as_far_as_there_is_room():
         ]
 
     long, short, shorter = spans(129, 128, 9)
-    assert _choose_short([long, short, shorter]) == ([shorter, short], 2 + 16)
+    assert _choose_short([long, short, shorter]) == ([shorter, short], 5 + 64)
     assert _choose_short([long]) == ([], 0)
     many = spans(*[64] * 40)
     chosen, n_groups = _choose_short(many)
-    assert (chosen, n_groups) == (many[:32], 256)
+    assert (chosen, n_groups) == (many[:32], 1024)
 
 
 def test_a_slot_is_used_again_without_a_trace_of_who_left(folder):

@@ -30,11 +30,13 @@ COORDINATES = "head.coordinates"
 # Rows of single tokens: graphs are captured, and plans made, for these sizes.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Rows of one tenant above which its factors are unfolded once instead of read for each group of
-# rows: unfolding costs 55 ms a tenant, a group about 1 (7B, one H100).
+# rows: unfolding costs 55 ms a tenant, a group of two rows .4 (7B, one H100).
 _PROMPT_ROWS = 128
-# Eight rows of a prompt read the codes once. Rooms for so many groups; more are unfolded.
-_PROMPT_UNITS = 4
-_PROMPT_GROUPS = (16, 64, 256)
+# Two rows of a prompt read the codes once, as those of an answer do: the kernels are the same, and
+# those of eight rows take half a minute each to compile. More groups than there is room for are
+# unfolded.
+_PROMPT_UNITS = 1
+_PROMPT_GROUPS = (16, 64, 256, 1024)
 # Deltas of one recipe differ a little in size and ranks.
 _SLACK = 1.02
 _RANK_SLACK = 1.25
