@@ -37,14 +37,13 @@ class Executor(Protocol):
     """`forward` gives f32 logits [sum of rows, vocabulary], in the order of the work.
 
     Where vocabularies differ the smaller ones are filled up with minus infinity. `is_async` says
-    that the result is still being computed when `forward` returns; then `tokens`, int64 [work] on
-    the device, may be given instead of those of the sequences, one for each item.
+    that the result is still being computed when `forward` returns.
     """
 
     pages: PagePool
     is_async: bool
 
-    def forward(self, work: Many[Work], tokens: torch.Tensor | None = None) -> torch.Tensor: ...
+    def forward(self, work: Many[Work]) -> torch.Tensor: ...
 
     def evict(self, slot: int) -> None: ...
 
@@ -63,8 +62,7 @@ class PlainExecutor:
         """It has no slots: its one model goes with it."""
 
     @torch.inference_mode()
-    def forward(self, work: Many[Work], tokens: torch.Tensor | None = None) -> torch.Tensor:
-        del tokens
+    def forward(self, work: Many[Work]) -> torch.Tensor:
         return torch.cat([self._run(item) for item in work])
 
     def _run(self, item: Work) -> torch.Tensor:
