@@ -20,7 +20,7 @@ ROUTES = ("/v1/", "/d/")
 
 
 def is_model_call(scope: dict[str, Any]) -> bool:
-    """Whether a request names a model's route and brings brings a token: no cookie counts."""
+    """Whether a request names a model's route and brings a token: no cookie counts."""
     if scope["type"] != "http" or not scope["path"].startswith(ROUTES):
         return False
     if not any(name == b"authorization" for name, _ in scope["headers"]):
