@@ -19,11 +19,12 @@ from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from workers.engine import arena_slots
 from workers.engine.arena_slots import _choose_short
-from workers.engine.attention import DecodeRows
+from workers.engine.attention import DecodeRows, _attend_chunk, _attend_together, put_together
 from workers.engine.executor import PlainExecutor, Work
 from workers.engine.graphs import DecodeGraphs, StepInputs, _Captured
 from workers.engine.layers import RowTables
 from workers.engine.model import load_backbone, load_shared, share_backbone
+from workers.engine.paging import PAGE_TOKENS
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.shared import SharedExecutor
 from workers.engine.slots import Span
@@ -477,3 +478,32 @@ def test_the_attention_kernel_reads_pages_as_plain_attention_would():
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_attention_kernel_compiles_without_a_gpu(arch):
     assert run_here(COMPILE, str(arch)) == "right\n"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_newest_tokens_read_together_see_what_each_sees_alone(window, key_heads):
+    lengths = [1, 3, 17, 40, 16, 300]
+    counts = [-(-length // PAGE_TOKENS) for length in lengths]
+    # Page 0 is nobody's, and what fills up.
+    ends = list(accumulate(counts, initial=1))
+    pages = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    for row, (first, last) in enumerate(pairwise(ends)):
+        pages[row, : last - first] = torch.arange(first, last)
+    generator = torch.Generator().manual_seed(4)
+    shape = ends[-1] * PAGE_TOKENS, key_heads, 8
+    keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
+    query = torch.randn(len(lengths), 4, 8, generator=generator)
+    groups = put_together(DecodeRows(pages=pages, lengths=torch.tensor(lengths).int()))
+    assert sorted(row for group in groups for row in group.rows.tolist()) == list(range(6))
+    assert all(2 * group.seen.sum(dim=1).min() > group.seen.shape[1] for group in groups)
+    for group in groups:
+        found = _attend_together(
+            query[group.rows], keys, values, group, scaling=None, window=window
+        )
+        for row, one in zip(group.rows.tolist(), found, strict=True):
+            at = torch.arange(lengths[row]) + ends[row] * PAGE_TOKENS
+            alone = _attend_chunk(
+                query[row][None, :, None], keys[at], values[at], scaling=None, window=window
+            )
+            assert torch.allclose(one, alone[0], atol=1e-5)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltacome_core.errors import UserError
-from workers.engine.paging import PagedCache
+from workers.engine.paging import PAGE_TOKENS, PagedCache
 
 ATTENTION_NAME = "deltacome_paged"
 # What some models hand to attention beyond a scale and a window; their results would be wrong here.
@@ -27,7 +27,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRows:
-    """The first rows of a step on CUDA, each the newest token of its sequence.
+    """The first rows of a step, each the newest token of its sequence.
 
     pages int32 [rows, pages of the longest], lengths int32 [rows].
     """
@@ -37,10 +37,50 @@ class DecodeRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Together:
+    """Newest tokens whose sequences are of like length, for one call of torch's own attention.
+
+    rows int64 [n]; places int64 [n, longest] of the cache; seen bool [n, longest], what is not
+    seen fills up.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    seen: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionStep:
+    """Newest tokens go by the kernel on CUDA, `decode`, and `together` elsewhere."""
+
     cache: PagedCache
     chunks: tuple[Chunk, ...]
     decode: DecodeRows | None = None
+    together: tuple[Together, ...] = ()
+
+
+def put_together(decode: DecodeRows) -> tuple[Together, ...]:
+    """Group rows so that none is filled up to more than twice its length.
+
+    Args:
+        decode: rows of a step, on the CPU; pages that fill up hold numbers, whichever.
+
+    Returns:
+        All rows, once each.
+    """
+    groups: dict[int, list[int]] = {}
+    lengths = decode.lengths.tolist()
+    for row, length in enumerate(lengths):
+        groups.setdefault(length.bit_length(), []).append(row)
+    found = []
+    for members in groups.values():
+        rows = torch.tensor(members)
+        longest = max(lengths[row] for row in members)
+        pages = decode.pages[rows, : -(-longest // PAGE_TOKENS)].long()
+        places = pages[..., None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+        seen = torch.arange(longest) < decode.lengths[rows, None]
+        found.append(Together(rows=rows, places=places.flatten(1)[:, :longest], seen=seen))
+    return tuple(found)
 
 
 _RUNNING = threading.local()
@@ -99,6 +139,9 @@ def paged_attention(
         raise UserError("architecture_unknown", reason="its keys and values differ in width")
     output = query.new_empty((query.shape[2], query.shape[1], values.shape[2]))
     options: dict[str, Any] = {"scaling": scaling, "window": sliding_window}
+    for group in step.together:
+        singles = query[0, :, group.rows].transpose(0, 1)
+        output[group.rows] = _attend_together(singles, keys, values, group, **options)
     if step.decode is not None:
         from workers.engine.paged_kernel import attend_decode
 
@@ -110,6 +153,31 @@ def paged_attention(
         near, far = keys[chunk.places], values[chunk.places]
         output[rows] = _attend_chunk(query[:, :, rows], near, far, **options)
     return output[None], None
+
+
+def _attend_together(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    group: Together,
+    *,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention of query [n, heads, width], one row a sequence; [n, heads, width of values]."""
+    mask = group.seen
+    if window is not None and window < mask.shape[1]:
+        lengths = mask.sum(dim=1, keepdim=True)
+        mask = mask & (torch.arange(mask.shape[1]) >= lengths - window)
+    found = functional.scaled_dot_product_attention(
+        query[:, :, None],
+        keys[group.places].transpose(1, 2),
+        values[group.places].transpose(1, 2),
+        attn_mask=mask[:, None, None],
+        scale=scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return found[:, :, 0]
 
 
 def _attend_chunk(

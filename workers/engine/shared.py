@@ -13,7 +13,7 @@ import torch
 
 from deltacome_core.errors import UserError
 from workers.engine.arena_slots import BUCKETS, ArenaSlots
-from workers.engine.attention import AttentionStep, Chunk, DecodeRows, running
+from workers.engine.attention import AttentionStep, Chunk, DecodeRows, put_together, running
 from workers.engine.executor import Work
 from workers.engine.graphs import DecodeGraphs, StepInputs
 from workers.engine.layers import Link, RowTables
@@ -189,7 +189,6 @@ class SharedExecutor:
                 written[first] = _place(item.sequence.pages, item.start)
             else:
                 positions[first:last] = np.arange(item.start, item.start + item.count)
-            if item.count > 1 or not self._pads:
                 seen = _places(item.sequence.pages, item.start + item.count)
                 written[first:last] = seen[item.start :]
                 places = torch.from_numpy(seen).to(self._device)
@@ -204,7 +203,7 @@ class SharedExecutor:
             places=on_device[2],
             owners=on_device[3],
             chunks=tuple(chunks),
-            decode=self._decode_rows(work, layout) if self._pads and layout.n_single else None,
+            decode=self._decode_rows(work, layout) if layout.n_single else None,
         )
 
     def _decode_rows(self, work: Sequence[Work], layout: Layout) -> DecodeRows:
@@ -224,7 +223,12 @@ class SharedExecutor:
         """Hidden states of all rows, [rows, hidden]."""
         self._cache.places = inputs.places
         self.tables.gather(inputs.owners)
-        step = AttentionStep(cache=self._cache, chunks=inputs.chunks, decode=inputs.decode)
+        step = AttentionStep(
+            cache=self._cache,
+            chunks=inputs.chunks,
+            decode=inputs.decode if self._pads else None,
+            together=put_together(inputs.decode) if inputs.decode and not self._pads else (),
+        )
         with running(step):
             output = self._decoder(
                 inputs_embeds=inputs.embeds,
