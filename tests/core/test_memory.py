@@ -56,6 +56,14 @@ def test_a_config_without_sizes_is_refused(value):
     assert refused.value.code == "not_a_checkpoint"
 
 
+@pytest.mark.parametrize("name", ["head_dim", "num_key_value_heads"])
+def test_a_size_that_may_be_absent_must_be_a_number_where_it_is_not(name):
+    with pytest.raises(UserError) as refused:
+        memory.kv_bytes_per_token(LLAMA_2_7B | {name: "128"})
+    assert refused.value.code == "not_a_checkpoint"
+    assert name in str(refused.value.params)
+
+
 def test_files_give_what_their_headers_say(trained_pair, trained_delta):
     base = open_checkpoint(trained_pair[0])
     found = memory.forecast_files(trained_pair[0], [trained_delta] * 2, kv_tokens=10)
