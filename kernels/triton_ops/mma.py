@@ -265,8 +265,7 @@ def multiply_band(
         lane: int32 [threads], 0..31.
         BITS: 1, 2, 3, 4 or 8.
         GROUPED: A scale and zero point a row and tile; without it zero is mid-range, scale 1.
-        R: Row blocks of a warp.
-        NT: Units of two tokens.
+        R, NT: Row blocks of a warp; units of two tokens.
         WK: Warps that share the steps.
         U: Pairs of steps loaded ahead.
         X_AHEAD: Whether their activations are loaded ahead too.

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 
 import pytest
 import torch
@@ -155,6 +156,15 @@ def test_slots_are_taken_from_the_least_recently_used(models, blobs, tmp_path):
         assert answer([model], max_tokens=8)[0].ids == first
     assert residency._metrics.evictions.value() == 2
     residency.close()
+
+
+def test_a_backbone_that_left_takes_its_memory_along(models, residency):
+    """What lives long is kept out of garbage collection; when it has left it is garbage."""
+    module = weakref.ref(residency.acquire(target_of(models)).module)
+    residency.release(target_of(models))
+    assert module() is not None
+    residency._make_room(residency._config.memory_bytes)
+    assert module() is None
 
 
 def test_a_pinned_delta_stays(models, blobs, tmp_path):

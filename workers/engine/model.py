@@ -112,6 +112,8 @@ def settle_memory() -> None:
     A library and a backbone are a million of them: walking those stops every thread for up to half
     a second, in the middle of answers and of loading a delta.
     """
+    # Of what was left out before, some may be garbage by now.
+    gc.unfreeze()
     gc.collect()
     gc.freeze()
 
