@@ -265,7 +265,8 @@ def multiply_band(
         lane: int32 [threads], 0..31.
         BITS: 1, 2, 3, 4 or 8.
         GROUPED: A scale and zero point a row and tile; without it zero is mid-range, scale 1.
-        R, NT: Row blocks of a warp; units of two tokens.
+        R: Row blocks of a warp.
+        NT: Units of two tokens.
         WK: Warps that share the steps.
         U: Pairs of steps loaded ahead.
         X_AHEAD: Whether their activations are loaded ahead too.
@@ -297,9 +298,8 @@ def multiply_band(
         ahead = load_ahead(places, left, BITS, U)
         present = planes
         next_left = add_to_items(own_left, -2 * WK * U)
-        next_at = planes_at + 2 * WK * U * 32
         if X_AHEAD:
-            planes = load_planes(next_at, unit_stride, next_left, 0, 2 * U, NT)
+            planes = load_planes(planes_at + 2 * WK * U * 32, unit_stride, next_left, 0, 2 * U, NT)
         for u in tl.static_range(U):
             pair = start + wk * U + u
             for step in tl.static_range(2):
@@ -331,7 +331,7 @@ def multiply_band(
                             totals = replace_items(totals, (term,), 2 * (unit * R + r) + half, 1)
                 acc = (zero,) * (NT * R * 4)
                 sums = (zero,) * (NT * 2)
-        planes_at = next_at
+        planes_at += 2 * WK * U * 32
         own_left = next_left
     if not GROUPED:
         totals = ()

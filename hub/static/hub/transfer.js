@@ -188,6 +188,8 @@ export class Transfer {
 
   async #attempt({ entry, number, blob }) {
     const { digest, buffer } = await this.hasher.read(blob);
+    // The pause may have begun while the part was read.
+    await this.#gate();
     const abort = new AbortController();
     this.#aborts.add(abort);
     entry.state = "sending";
