@@ -69,23 +69,7 @@ class _Matrices:
 
 
 # Asked several times for each of hundreds of matrices while a delta is opened and read.
-@lru_cache(maxsize=4096)
-def _lowrank_payload(
-    out_features: int,
-    in_features: int,
-    bands: tuple[RankBand, ...],
-    group_u: Group,
-    group_v: Group,
-    symmetric: bool,  # noqa: FBT001  a cache takes arguments by position
-) -> Payload:
-    return matrix_payload(
-        out_features,
-        in_features,
-        bands=bands,
-        group_u=group_u,
-        group_v=group_v,
-        symmetric=symmetric,
-    )
+_lowrank_payload = lru_cache(maxsize=4096)(matrix_payload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +83,12 @@ class LowRankEntry(_Matrices):
 
     @property
     def payload(self) -> Payload:
-        out_features, in_features = self.matrix_shape
         return _lowrank_payload(
-            out_features, in_features, self.bands, self.group_u, self.group_v, self.symmetric
+            *self.matrix_shape,
+            bands=self.bands,
+            group_u=self.group_u,
+            group_v=self.group_v,
+            symmetric=self.symmetric,
         )
 
 

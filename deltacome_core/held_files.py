@@ -11,6 +11,7 @@ import torch
 from deltacome_core.delta_folder import DeltaFolder, hash_file
 from deltacome_core.errors import UserError
 from deltacome_core.layout import MATRIX_ALIGNMENT_BYTES, SECTION_ALIGNMENT_BYTES, align_up
+from deltacome_core.tensors import read_into
 
 # Long enough that a thread seldom waits for the interpreter, short enough to share out.
 _BLOCK_BYTES = 16 << 20
@@ -53,24 +54,12 @@ class HeldFiles:
     def _begin(self, file: Path, first: int, pool: ThreadPoolExecutor) -> _Held:
         size_bytes = self._folder.manifest.files[file.name].size_bytes
         blocks = tuple(
-            pool.submit(self._read_block, file, first, start, min(_BLOCK_BYTES, size_bytes - start))
-            for start in range(0, size_bytes, _BLOCK_BYTES)
+            pool.submit(read_into, block, file, number * _BLOCK_BYTES)
+            for number, block in enumerate(
+                torch.split(self.memory[first : first + size_bytes], _BLOCK_BYTES)
+            )
         )
         return _Held(first=first, size_bytes=size_bytes, blocks=blocks)
-
-    def _read_block(self, file: Path, first: int, start: int, size_bytes: int) -> None:
-        view = self.memory.numpy().data[first + start : first + start + size_bytes]
-        with file.open("rb", buffering=0) as opened:
-            opened.seek(start)
-            done = 0
-            while done < size_bytes:
-                n_read = opened.readinto(view[done:])
-                if not n_read:
-                    expected, found = start + size_bytes, start + done
-                    raise UserError(
-                        "file_truncated", file=file.name, found=found, expected=expected
-                    )
-                done += n_read
 
     def read(self, path: Path, start: int, size_bytes: int) -> torch.Tensor:
         """Give a range of a file; the way `tensors.read_bytes` does, but nothing is copied.

@@ -65,19 +65,32 @@ def read_bytes(path: Path, start: int, size_bytes: int) -> torch.Tensor:
         UserError: file_truncated.
     """
     buffer = torch.empty(size_bytes, dtype=torch.uint8)
+    read_into(buffer, path, start)
+    return buffer
+
+
+def read_into(buffer: torch.Tensor, path: Path, start: int) -> None:
+    """Fill memory with a range of a file.
+
+    Args:
+        buffer: u8 [size], on the CPU, adjacent.
+        path: the file.
+        start: first byte.
+
+    Raises:
+        UserError: file_truncated.
+    """
     view = buffer.numpy().data
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         done = 0
-        while done < size_bytes:
+        while done < len(view):
             # One read call returns at most 2 GiB on Linux.
             n_read = file.readinto(view[done:])
             if not n_read:
-                expected = start + size_bytes
-                found = start + done
+                expected, found = start + len(view), start + done
                 raise UserError("file_truncated", file=path.name, found=found, expected=expected)
             done += n_read
-    return buffer
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:

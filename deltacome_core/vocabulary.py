@@ -18,7 +18,7 @@ _ROWS_AT_ONCE = 8192
 # Share of the mean count that every token is given, seen or not.
 _UNSEEN = 0.05
 _DAMPING = 0.01
-# Basis and base scale are fitted in turns; the second changes nothing that a file could tell.
+# Basis and base scale are fitted in turns, since each depends on the other.
 _SCALE_TURNS = 3
 
 

@@ -5,6 +5,7 @@ costs more than running: walks are kept from matrix to matrix.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ class ColumnFeedback:
     spread: torch.Tensor
 
 
-class _Block:
+class _Block(ABC):
     """The columns whose turn it is, [batch, columns, rows], in memory that stays where it is."""
 
     def __init__(self, batch: int, rows: int, device: torch.device) -> None:
@@ -40,9 +41,9 @@ class _Block:
         self.spread = torch.zeros((batch, _BLOCK, _BLOCK), device=device)
         self._run = record(self._steps, device)
 
+    @abstractmethod
     def _encode(self, at: int) -> None:
         """Write code and error of the column `at` in place."""
-        raise NotImplementedError
 
     def _steps(self) -> None:
         for at in range(_BLOCK):
@@ -50,9 +51,11 @@ class _Block:
             spread = self.spread[:, at, at + 1 :, None]
             self.values[:, at + 1 :].addcmul_(spread, self.errors[:, at, None], value=-1)
 
+    @abstractmethod
     def start(self, start: int, stop: int) -> None:
         """Prepare for the columns start to stop."""
 
+    @abstractmethod
     def end(self, start: int, stop: int) -> None:
         """Keep what was found for them."""
 
@@ -83,6 +86,12 @@ class _RowBlock(_Block):
         """Take the largest codes float32 [batch, rows]; the block may have room for more rows."""
         self._top.zero_()
         self._top[:, : top.shape[1]] = top
+
+    def start(self, start: int, stop: int) -> None:
+        """Nothing to prepare: the rows are the same for all columns."""
+
+    def end(self, start: int, stop: int) -> None:
+        """Nothing to keep."""
 
     def _encode(self, at: int) -> None:
         x, code = self.values[:, at], self.codes[:, at]

@@ -57,8 +57,8 @@ def _choose(stage: Stage, plan: StepPlan, site: int) -> Shape:
     steps, rows = measure_stage(stage, plan.arena.spec, site)
     if plan.units_per_group == 1:
         return choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
-    # Prompts come in every number of groups: one kernel serves them all. Its sums are as many as
-    # blocks times units, and have to stay in registers.
+    # Groups of several units come in any number: one kernel serves them all. Its sums are as many
+    # as blocks times units, and have to stay in registers.
     shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, rows=rows, arch=arch)
     return replace(shape, blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)))
 
