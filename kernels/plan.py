@@ -12,6 +12,7 @@ import torch
 from deltacome_core.errors import InternalError
 from kernels.arena import DeltaArena
 from kernels.fragments import PLANES, STEP_COLUMNS, STEP_ROWS, UNIT_TOKENS
+from kernels.streams import send
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,11 +101,14 @@ class StepPlan:
         self.n_groups = n_tokens or n_groups
         n_units = self.n_groups * units_per_group
         device = arena.device
-        self.group_slots = torch.full((self.n_groups,), -1, dtype=torch.int32, device=device)
-        self.group_counts = torch.zeros(self.n_groups, dtype=torch.int32, device=device)
-        self.group_tokens = torch.full(
-            (n_units * UNIT_TOKENS,), -1, dtype=torch.int32, device=device
+        # Side by side, so that a step is one copy; each where a kernel may take 16 bytes at once.
+        self._width = -(-self.n_groups // 4) * 4
+        self._groups = torch.full(
+            (2 * self._width + n_units * UNIT_TOKENS,), -1, dtype=torch.int32, device=device
         )
+        self.group_slots = self._groups[: self.n_groups]
+        self.group_counts = self._groups[self._width : self._width + self.n_groups].zero_()
+        self.group_tokens = self._groups[2 * self._width :]
         self.token_slots: list[int] = [-1] * n_tokens
         sites = range(len(arena.spec.sites))
         steps = max(site.input_steps for site in arena.spec.sites)
@@ -140,6 +144,8 @@ class StepPlan:
             n_groups=self.n_groups,
         )
         self.token_slots = list(slots)
-        self.group_slots.copy_(torch.from_numpy(groups.slots))
-        self.group_counts.copy_(torch.from_numpy(groups.counts))
-        self.group_tokens.copy_(torch.from_numpy(groups.tokens).flatten())
+        numbers = np.zeros(len(self._groups), dtype=np.int32)
+        numbers[: self.n_groups] = groups.slots
+        numbers[self._width : self._width + self.n_groups] = groups.counts
+        numbers[2 * self._width :] = groups.tokens.ravel()
+        self._groups.copy_(send(numbers, self._groups.device))

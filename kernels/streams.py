@@ -1,5 +1,8 @@
-"""The stream beside the current one, one for each device."""
+"""The stream beside the current one, and copies to a device that nobody waits for."""
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 
 _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
@@ -18,3 +21,21 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
         # The backbone's product fills the device: without precedence the deltas would wait for it.
         _STREAMS[device] = torch.cuda.Stream(device, priority=-1)
     return _STREAMS[device]
+
+
+def send(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device behind what it still has to do.
+
+    A copy from memory that is not page-locked would first wait until all of that is done.
+
+    Args:
+        array: any shape and type that torch has too.
+        device: where to.
+
+    Returns:
+        The numbers there; on a CPU the array itself.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -1,5 +1,6 @@
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -23,21 +24,29 @@ def folder(tmp_path_factory):
     return tiny.save(tiny.make_model(), tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module", params=["shared", "plain"])
+@pytest.fixture(scope="module", params=["shared", "ahead", "plain"])
 def model(folder, request):
-    """The same backbone in the shared model, and run by its own code."""
+    """The same backbone in the shared model, as on a GPU there, and run by its own code."""
     loaded = load_backbone(folder, device="cpu")
     if request.param == "plain":
         return loaded
-    return share_backbone(loaded, folder, kv_bytes=1 << 22, n_slots=2)
+    shared = share_backbone(loaded, folder, kv_bytes=1 << 22, n_slots=2)
+    shared.executor.is_async = request.param == "ahead"
+    return shared
 
 
-def with_pages(folder, n_pages):
-    """A backbone whose cache holds few pages."""
+@pytest.fixture(params=[False, True], ids=["known", "ahead"])
+def with_pages(request):
+    return lambda folder, n_pages: share_few(folder, n_pages, ahead=request.param)
+
+
+def share_few(folder, n_pages, *, ahead):
+    """A backbone whose cache holds few pages; `ahead` as on a GPU."""
     loaded = load_backbone(folder, device="cpu")
     page_bytes = PAGE_TOKENS * 2 * 2 * 2 * 16 * 4
     shared = share_backbone(loaded, folder, kv_bytes=page_bytes * n_pages, n_slots=1)
     assert shared.executor.pages.capacity == n_pages
+    shared.executor.is_async = ahead
     return shared
 
 
@@ -55,6 +64,54 @@ def expected_ids(folder, prompt, length):
             torch.tensor([prompt]), max_new_tokens=length, do_sample=False
         )
     return ids[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def counted(folder, monkeypatch):
+    """A backbone as on a GPU, and the tokens that each of its steps was given from there."""
+    shared = share_few(folder, 64, ahead=True)
+    forward, given = shared.executor.forward, []
+
+    def count(work, tokens=None):
+        given.append(None if tokens is None else len(tokens))
+        return forward(work, tokens)
+
+    monkeypatch.setattr(shared.executor, "forward", count)
+    return shared, given
+
+
+def test_steps_begin_before_the_tokens_of_the_last_are_read(folder, counted):
+    model, given = counted
+    scheduler = Scheduler(Limits())
+    heard = [Heard(), Heard()]
+    lengths = (12, 7)
+    scheduler.submit(
+        [
+            make_sequence(model, one, max_tokens=length)
+            for one, length in zip(heard, lengths, strict=True)
+        ]
+    )
+    scheduler.start()
+    wait_for(lambda: scheduler.running == 0)
+    scheduler.stop()
+    wanted = expected_ids(folder, PROMPT, 12)
+    assert [one.ids for one in heard] == [wanted, wanted[:7]]
+    # One step reads the prompts; those of single tokens take them from the step before.
+    assert given == [None] + [2] * 6 + [1] * 5
+
+
+def test_a_step_too_many_is_never_sent_and_gives_its_pages_back(folder, counted):
+    model, given = counted
+    wanted = expected_ids(folder, PROMPT, 12)
+    at = next(at for at in range(3, 12) if wanted[at] not in wanted[:at])
+    ending = replace(model, eos_ids=frozenset({wanted[at]}))
+    heard = answer([ending], max_tokens=12)[0]
+    assert heard.ids == wanted[: at + 1]
+    assert isinstance(heard.end, Finish)
+    assert heard.end.reason == "stop"
+    assert len(heard.events) == at + 2
+    assert len(given) == at + 2
+    assert model.executor.pages.used == 0
 
 
 def test_answers_advance_side_by_side(model):
@@ -182,7 +239,7 @@ def test_a_request_is_taken_whole_or_not_at_all(model, scheduler, monkeypatch):
     wait_for(lambda: scheduler.running == 0)
 
 
-def test_an_answer_that_the_cache_can_never_hold_is_refused(folder):
+def test_an_answer_that_the_cache_can_never_hold_is_refused(folder, with_pages):
     model = with_pages(folder, 4)
     scheduler = Scheduler(Limits())
     with pytest.raises(ApiError) as refusal:
@@ -191,7 +248,7 @@ def test_an_answer_that_the_cache_can_never_hold_is_refused(folder):
     scheduler.submit([make_sequence(model, Heard(), max_tokens=62)])
 
 
-def test_answers_that_outgrow_the_cache_wait_for_pages_and_say_the_same(folder):
+def test_answers_that_outgrow_the_cache_wait_for_pages_and_say_the_same(folder, with_pages):
     roomy, tight = with_pages(folder, 64), with_pages(folder, 6)
     alone = [answer([roomy], prompt=(60 + n, 61, 62), max_tokens=60)[0].ids for n in range(4)]
     scheduler = Scheduler(Limits())
@@ -210,7 +267,7 @@ def test_answers_that_outgrow_the_cache_wait_for_pages_and_say_the_same(folder):
     assert tight.executor.pages.used == 0
 
 
-def test_an_answer_that_was_pushed_out_does_not_score_its_prompt_twice(folder):
+def test_an_answer_that_was_pushed_out_does_not_score_its_prompt_twice(folder, with_pages):
     roomy, tight = with_pages(folder, 64), with_pages(folder, 6)
     alone = answer([roomy], prompt=LONG, max_tokens=40, echo=True, logprobs=1)[0]
     heard = answer([tight] * 3, prompt=LONG, max_tokens=40, echo=True, logprobs=1)

@@ -368,7 +368,7 @@ def run_as_on_a_gpu(root):
     """Padded steps, the kernel for single tokens and a graph's fixed buffers, interpreted."""
     models = load_all(root, 3, arena=True)
     executor = models[0].executor
-    executor._pads = True
+    executor._pads = executor.is_async = True
     for kind in executor.vocabulary._kinds:
         if kind._table is not None and kind._table._kind.has_basis:
             # Its kernels, interpreted.

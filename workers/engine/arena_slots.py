@@ -125,7 +125,9 @@ class ArenaSlots:
             if self._stream is None:
                 slot = arena.load(image)
             else:
-                # The steps of others go on meanwhile, on their own stream.
+                # The steps of others go on meanwhile, on their own stream; those that were queued
+                # before may still read what the slot held.
+                self._stream.wait_stream(torch.cuda.default_stream(self._device))
                 with torch.cuda.stream(self._stream):
                     slot = arena.load(image)
         if self._stream is not None:

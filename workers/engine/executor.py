@@ -37,13 +37,14 @@ class Executor(Protocol):
     """`forward` gives f32 logits [sum of rows, vocabulary], in the order of the work.
 
     Where vocabularies differ the smaller ones are filled up with minus infinity. `is_async` says
-    that the result is still being computed when `forward` returns.
+    that the result is still being computed when `forward` returns; then `tokens`, int64 [work] on
+    the device, may be given instead of those of the sequences, one for each item.
     """
 
     pages: PagePool
     is_async: bool
 
-    def forward(self, work: Many[Work]) -> torch.Tensor: ...
+    def forward(self, work: Many[Work], tokens: torch.Tensor | None = None) -> torch.Tensor: ...
 
     def evict(self, slot: int) -> None: ...
 
@@ -62,7 +63,8 @@ class PlainExecutor:
         """It has no slots: its one model goes with it."""
 
     @torch.inference_mode()
-    def forward(self, work: Many[Work]) -> torch.Tensor:
+    def forward(self, work: Many[Work], tokens: torch.Tensor | None = None) -> torch.Tensor:
+        del tokens
         return torch.cat([self._run(item) for item in work])
 
     def _run(self, item: Work) -> torch.Tensor:

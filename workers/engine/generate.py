@@ -128,6 +128,20 @@ class Sequence:
     def draw(self) -> Draw:
         return Draw(sampling=self._sampling, counts=self._counts, generator=self._generator)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether a token follows the one that is chosen now, unless that one ends the answer."""
+        return self._left > 1
+
+    @property
+    def needs_its_tokens(self) -> bool:
+        """Whether the next token depends on the last ones by more than their keys and values."""
+        return bool(self._sampling.presence_penalty or self._sampling.frequency_penalty)
+
+    def go_on_unseen(self) -> None:
+        """Take note that a token was fed which is chosen, but not read yet."""
+        self.fed += 1
+
     def cancel(self) -> None:
         self.cancelled = True
 

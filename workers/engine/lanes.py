@@ -7,6 +7,7 @@ from workers.engine.executor import Executor, Work
 from workers.engine.fairness import DeficitRoundRobin
 from workers.engine.generate import Sequence
 from workers.engine.paging import pages_for
+from workers.engine.steps import Chosen
 
 # What a step reads of prompts is shared out among tenants in blocks of this many tokens.
 _BLOCK_TOKENS = 64
@@ -35,10 +36,14 @@ class Due(Work):
 
 @dataclass(slots=True)
 class Lane:
-    """Answers under way, oldest first; each tenant has its turn in decoding and in prompts."""
+    """Answers under way, oldest first; each tenant has its turn in decoding and in prompts.
+
+    chosen: of the last step, where its tokens are not read yet.
+    """
 
     executor: Executor
     running: list[Sequence] = field(default_factory=list)
+    chosen: Chosen | None = None
     _decode_turns: DeficitRoundRobin = field(default_factory=lambda: DeficitRoundRobin(quantum=1))
     _prefill_turns: DeficitRoundRobin = field(
         default_factory=lambda: DeficitRoundRobin(quantum=_BLOCK_TOKENS)
@@ -98,6 +103,33 @@ class Lane:
         reserved = [item for item in work if self._reserve(item, push_out)]
         # A later one may have pushed out an earlier one.
         return [item for item in reserved if item.sequence in self.running]
+
+    def compose_ahead(self, chosen: Chosen) -> tuple[list[Due], list[int]] | None:
+        """The step after the one whose tokens are chosen but not read.
+
+        Returns:
+            A token of each answer that has another one to come, and its place among those chosen.
+            None when the step has to be composed of what is known: there are prompts, answers that
+            wait for their turn or for pages, or ones whose choice depends on their last token.
+        """
+        running = {id(item) for item in self.running}
+        if running - {id(item) for item in chosen.sequences}:
+            return None
+        going = [
+            (place, item)
+            for place, item in enumerate(chosen.sequences)
+            if id(item) in running and not item.finished and item.has_more
+        ]
+        if not going or any(item.needs_its_tokens for _, item in going):
+            return None
+        for _, item in going:
+            missing = pages_for(item.fed + 1) - len(item.pages)
+            taken = self.executor.pages.take(max(0, missing))
+            if taken is None:
+                return None
+            item.pages.extend(taken)
+        work = [Due(sequence=item, start=item.fed, count=1, rows=1) for _, item in going]
+        return work, [place for place, _ in going]
 
     def _reserve(self, item: Due, push_out: Callable[[Sequence], None]) -> bool:
         """Give a sequence pages for its next tokens, from the largest holder if none is free."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from deltacome_core.errors import UserError
 from deltacome_core.packed import PackedRows
+from kernels.streams import send
 from kernels.vocabulary import EmbeddingTable, pad_ranks
 from workers.engine.arena_slots import BUCKETS, ArenaSlots, slots_of
 from workers.engine.parts import TenantParts
@@ -53,7 +55,7 @@ class _Rows:
         own = [slot if slot in self._used else -1 for slot in slots]
         if self._table is None or max(own, default=-1) < 0:
             return None
-        return self._table, torch.tensor(own, dtype=torch.int32).to(self._device)
+        return self._table, send(np.array(own, dtype=np.int32), self._device)
 
 
 class _Scales:

@@ -4,7 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from kernels.streams import send
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +64,7 @@ def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     chosen = logits.argmax(dim=-1)
     drawn = [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
+        rows = send(np.array(drawn), logits.device)
         chosen[rows] = _draw_rows(logits[rows], [draws[row] for row in drawn])
     return chosen
 
@@ -78,14 +81,14 @@ def _penalise(logits: torch.Tensor, draw: Draw) -> None:
 
 def _draw_rows(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+        return send(np.array(values, dtype=np.float32), logits.device)[:, None]
 
     heat = column([draw.sampling.temperature for draw in draws])
     chance = column([float(torch.rand(1, generator=draw.generator)) for draw in draws])
     weights = torch.softmax(logits / heat, dim=-1)
     narrow = [row for row, draw in enumerate(draws) if draw.sampling.top_p < 1]
     if narrow:
-        rows = torch.tensor(narrow, device=logits.device)
+        rows = send(np.array(narrow), logits.device)
         limit = column([draws[row].sampling.top_p for row in narrow])
         weights[rows] = _keep_nucleus(weights[rows], limit)
     return _invert(weights, chance)

@@ -14,7 +14,7 @@ from workers.engine.generate import Sequence
 from workers.engine.lanes import Due, Lane, Limits
 from workers.engine.metrics import EngineMetrics
 from workers.engine.paging import PAGE_TOKENS, pages_for
-from workers.engine.sampling import choose_tokens
+from workers.engine.steps import Chosen, choose_next, step_ahead
 
 __all__ = ["Limits", "Scheduler"]
 
@@ -161,9 +161,10 @@ class Scheduler:
                 if self._closing:
                     return
                 self._drop_cancelled()
-                self._admit()
+                if not any(lane.chosen for lane in self._lanes.values()):
+                    self._admit()
                 lanes = [lane for lane in self._lanes.values() if lane.running]
-                if not lanes:
+                if not lanes and not self._undelivered:
                     # Nothing can move until somebody cancels or a model's pages come free.
                     self._changed.wait(_IDLE_S)
             if not lanes:
@@ -252,24 +253,77 @@ class Scheduler:
         return self._lanes.setdefault(id(executor), Lane(executor))
 
     def _step(self, lane: Lane) -> None:
-        work = lane.compose(self._limits, lambda victim: self._push_out(lane, victim))
-        if not work:
-            self._deliver()
-            return
         started_s = time.monotonic()
+        if lane.chosen is None:
+            work = lane.compose(self._limits, lambda victim: self._push_out(lane, victim))
+            if not work:
+                self._deliver()
+                return
+            self._run_step(lane, work)
+        else:
+            work = self._go_on(lane, lane.chosen)
+        if work:
+            self._metrics.observe_step(
+                n_sequences=len(work),
+                n_tenants=len({item.sequence.tenant for item in work}),
+                prefill_tokens=sum(item.count for item in work if item.count > 1),
+                seconds=time.monotonic() - started_s,
+            )
+
+    def _run_step(self, lane: Lane, work: list[Due]) -> None:
         try:
             logits = lane.executor.forward(work)
         except Exception:
             log.exception("step_failed")
             self._step_alone(lane, work)
         else:
-            self._apply(work, logits, is_async=lane.executor.is_async)
-        self._metrics.observe_step(
-            n_sequences=len(work),
-            n_tenants=len({item.sequence.tenant for item in work}),
-            prefill_tokens=sum(item.count for item in work if item.count > 1),
-            seconds=time.monotonic() - started_s,
-        )
+            self._apply(lane, work, logits)
+
+    def _go_on(self, lane: Lane, chosen: Chosen) -> list[Due]:
+        """Give the device its next step, if that can be known, and read the last one's tokens.
+
+        An answer that turns out to have ended has one step too many: nothing of it is sent.
+        """
+        lane.chosen = None
+        ahead = None if self._somebody_may_enter() else lane.compose_ahead(chosen)
+        work: list[Due] = []
+        if ahead is not None:
+            work, places = ahead
+            try:
+                lane.chosen = step_ahead(lane.executor, work, places, chosen)
+            except Exception:
+                # It is composed again when the tokens are known, and fails again if it must.
+                log.exception("step_ahead_failed")
+                work = []
+        self._read(chosen)
+        if lane.chosen is not None:
+            self._deliver()
+        return work
+
+    def _somebody_may_enter(self) -> bool:
+        """Whether a waiting answer should be looked at before the next step."""
+        with self._changed:
+            present = {item.tenant for lane in self._lanes.values() for item in lane.running}
+            return bool(self._waiting) and (
+                self._has_place() or bool(self._waiting.keys() - present)
+            )
+
+    def _read(self, chosen: Chosen) -> None:
+        """Give each answer its token; what is left to do for it waits until `_deliver`."""
+        try:
+            ids = chosen.read()
+        except Exception as error:
+            log.exception("step_lost")
+            for sequence in chosen.sequences:
+                if not sequence.finished:
+                    sequence.fail(error)
+            return
+        n_taken = 0
+        for sequence, token, own in zip(chosen.sequences, ids, chosen.logits, strict=True):
+            if not sequence.finished:
+                self._undelivered.append((sequence, sequence.take(token, own)))
+                n_taken += 1
+        self._metrics.generated_tokens.add(n_taken)
 
     def _step_alone(self, lane: Lane, work: list[Due]) -> None:
         """Find whose tokens broke the step: one answer's failure must not end the others."""
@@ -280,41 +334,30 @@ class Scheduler:
                 log.exception("sequence_failed")
                 item.sequence.fail(error)
             else:
-                self._apply([item], logits, is_async=False)
+                self._apply(lane, [item], logits, reads_now=True)
 
-    def _apply(self, work: list[Due], logits: torch.Tensor, *, is_async: bool) -> None:
+    def _apply(
+        self, lane: Lane, work: list[Due], logits: torch.Tensor, *, reads_now: bool = False
+    ) -> None:
         """Hand each sequence its rows, and choose the tokens of those that are due."""
+        chosen = None
         try:
-            self._advance(work, logits)
+            chosen = choose_next(work, logits)
         except Exception as error:
             # Rows that were not handed out are lost: nobody in this step can go on.
             log.exception("step_lost")
             for item in work:
                 if not item.sequence.finished:
                     item.sequence.fail(error)
-        if not is_async:
-            self._deliver()
-
-    def _advance(self, work: list[Due], logits: torch.Tensor) -> None:
-        due: list[tuple[Sequence, int]] = []
-        row = 0
-        for item in work:
-            own = logits[row : row + item.rows]
-            row += item.rows
-            if item.sequence.advance(own, item.count):
-                due.append((item.sequence, row - 1))
-        if not due:
-            self._deliver()
-            return
-        rows = [at for _, at in due]
-        # Mostly the rows are all there are, in their order.
-        chosen_from = logits if rows == list(range(len(logits))) else logits[rows]
-        chosen = choose_tokens(chosen_from, [sequence.draw for sequence, _ in due])
+        # Of the step before: it could wait until the device had something to do.
         self._deliver()
-        for (sequence, _), token, own in zip(due, chosen.tolist(), chosen_from, strict=True):
-            if not sequence.finished:
-                self._undelivered.append((sequence, sequence.take(token, own)))
-        self._metrics.generated_tokens.add(len(due))
+        if chosen is None:
+            return
+        if lane.executor.is_async and not reads_now:
+            lane.chosen = chosen
+        else:
+            self._read(chosen)
+            self._deliver()
 
     def _deliver(self) -> None:
         undelivered, self._undelivered = self._undelivered, []

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from deltacome_core.errors import UserError
+from kernels.streams import send
 from workers.engine.arena_slots import BUCKETS, ArenaSlots
 from workers.engine.attention import AttentionStep, Chunk, DecodeRows, put_together, running
 from workers.engine.executor import Work
@@ -143,22 +144,25 @@ class SharedExecutor:
         return self.slots.size_bytes(slot) + self.vocabulary.size_bytes(slot)
 
     @torch.inference_mode()
-    def forward(self, work: Sequence[Work]) -> torch.Tensor:
+    def forward(self, work: Sequence[Work], tokens: torch.Tensor | None = None) -> torch.Tensor:
         # Rows of one tenant side by side: its numbers are then read once.
         order = sorted(range(len(work)), key=lambda at: (work[at].count > 1, _slot(work[at])))
         ordered = [work[at] for at in order]
+        is_ordered = order == list(range(len(work)))
+        if tokens is not None and not is_ordered:
+            tokens = tokens[send(np.array(order), self._device)]
         layout = self._lay_out(ordered)
         with self.lock:
             self.slots.begin(layout.spans, n_rows=layout.n_rows, n_single=layout.n_single)
-            inputs = self._prepare(ordered, layout)
+            inputs = self._prepare(ordered, layout, tokens)
             if self._graphs is not None and layout.n_single == layout.n_rows:
                 hidden = self._graphs.run(inputs, key=self.slots.graph_key)
             else:
                 hidden = self._run(inputs)
             logits = self._head(hidden, ordered, layout)
-        if order == list(range(len(work))):
+        if is_ordered:
             return logits
-        return logits[_back_in_order(work, order).to(logits.device)]
+        return logits[send(_back_in_order(work, order), self._device)]
 
     def _lay_out(self, work: Sequence[Work]) -> Layout:
         n_single = sum(item.count == 1 for item in work)
@@ -176,14 +180,17 @@ class SharedExecutor:
             n_rows=ends[-1],
         )
 
-    def _prepare(self, work: Sequence[Work], layout: Layout) -> StepInputs:
+    def _prepare(
+        self, work: Sequence[Work], layout: Layout, tokens: torch.Tensor | None
+    ) -> StepInputs:
         # Rows that fill up are token 0 at position 0, and write to page 0, which is nobody's.
         table = np.zeros((4, layout.n_rows), dtype=np.int64)
         ids, positions, written, owners = table
         chunks = []
         for item, first in zip(work, layout.firsts, strict=True):
             last = first + item.count
-            ids[first:last] = item.tokens
+            if tokens is None:
+                ids[first:last] = item.tokens
             if item.count == 1:
                 positions[first] = item.start
                 written[first] = _place(item.sequence.pages, item.start)
@@ -191,12 +198,13 @@ class SharedExecutor:
                 positions[first:last] = np.arange(item.start, item.start + item.count)
                 seen = _places(item.sequence.pages, item.start + item.count)
                 written[first:last] = seen[item.start :]
-                places = torch.from_numpy(seen).to(self._device)
+                places = send(seen, self._device)
                 chunks.append(Chunk(first=first, last=last, places=places))
         for span in layout.spans:
             owners[span.first : span.last] = span.slot + 1
-        # One copy for all of them: each costs the device a wait.
-        on_device = torch.from_numpy(table).to(self._device)
+        on_device = send(table, self._device)
+        if tokens is not None:
+            on_device[0, : len(tokens)] = tokens
         return StepInputs(
             embeds=self.vocabulary.embed(on_device[0], layout.spans)[None],
             positions=on_device[1:2],
@@ -215,8 +223,8 @@ class SharedExecutor:
             pages[row, : len(item.sequence.pages)] = item.sequence.pages
             lengths[row] = item.start + 1
         return DecodeRows(
-            pages=torch.from_numpy(pages).to(self._device),
-            lengths=torch.from_numpy(lengths).to(self._device),
+            pages=send(pages, self._device),
+            lengths=send(lengths, self._device),
         )
 
     def _run(self, inputs: StepInputs) -> torch.Tensor:
@@ -248,7 +256,10 @@ class SharedExecutor:
         spans = _spans([(item.rows, _slot(item)) for item in work])
         if not rows:
             return hidden.new_zeros((0, 1), dtype=torch.float32)
-        wanted = hidden if rows == list(range(len(hidden))) else hidden[torch.tensor(rows)]
+        if rows == list(range(len(rows))):
+            wanted = hidden[: len(rows)]
+        else:
+            wanted = hidden[send(np.array(rows), self._device)]
         return self.vocabulary.logits(wanted, spans)
 
     @torch.inference_mode()
@@ -346,7 +357,7 @@ def _places(pages: list[int], n_tokens: int) -> npt.NDArray[np.int64]:
     return (starts + np.arange(PAGE_TOKENS)).reshape(-1)[:n_tokens]
 
 
-def _back_in_order(work: Sequence[Work], order: Sequence[int]) -> torch.Tensor:
+def _back_in_order(work: Sequence[Work], order: Sequence[int]) -> npt.NDArray[np.int64]:
     """Where the logits of each item lie after sorting, in the order of the work."""
     firsts: dict[int, int] = {}
     first = 0
@@ -354,4 +365,4 @@ def _back_in_order(work: Sequence[Work], order: Sequence[int]) -> torch.Tensor:
         firsts[at] = first
         first += work[at].rows
     rows = [firsts[at] + row for at, item in enumerate(work) for row in range(item.rows)]
-    return torch.tensor(rows, dtype=torch.long)
+    return np.array(rows, dtype=np.int64)
