@@ -200,7 +200,7 @@ def warm_up(large: Large, loop: Loop, sizes: Many[int], *, slots: Many[int] | No
     slots = slots or list(range(large.slots.n_slots))
     for size in sizes:
         models = [endless(large.model, slots[at % len(slots)]) for at in range(size)]
-        prompts = draw_prompts(size, large.size.vocabulary, 17)
+        prompts = draw_prompts(size, large.size.vocabulary, 17, seed=-size)
         loop.answer(list(zip(models, prompts, strict=True)), 4)
 
 

@@ -38,11 +38,13 @@ class Executor(Protocol):
 
     Where vocabularies differ the smaller ones are filled up with minus infinity. `is_async` says
     that the result is still being computed when `forward` returns; then `tokens`, int64 [work] on
-    the device, may be given instead of those of the sequences, one for each item.
+    the device, may be given instead of those of the sequences, one for each item. `reads_pages`
+    says that keys and values lie on the pages, where other sequences can read them.
     """
 
     pages: PagePool
     is_async: bool
+    reads_pages: bool
 
     def forward(self, work: Many[Work], tokens: torch.Tensor | None = None) -> torch.Tensor: ...
 
@@ -53,6 +55,7 @@ class PlainExecutor:
     """Runs a model of any architecture by its own code, one sequence after the other."""
 
     is_async = False
+    reads_pages = False
 
     def __init__(self, module: Any, *, device: str, kv_bytes: int) -> None:
         self._module = module

@@ -92,6 +92,9 @@ class Sequence:
         self.tokens = list(prompt)
         self.fed = 0
         self.pages: list[int] = []
+        # Names of its full pages, and how many of them the pool was told.
+        self.page_keys: list[bytes] = []
+        self.n_named = 0
         # What an executor without pages keeps instead.
         self.cache: Any = None
         self.cancelled = False
@@ -125,6 +128,11 @@ class Sequence:
         return self.fed > 0 and self.unfed == 1
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether each token of the prompt has to be read, since its chance is asked for."""
+        return self._scored < self._prompt_tokens
+
+    @property
     def draw(self) -> Draw:
         return Draw(sampling=self._sampling, counts=self._counts, generator=self._generator)
 
@@ -151,7 +159,7 @@ class Sequence:
 
     def rows_wanted(self, count: int) -> int:
         """Of the next `count` tokens, how many of the last must come with logits."""
-        if self._scored < self._prompt_tokens:
+        if self.scores_prompt:
             return count
         return int(count == self.unfed)
 
@@ -167,7 +175,7 @@ class Sequence:
         """
         first = self.fed
         self.fed += count
-        if self._scored < self._prompt_tokens:
+        if self.scores_prompt:
             self._score_prompt(logits, first)
         if self.unfed:
             return False
@@ -178,7 +186,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Lose everything in the cache; the tokens stay."""
-        self.fed = 0
+        self.fed = self.n_named = 0
         self.pages = []
         self.cache = None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from workers.engine.executor import Executor, Work
 from workers.engine.fairness import DeficitRoundRobin
 from workers.engine.generate import Sequence
-from workers.engine.paging import pages_for
+from workers.engine.paging import PAGE_TOKENS, extend_keys, pages_for
 from workers.engine.steps import Chosen
 
 # What a step reads of prompts is shared out among tenants in blocks of this many tokens.
@@ -38,20 +38,28 @@ class Due(Work):
 class Lane:
     """Answers under way, oldest first; each tenant has its turn in decoding and in prompts.
 
-    chosen: of the last step, where its tokens are not read yet.
+    chosen: of the last step, where its tokens are not read yet; n_found_tokens: of prompts, that
+    did not have to be read, since another answer had read them.
     """
 
     executor: Executor
     running: list[Sequence] = field(default_factory=list)
     chosen: Chosen | None = None
+    n_found_tokens: int = 0
     _decode_turns: DeficitRoundRobin = field(default_factory=lambda: DeficitRoundRobin(quantum=1))
     _prefill_turns: DeficitRoundRobin = field(
         default_factory=lambda: DeficitRoundRobin(quantum=_BLOCK_TOKENS)
     )
 
+    def take_found(self) -> int:
+        """How many tokens were found since this was asked last."""
+        found, self.n_found_tokens = self.n_found_tokens, 0
+        return found
+
     def remove(self, sequence: Sequence) -> None:
         """Take an answer out of the cache; it may come again."""
         self.running.remove(sequence)
+        self._name_pages(sequence)
         self.executor.pages.give_back(sequence.pages)
         sequence.forget()
 
@@ -89,8 +97,11 @@ class Lane:
             whole, rest = divmod(sequence.unfed, size)
             return [size] * whole + ([rest] if rest else [])
 
+        for item in self.running:
+            self._name_pages(item)
+        prompts = self._choose_readers([item for item in self.running if not item.is_decoding])
         decoding = [item for item in self.running if item.is_decoding]
-        prompts = [item for item in self.running if not item.is_decoding]
+        prompts = [item for item in prompts if not item.is_decoding]
         singles = _choose(
             self._decode_turns, decoding, cost=lambda _: [1], budget=limits.max_sequences
         )
@@ -131,6 +142,42 @@ class Lane:
         work = [Due(sequence=item, start=item.fed, count=1, rows=1) for _, item in going]
         return work, [place for place, _ in going]
 
+    def _name_pages(self, sequence: Sequence) -> None:
+        """Let others find what this answer has read."""
+        # A step whose tokens were never known may have been fed.
+        n_full = min(sequence.fed, len(sequence.tokens)) // PAGE_TOKENS
+        if not self.executor.reads_pages or n_full <= sequence.n_named:
+            return
+        extend_keys(sequence.page_keys, _owner(sequence), sequence.tokens, n_full)
+        for at in range(sequence.n_named, n_full):
+            self.executor.pages.name(sequence.pages[at], sequence.page_keys[at])
+        sequence.n_named = n_full
+
+    def _choose_readers(self, prompts: list[Sequence]) -> list[Sequence]:
+        """Begin prompts behind the pages that are known, and leave out those that gain by waiting.
+
+        A prompt that another answer is reading to its end waits for it, as choices of one request
+        do: then it finds all of it.
+        """
+        if not self.executor.reads_pages:
+            return prompts
+        kept, readers = [], set()
+        # Those that have begun come first, whoever was there first.
+        for sequence in sorted(prompts, key=lambda item: not item.fed):
+            keys = _keys_to_find(sequence)
+            if not sequence.fed:
+                if keys and keys[-1] in readers:
+                    continue
+                sequence.pages.extend(self.executor.pages.find(keys))
+                sequence.n_named = len(sequence.pages)
+                sequence.fed = sequence.n_named * PAGE_TOKENS
+                self.n_found_tokens += sequence.fed
+            if sequence.fed < len(keys) * PAGE_TOKENS:
+                # The last name stands for the whole text.
+                readers.add(keys[-1])
+            kept.append(sequence)
+        return kept
+
     def _reserve(self, item: Due, push_out: Callable[[Sequence], None]) -> bool:
         """Give a sequence pages for its next tokens, from the largest holder if none is free."""
         sequence = item.sequence
@@ -161,6 +208,20 @@ class Lane:
         for sequence in sequences:
             held.setdefault(sequence.tenant, []).append(sequence)
         return held
+
+
+def _keys_to_find(sequence: Sequence) -> list[bytes]:
+    """Names of the pages an answer may find: its last token is read anyway, for its logits."""
+    if sequence.scores_prompt:
+        return []
+    n_full = (len(sequence.tokens) - 1) // PAGE_TOKENS
+    extend_keys(sequence.page_keys, _owner(sequence), sequence.tokens, n_full)
+    return sequence.page_keys[:n_full]
+
+
+def _owner(sequence: Sequence) -> str:
+    """Whose numbers its pages hold: the backbone has no slot, and its key is that of its files."""
+    return f"{sequence.model.key}/{sequence.model.slot}"
 
 
 def _choose(

@@ -110,6 +110,9 @@ class EngineMetrics:
         self._all: list[Metric | Histogram] = []
         self.generated_tokens = self._counter("generated_tokens", "Tokens chosen.")
         self.prefill_tokens = self._counter("prefill_tokens", "Tokens of prompts that were read.")
+        self.found_tokens = self._counter(
+            "found_tokens", "Tokens of prompts that another answer had read already."
+        )
         self.steps = self._counter("steps", "Forward passes.")
         self.refused = self._counter("refused", "Requests answered with 429.")
         self.preemptions = self._counter("preemptions", "Answers that lost their pages for a time.")

@@ -1,6 +1,11 @@
 """Pages of the key-value cache: who holds which, and where the numbers lie."""
 
+import hashlib
 import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,18 +20,46 @@ def pages_for(n_tokens: int) -> int:
     return -(-n_tokens // PAGE_TOKENS)
 
 
+def extend_keys(keys: list[bytes], owner: str, tokens: Sequence[int], n_pages: int) -> None:
+    """Append the names of the first full pages of a text that are not there yet.
+
+    A name is a digest of the owner and of all tokens up to the page's end, since keys and values
+    depend on every token before them.
+
+    Args:
+        keys: names so far, one a page.
+        owner: whose weights read the text.
+        tokens: of the text; 16 * n_pages of them at least.
+        n_pages: how many names there shall be.
+    """
+    for number in range(len(keys), n_pages):
+        own = tokens[number * PAGE_TOKENS : (number + 1) * PAGE_TOKENS]
+        before = keys[-1] if keys else owner.encode()
+        words = array("q", own).tobytes()
+        keys.append(hashlib.blake2b(before + b"\0" + words, digest_size=16).digest())
+
+
 class PagePool:
-    """Hands out pages by number. Page 0 is never given: padded rows write there."""
+    """Hands out pages by number. Page 0 is never given: padded rows write there.
+
+    A page whose tokens are known by name keeps its numbers when nobody holds it any more, until
+    the room is needed: texts that begin alike are read once.
+    """
 
     def __init__(self, n_pages: int) -> None:
         self.capacity = n_pages
         self._free = list(range(n_pages, 0, -1))
+        self._holders = [0] * (n_pages + 1)
+        self._pages: dict[bytes, int] = {}
+        self._names: dict[int, bytes] = {}
+        # Pages with a name and no holder, the ones to be taken first in front.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         # Canaries are read by the threads that load.
         self._lock = threading.Lock()
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._free) + len(self._idle)
 
     @property
     def used(self) -> int:
@@ -35,15 +68,53 @@ class PagePool:
     def take(self, count: int) -> list[int] | None:
         """Give `count` pages, or none at all when there are fewer."""
         with self._lock:
-            if count > len(self._free):
+            if count > self.free:
                 return None
-            return [self._free.pop() for _ in range(count)]
+            pages = [self._free.pop() if self._free else self._take_idle() for _ in range(count)]
+            for page in pages:
+                self._holders[page] = 1
+            return pages
+
+    def _take_idle(self) -> int:
+        page, _ = self._idle.popitem(last=False)
+        del self._pages[self._names.pop(page)]
+        return page
+
+    def name(self, page: int, key: bytes) -> None:
+        """Say what a held page holds; the first page of a name is the one that is found."""
+        with self._lock:
+            if key not in self._pages and page not in self._names:
+                self._pages[key] = page
+                self._names[page] = key
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """Hold the pages of as many of these names, from the first on, as are there."""
+        with self._lock:
+            found = list(takewhile(lambda page: page is not None, map(self._pages.get, keys)))
+            pages = [page for page in found if page is not None]
+            for page in pages:
+                self._holders[page] += 1
+                self._idle.pop(page, None)
+            return pages
 
     def give_back(self, pages: list[int]) -> None:
+        """Hold these pages no more.
+
+        Raises:
+            InternalError: one of them is not held.
+        """
         with self._lock:
-            self._free.extend(pages)
-            if len(self._free) > self.capacity:
-                raise InternalError("a page was given back twice")
+            # The end of a text goes before its beginning: that is of use to more.
+            for page in reversed(pages):
+                if not self._holders[page]:
+                    raise InternalError("a page was given back twice")
+                self._holders[page] -= 1
+                if self._holders[page]:
+                    continue
+                if page in self._names:
+                    self._idle[page] = None
+                else:
+                    self._free.append(page)
 
 
 class PagedCache(Cache):

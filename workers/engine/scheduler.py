@@ -256,6 +256,7 @@ class Scheduler:
         started_s = time.monotonic()
         if lane.chosen is None:
             work = lane.compose(self._limits, lambda victim: self._push_out(lane, victim))
+            self._metrics.found_tokens.add(lane.take_found())
             if not work:
                 self._deliver()
                 return

@@ -55,6 +55,8 @@ class Layout:
 class SharedExecutor:
     """Runs rows of many tenants through the backbone's layers, each with its own delta."""
 
+    reads_pages = True
+
     def __init__(
         self,
         module: Any,
