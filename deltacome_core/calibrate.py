@@ -32,9 +32,9 @@ SEQUENCE_TOKENS = 2048
 CPU_SEQUENCES = 8
 # Below this a Hessian of a few hundred columns is mostly damping.
 MIN_TOKENS = 512
-# The states of all sequences stay on the device up to this size, beyond it in host memory:
-# 128 x 2048 tokens take 2.1 GB at a width of 4096 and 4.3 GB at 8192, beside 28672-wide Hessians.
-_RESIDENT_BYTES = 3 << 30
+# States stay on the device up to this size, those of further sequences in host memory: 128 x 2048
+# tokens take 2 GiB at a width of 4096; at 8192 half of their 4 GiB would not fit beside Hessians.
+_RESIDENT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,9 +124,9 @@ class _LayerInputs:
     options are kept, since models that mix full and sliding attention vary them.
     """
 
-    def __init__(self, layers: nn.ModuleList, n_sequences: int) -> None:
+    def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
-        self._n_sequences = n_sequences
+        self._resident_bytes = 0
         self.hidden: list[torch.Tensor] = []
         self.options: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -142,8 +142,7 @@ class _LayerInputs:
     def _stand_in(self, index: int) -> Callable[..., torch.Tensor]:
         def forward(states: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             if index == 0:
-                stays = states.nbytes * self._n_sequences <= _RESIDENT_BYTES
-                self.hidden.append(states if stays else states.cpu())
+                self.hidden.append(self._place(states))
             if len(self.options) == index:
                 self.options.append((args, options))
             if len(self.options) == len(self._layers):
@@ -151,6 +150,12 @@ class _LayerInputs:
             return states
 
         return forward
+
+    def _place(self, states: torch.Tensor) -> torch.Tensor:
+        if self._resident_bytes + states.nbytes > _RESIDENT_BYTES:
+            return states.cpu()
+        self._resident_bytes += states.nbytes
+        return states
 
 
 class _LayerOutputs:
@@ -198,7 +203,7 @@ class LayerCalibrator:
         self._layers = self._decoder.layers
         with (
             torch.no_grad(),
-            _LayerInputs(self._layers, len(tokens.sequences)) as inputs,
+            _LayerInputs(self._layers) as inputs,
             running_on_text(),
         ):
             for sequence in tokens.sequences.to(device):
@@ -215,15 +220,15 @@ class LayerCalibrator:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def layers(self, wanted: Callable[[set[str]], bool]) -> Iterator[tuple[SharedHessian, ...]]:
+    def layers(self, wanted: Callable[[set[str]], bool]) -> Iterator[list[SharedHessian]]:
         """Yield the Hessians of each decoder layer in order.
 
         Args:
             wanted: told the checkpoint names of a layer's weights; a layer that is not wanted is
-                only passed through, and yields nothing in its tuple.
+                only passed through, and yields nothing in its list.
 
         Returns:
-            An iterator of one tuple per decoder layer.
+            An iterator of one list per decoder layer, which the caller may empty as it goes.
 
         Raises:
             UserError: activations_not_finite, model_not_runnable.
@@ -243,7 +248,7 @@ class LayerCalibrator:
                 is_finite = self._advance(layer, index)
             if not is_finite:
                 raise UserError("activations_not_finite", layer=prefix)
-            found = moments.finish() if moments else ()
+            found = moments.finish() if moments else []
             if self._streams:
                 empty_module(layer)
             yield found

@@ -7,6 +7,7 @@ import torch
 
 from deltacome_core.bands import Allowance, largest_rank, plan_bands
 from deltacome_core.bitpack import pack_codes
+from deltacome_core.device_memory import return_spare
 from deltacome_core.errors import InternalError
 from deltacome_core.gptq import Feedback, prepare_feedback, quantise_with_feedback
 from deltacome_core.layout import Group, RankBand
@@ -199,16 +200,7 @@ def _factorise_vectors(
     walks: Walks,
 ) -> tuple[FactorisedMatrix, ...]:
     bits = [_bits_by_vector(item.bands, item.right.device) for item in decomposed]
-    feedback = None
-    if hessian is not None:
-        feedback = prepare_columns(hessian[None], damping=recipe.damping)
-    rights = quantise_rows(
-        torch.cat([item.right for item in decomposed])[None],
-        torch.cat(bits)[None],
-        feedback,
-        headroom=recipe.headroom,
-        walks=walks,
-    )
+    rights = _quantise_rights(decomposed, bits, recipe, hessian, walks)
     counts = [len(widths) for widths in bits]
     values = torch.split(rights.values[0], counts)
     own = None
@@ -232,6 +224,28 @@ def _factorise_vectors(
     return tuple(
         _finish_vectors(item, left, right, packed_right=(codes, scale), hessian=hessian)
         for item, left, right, codes, scale in parts
+    )
+
+
+def _quantise_rights(
+    decomposed: Sequence[_Decomposed],
+    bits: list[torch.Tensor],
+    recipe: Recipe,
+    hessian: torch.Tensor | None,
+    walks: Walks,
+) -> QuantisedVectors:
+    """Quantise the V of all matrices together; the factor of their Hessian ends with it."""
+    feedback = None
+    if hessian is not None:
+        # A decomposition leaves blocks of other sizes than the factor's.
+        return_spare(hessian.device)
+        feedback = prepare_columns(hessian[None], damping=recipe.damping)
+    return quantise_rows(
+        torch.cat([item.right for item in decomposed])[None],
+        torch.cat(bits)[None],
+        feedback,
+        headroom=recipe.headroom,
+        walks=walks,
     )
 
 

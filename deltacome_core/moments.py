@@ -42,6 +42,11 @@ class SharedHessian:
     hessian: torch.Tensor
     transposed: bool = False
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The checkpoint tensors that the weights lie in, each once."""
+        return tuple(dict.fromkeys(name.partition("[")[0] for name in self.weights))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Label:
@@ -129,15 +134,16 @@ class LayerMoments(TorchFunctionMode):
         add_moment(self._sums[key], rows)
         self._tokens[key] += rows.shape[0]
 
-    def finish(self) -> tuple[SharedHessian, ...]:
-        """Give the means; inputs that were never other than 0 have none.
+    def finish(self) -> list[SharedHessian]:
+        """Give the means, and keep nothing; inputs that were never other than 0 have none.
 
         Returns:
             One Hessian per distinct input and orientation, in the order they were first seen.
         """
         self._last = None
-        found = []
-        for leader, total in self._sums.items():
+        sums, self._sums = self._sums, {}
+        found: list[SharedHessian] = []
+        for leader, total in sums.items():
             if not bool(total.diagonal().any()):
                 continue
             hessian = total.div_(self._tokens[leader])
@@ -150,7 +156,7 @@ class LayerMoments(TorchFunctionMode):
                 SharedHessian(weights=tuple(names), hessian=hessian, transposed=transposed)
                 for transposed, names in weights.items()
             ]
-        return tuple(found)
+        return found
 
 
 def add_moment(total: torch.Tensor, rows: torch.Tensor) -> None:

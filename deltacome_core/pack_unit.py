@@ -7,6 +7,7 @@ import torch
 
 from deltacome_core.bands import Allowance
 from deltacome_core.delta import TensorKind, TensorPair, load_pair
+from deltacome_core.device_memory import return_spare
 from deltacome_core.entries import UnchangedEntry
 from deltacome_core.factorise import NamedDelta
 from deltacome_core.layout import RankBand
@@ -20,13 +21,14 @@ from deltacome_core.units import Compressed, Unit, Work, read_order
 from deltacome_core.vocabulary import VocabularyUse, pack_vocabulary
 
 
-def compress_unit(work: Work, unit: Unit, hessians: Sequence[SharedHessian]) -> Compressed:
+def compress_unit(work: Work, unit: Unit, hessians: list[SharedHessian]) -> Compressed:
     """Pack a unit, some tensors at a time: those that share an input, then the others.
 
     Args:
         work: what it is made from, and the device.
         unit: its tensors.
-        hessians: of its inputs; none for recipes without calibration.
+        hessians: of its inputs; none for recipes without calibration. Emptied on the way, since a
+            wide one takes gigabytes.
 
     Returns:
         The packed tensors, on the host.
@@ -36,8 +38,11 @@ def compress_unit(work: Work, unit: Unit, hessians: Sequence[SharedHessian]) -> 
     rows = read_order(changed, hessians)
     allowance = Allowance()
     pairs = read_ahead((name for row in rows for name in row), partial(_load_pair, work))
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         made = made.join(_compress_tensors(work, row, pairs, hessians, allowance))
+        left = {name for later in rows[number:] for name in later}
+        hessians[:] = [shared for shared in hessians if not left.isdisjoint(shared.tensors)]
+        return_spare(work.device)
     made.tensors.extend(_unchanged(work, name) for name in unit.names if work.is_unchanged(name))
     return made
 

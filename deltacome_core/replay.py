@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from deltacome_core.device_memory import RECORDING
+
 
 def record(steps: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Make steps that cost more to launch than to run cheap to repeat.
@@ -18,7 +20,7 @@ def record(steps: Callable[[], None], device: torch.device) -> Callable[[], None
     """
     if device.type != "cuda":
         return steps
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), RECORDING:
         side: torch.cuda.Stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -105,14 +105,16 @@ class Compressed:
 class Makers:
     """How a unit is made: by the device, or, bit for bit, while it is written."""
 
-    compress: Callable[[Work, Unit, Sequence[SharedHessian]], Compressed]
+    compress: Callable[[Work, Unit, list[SharedHessian]], Compressed]
     code: Callable[[Work, Unit, CodedSpool], Compressed]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
+    """A unit, and the Hessians of its inputs: the maker takes them off the list once used."""
+
     unit: Unit
-    hessians: tuple[SharedHessian, ...]
+    hessians: list[SharedHessian]
 
 
 def plan_units(tuned: Checkpoint, folder: Path) -> list[Unit]:
@@ -147,9 +149,8 @@ def read_order(names: Sequence[str], hessians: Sequence[SharedHessian]) -> list[
     """
     row_of = {name: [name] for name in names}
     for shared in hessians:
-        tensors = dict.fromkeys(name.partition("[")[0] for name in shared.weights)
         merged = dict.fromkeys(
-            member for name in tensors if name in row_of for member in row_of[name]
+            member for name in shared.tensors if name in row_of for member in row_of[name]
         )
         for name in merged:
             row_of[name] = list(merged)
@@ -241,12 +242,12 @@ def _list_jobs(work: Work, pending: dict[str, Unit], device: torch.device) -> It
         yield _Job(unit=left.pop(group), hessians=hessians)
         del hessians
     for unit in left.values():
-        yield _Job(unit=unit, hessians=())
+        yield _Job(unit=unit, hessians=[])
 
 
 def _walk_layers(
     work: Work, pending: dict[str, Unit], device: torch.device
-) -> Iterator[tuple[str, tuple[SharedHessian, ...]]]:
+) -> Iterator[tuple[str, list[SharedHessian]]]:
     """Yield the Hessians of each layer that is pending and changed, then that of the head.
 
     The model stops early where nothing more is wanted of it.
@@ -273,13 +274,23 @@ def _walk_layers(
         if hessians is None:
             return
         groups = {group_of(name) for shared in hessians for name in shared.weights}
-        for group in sorted(groups & matrices):
-            yield group, hessians
-        del hessians
+        found = [(group, _of_group(hessians, group)) for group in sorted(groups & matrices)]
+        # From here on only whoever is given a list holds its Hessians.
+        hessians.clear()
+        while found:
+            yield found.pop(0)
         matrices -= groups
+    if not head_groups:
+        return
+    with work.stages.measure("calibrate"):
+        for _ in layers:
+            continue
+        head = SharedHessian(weights=tuple(heads), hessian=calibrator.head_hessian())
+    # The states of all sequences, which the vocabulary does not need.
+    del layers, calibrator
     for group in head_groups:
-        with work.stages.measure("calibrate"):
-            for _ in layers:
-                continue
-            hessian = calibrator.head_hessian()
-        yield group, (SharedHessian(weights=tuple(heads), hessian=hessian),)
+        yield group, [head]
+
+
+def _of_group(hessians: Sequence[SharedHessian], group: str) -> list[SharedHessian]:
+    return [shared for shared in hessians if group in map(group_of, shared.tensors)]

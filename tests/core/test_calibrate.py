@@ -4,6 +4,7 @@ import finetunes
 import pytest
 import torch
 
+from deltacome_core import calibrate
 from deltacome_core.calibrate import LayerCalibrator, read_calibration
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
@@ -110,7 +111,7 @@ def test_passing_a_layer_by_does_not_change_the_next(tmp_path):
             lambda names: any("layers.1." in name for name in names)
         )
     )
-    assert only_last[0] == ()
+    assert only_last[0] == []
     for a, b in zip(every[1], only_last[1], strict=True):
         assert a.weights == b.weights
         assert torch.equal(a.hessian, b.hessian)
@@ -135,6 +136,24 @@ def test_weights_are_in_memory_for_one_layer_at_a_time(tmp_path):
         assert all(found == [index] for found in seen)
         assert loaded() == []
         seen.clear()
+
+
+class States:
+    """Stands for states on a device, of which two fit beside everything else."""
+
+    nbytes = 1 << 30
+
+    def cpu(self):
+        return "on the host"
+
+
+def test_states_stay_on_the_device_as_far_as_they_fit():
+    layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    sequences = [States() for _ in range(4)]
+    with calibrate._LayerInputs(layers) as inputs:
+        for states in sequences:
+            layers[0](states)
+    assert inputs.hidden == [*sequences[:2], "on the host", "on the host"]
 
 
 def test_overflowing_activations_are_reported(tmp_path):

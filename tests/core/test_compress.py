@@ -2,6 +2,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import finetunes
@@ -9,17 +10,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deltacome_core import pack_unit, units
+from deltacome_core.calibrate import LayerCalibrator
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.compress import compress_checkpoint, find_calibration, parts_folder
 from deltacome_core.container import open_delta
 from deltacome_core.entries import ExactEntry, LowRankEntry, RowsEntry, UnchangedEntry
 from deltacome_core.errors import UserError
 from deltacome_core.inspection import inspect_delta
+from deltacome_core.matrices import quantise_matrices
 from deltacome_core.packed import PackedRows
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.tensors import load_tensor
 from deltacome_core.texts import DEFAULT_CALIBRATION
+from deltacome_core.vocabulary import pack_vocabulary
 
 COME = get_recipe("come", matrix_bits=3.0)
 FREE = get_recipe("datafree", matrix_bits=3.0)
@@ -167,6 +172,42 @@ def test_shards_and_one_file_give_the_same_payloads(tmp_path):
     compress_checkpoint(base, cut, tmp_path / "b", COME)
     first, second = ((tmp_path / d / "delta.safetensors").read_bytes() for d in "ab")
     assert first == second
+
+
+def test_a_hessian_is_let_go_once_its_matrices_are_packed(tmp_path, monkeypatch):
+    base, tuned = finetunes.save_pair(tmp_path)
+    seen = []
+
+    def watch(deltas, recipe, *, hessian, **options):
+        assert not any(earlier() is not None for earlier in seen)
+        seen.append(weakref.ref(hessian))
+        return quantise_matrices(deltas, recipe, hessian=hessian, **options)
+
+    monkeypatch.setattr(pack_unit, "quantise_matrices", watch)
+    compress_checkpoint(base, tuned, tmp_path / "delta", get_recipe("hub"))
+    # Of each of two layers: what q, k and v read, what o, gate and up, and down read.
+    assert len(seen) == 8
+
+
+def test_the_states_are_let_go_before_the_vocabulary_is_packed(tmp_path, monkeypatch):
+    base, tuned = finetunes.save_pair(tmp_path)
+    recipe = replace(get_recipe("hub", matrix_bits=3.0), vocabulary_rank=16)
+    made, packed = [], []
+
+    def make(*args):
+        calibrator = LayerCalibrator(*args)
+        made.append(weakref.ref(calibrator))
+        return calibrator
+
+    def watch(name, *args, **options):
+        packed.append(name)
+        assert [each() for each in made] == [None]
+        return pack_vocabulary(name, *args, **options)
+
+    monkeypatch.setattr(units, "LayerCalibrator", make)
+    monkeypatch.setattr(pack_unit, "pack_vocabulary", watch)
+    compress_checkpoint(base, tuned, tmp_path / "delta", recipe)
+    assert packed == ["lm_head.weight", "model.embed_tokens.weight"]
 
 
 def test_progress_names_every_layer_once(tmp_path):
