@@ -52,7 +52,7 @@ def assign(large: Large, slots: Many[int]) -> int:
     """Tell the step whose its rows are, as `forward` does; how many rows it has."""
     executor: Any = large.executor
     with torch.inference_mode():
-        layout = executor._lay_out([_Row(slot) for slot in sorted(slots)])  # noqa: SLF001
+        layout = executor._lay_out([_Row(slot) for slot in sorted(slots)], len(slots))  # noqa: SLF001
         executor.slots.begin(layout.spans, n_rows=layout.n_rows, n_single=layout.n_single)
     return int(layout.n_rows)
 

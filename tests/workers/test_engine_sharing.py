@@ -17,7 +17,7 @@ from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
-from workers.engine import arena_slots
+from workers.engine import arena_slots, shared
 from workers.engine.arena_slots import _choose_short
 from workers.engine.attention import DecodeRows, _attend_chunk, _attend_together, put_together
 from workers.engine.executor import PlainExecutor, Work
@@ -138,6 +138,35 @@ def test_tenants_in_one_step_answer_as_their_checkpoints_do(folder, way):
     names = [name for name in ("base", "r0", "r1", "r2") for _ in PROMPTS]
     for name, (_, prompt), one in zip(names, asked, heard, strict=True):
         assert one.ids == greedy(folder / name, prompt)
+
+
+@pytest.mark.parametrize("way", ["factors", "arena"])
+def test_prompts_whose_rows_stand_alone_are_read_as_well(folder, way, monkeypatch):
+    models = load_all(folder, 3, **WAYS[way])
+    executor = models[0].executor
+    expected = [answer([model], prompt=PROMPTS[0])[0].ids for model in models]
+    # As on a GPU, where such a step is a graph; prompts begin at 0 and in their middle.
+    monkeypatch.setattr(executor, "_splits", True)
+    lay_out, chunks = executor._lay_out, []
+
+    def note(work, n_alone):
+        layout = lay_out(work, n_alone)
+        chunks.append(layout.n_rows - layout.n_single)
+        return layout
+
+    monkeypatch.setattr(executor, "_lay_out", note)
+    heard = answer([replace(m, key="again") for m in models], prompt=PROMPTS[0])
+    pieces = answer(
+        [replace(m, key="pieces") for m in models],
+        prompt=PROMPTS[0],
+        limits=Limits(prefill_tokens=3),
+    )
+    assert [one.ids for one in heard] == [one.ids for one in pieces] == expected
+    assert set(chunks) == {0}
+    # A step of which the rows would read too much keeps its chunks.
+    monkeypatch.setattr(shared, "_MOST_READ", 4)
+    assert answer([replace(models[1], key="whole")], prompt=PROMPTS[0])[0].ids == expected[1]
+    assert max(chunks) == len(PROMPTS[0])
 
 
 def logits_of(executor, model, prompt):

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 HEAD = "head"
 # The head of a delta whose vocabulary lies in a basis: it reads its input's coordinates.
 COORDINATES = "head.coordinates"
-# Rows of single tokens: graphs are captured, and plans made, for these sizes.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Rows that stand alone: graphs are captured, and plans made, for these sizes.
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384)
 # Rows of one tenant above which its factors are unfolded once instead of read for each group of
 # rows: unfolding costs 55 ms a tenant, a group of two rows .4 (7B, one H100).
 _PROMPT_ROWS = 128

@@ -27,7 +27,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeRows:
-    """The first rows of a step, each the newest token of its sequence.
+    """The first rows of a step, each of which sees the tokens of its sequence up to itself.
 
     pages int32 [rows, pages of the longest], lengths int32 [rows].
     """
@@ -38,7 +38,7 @@ class DecodeRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Together:
-    """Newest tokens whose sequences are of like length, for one call of torch's own attention.
+    """Rows that see about as many tokens each, for one call of torch's own attention.
 
     rows int64 [n]; places int64 [n, longest] of the cache; seen bool [n, longest], what is not
     seen fills up.
@@ -51,7 +51,7 @@ class Together:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionStep:
-    """Newest tokens go by the kernel on CUDA, `decode`, and `together` elsewhere."""
+    """Rows that stand alone go by the kernel on CUDA, `decode`, and `together` elsewhere."""
 
     cache: PagedCache
     chunks: tuple[Chunk, ...]

@@ -32,6 +32,9 @@ from workers.engine.sharing import (
 from workers.engine.slots import FactorSlots, Slots, Span
 from workers.engine.vocabulary import DenseVocabulary, Vocabulary
 
+# Keys that all rows of the prompts in a step may read together and still stand alone: 256 rows of
+# 256 tokens. A layer of a 7B model reads 16 KB for each of them, mostly from the L2 cache.
+_MOST_READ = 1 << 16
 # Two prompts of different length, cut in different places, show that rows do not mix.
 _CHECK_TOKENS = (21, 13)
 _CHECK_CHUNKS = (16, 5)
@@ -41,9 +44,10 @@ _CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where the rows of a step are: single tokens first, filled up to `n_single`, then chunks.
+    """Where the rows of a step are: those that stand alone, filled up to `n_single`, then chunks.
 
-    firsts: first row of each item; spans: whose the rows are, all of them covered.
+    Single tokens stand alone, and the tokens of short prompts do. firsts: first row of each item;
+    spans: whose the rows are, all of them covered.
     """
 
     firsts: tuple[int, ...]
@@ -70,8 +74,8 @@ class SharedExecutor:
     ) -> None:
         self._device = torch.device(device)
         self.is_async = self._device.type == "cuda"
-        # Rows of single tokens in sizes that graphs are captured for, and one kernel for all.
-        self._pads = self.is_async
+        # Rows that stand alone in sizes that graphs are captured for, and one kernel for all.
+        self._pads = self._splits = self.is_async
         self.lock = threading.RLock()
         twin = make_twin(module, folder, self._device)
         geometry = probe(twin, self._device)
@@ -148,12 +152,13 @@ class SharedExecutor:
     @torch.inference_mode()
     def forward(self, work: Sequence[Work], tokens: torch.Tensor | None = None) -> torch.Tensor:
         # Rows of one tenant side by side: its numbers are then read once.
-        order = sorted(range(len(work)), key=lambda at: (work[at].count > 1, _slot(work[at])))
+        alone = self._choose_alone(work)
+        order = sorted(range(len(work)), key=lambda at: (at not in alone, _slot(work[at])))
         ordered = [work[at] for at in order]
         is_ordered = order == list(range(len(work)))
         if tokens is not None and not is_ordered:
             tokens = tokens[send(np.array(order), self._device)]
-        layout = self._lay_out(ordered)
+        layout = self._lay_out(ordered, len(alone))
         with self.lock:
             self.slots.begin(layout.spans, n_rows=layout.n_rows, n_single=layout.n_single)
             inputs = self._prepare(ordered, layout, tokens)
@@ -166,17 +171,35 @@ class SharedExecutor:
             return logits
         return logits[send(_back_in_order(work, order), self._device)]
 
-    def _lay_out(self, work: Sequence[Work]) -> Layout:
-        n_single = sum(item.count == 1 for item in work)
+    def _choose_alone(self, work: Sequence[Work]) -> set[int]:
+        """Items whose rows stand alone: single tokens, and prompts where that makes a graph.
+
+        A row that stands alone reads keys and values by itself, and a chunk reads them once. What
+        that costs a short prompt is less than to launch every kernel of a step.
+        """
+        alone = {at for at, item in enumerate(work) if item.count == 1}
+        if not self._splits or len(alone) == len(work):
+            return alone
+        n_rows = sum(item.count for item in work)
+        n_read = sum(item.count * (item.start + item.count) for item in work if item.count > 1)
+        if n_rows > BUCKETS[-1] or n_read > _MOST_READ:
+            return alone
+        return set(range(len(work)))
+
+    def _lay_out(self, work: Sequence[Work], n_alone: int) -> Layout:
+        """Lay rows out; the first `n_alone` items are those whose rows stand alone."""
+        n_single = sum(item.count for item in work[:n_alone])
         filled = n_single
         if self._pads and n_single:
             filled = next((size for size in BUCKETS if size >= n_single), n_single)
-        # Spans end where the single tokens do, whoever comes before and after.
-        singles = [(1, _slot(item)) for item in work[:n_single]] + [(filled - n_single, -1)]
-        chunks = [(item.count, _slot(item)) for item in work[n_single:]]
+        # Spans end where the rows that stand alone do, whoever comes before and after.
+        singles = [(item.count, _slot(item)) for item in work[:n_alone]]
+        singles += [(filled - n_single, -1)]
+        chunks = [(item.count, _slot(item)) for item in work[n_alone:]]
+        starts = accumulate((count for count, _ in singles[:-1]), initial=0)
         ends = list(accumulate((count for count, _ in chunks), initial=filled))
         return Layout(
-            firsts=(*range(n_single), *ends[:-1]),
+            firsts=(*list(starts)[:-1], *ends[:-1]),
             spans=(*_spans(singles), *_spans(chunks, first=filled)),
             n_single=filled,
             n_rows=ends[-1],
@@ -196,10 +219,11 @@ class SharedExecutor:
             if item.count == 1:
                 positions[first] = item.start
                 written[first] = _place(item.sequence.pages, item.start)
-            else:
-                positions[first:last] = np.arange(item.start, item.start + item.count)
-                seen = _places(item.sequence.pages, item.start + item.count)
-                written[first:last] = seen[item.start :]
+                continue
+            positions[first:last] = np.arange(item.start, item.start + item.count)
+            seen = _places(item.sequence.pages, item.start + item.count)
+            written[first:last] = seen[item.start :]
+            if first >= layout.n_single:
                 places = send(seen, self._device)
                 chunks.append(Chunk(first=first, last=last, places=places))
         for span in layout.spans:
@@ -217,13 +241,18 @@ class SharedExecutor:
         )
 
     def _decode_rows(self, work: Sequence[Work], layout: Layout) -> DecodeRows:
-        singles = [item for item in work if item.count == 1]
-        longest = max(len(item.sequence.pages) for item in singles)
+        alone = [
+            (item, first)
+            for item, first in zip(work, layout.firsts, strict=True)
+            if first < layout.n_single
+        ]
+        longest = max(len(item.sequence.pages) for item, _ in alone)
         pages = np.zeros((layout.n_single, longest), dtype=np.int32)
         lengths = np.ones(layout.n_single, dtype=np.int32)
-        for row, item in enumerate(singles):
-            pages[row, : len(item.sequence.pages)] = item.sequence.pages
-            lengths[row] = item.start + 1
+        for item, first in alone:
+            last = first + item.count
+            pages[first:last, : len(item.sequence.pages)] = item.sequence.pages
+            lengths[first:last] = np.arange(item.start + 1, item.start + item.count + 1)
         return DecodeRows(
             pages=send(pages, self._device),
             lengths=send(lengths, self._device),
