@@ -8,8 +8,9 @@ from torch.nn import functional
 from deltacome_core.errors import UserError
 from deltacome_core.packed import PackedRows
 from kernels.vocabulary import EmbeddingTable, pad_ranks
-from workers.engine.arena_slots import BUCKETS, ArenaSlots, slots_of
+from workers.engine.arena_slots import ArenaSlots, slots_of
 from workers.engine.parts import TenantParts
+from workers.engine.rooms import BUCKETS
 from workers.engine.slots import Span
 
 
