@@ -30,6 +30,11 @@ MESSAGES: dict[str, Message] = {
         what="All {n_slots} slots hold resident deltas.",
         do="Evict a delta that no request uses, or build the arena with more slots.",
     ),
+    "kernels_not_compiled": Message(
+        title="The kernels of this delta do not compile",
+        what="The engine cannot answer for this delta: {reason}.",
+        do="Read the engine's log, check that TRITON_CACHE_DIR can be written, and ask again.",
+    ),
     "arena_recipe_unknown": Message(
         title="The arena was not built for this recipe",
         what="{name} cannot be loaded: {reason}.",

@@ -15,7 +15,7 @@ from kernels.image import Image, Site, SiteNeeds
 PROGRAM_ROWS: Final = (16, 32, 64, 128, 256, 512)
 # Programs that share one job of the repacking; enough for the largest to fill a device.
 _REPACK_PROGRAMS: Final = 64
-_REPACK_BLOCK: Final = 256
+REPACK_BLOCK: Final = 256
 _N_STAGED: Final = 2
 # Copies between a page-locked buffer and the device start at multiples of this.
 SLAB_ALIGNMENT_BYTES: Final = 512
@@ -272,7 +272,7 @@ class DeltaArena:
                 self._slabs[slot],
                 widths=self.spec.all_widths,
                 programs=_REPACK_PROGRAMS,
-                block=_REPACK_BLOCK,
+                block=REPACK_BLOCK,
             )
             if main is not None:
                 read[number % _N_STAGED] = main.record_event()

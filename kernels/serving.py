@@ -1,5 +1,6 @@
 """A linear layer of many fine-tunes at once: one backbone product, and each token's own delta."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from kernels import batch_reference
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.fragments import STEP_COLUMNS
 from kernels.plan import PLANS, StepPlan
-from kernels.streams import side_stream
+from kernels.streams import running_beside
 from kernels.tuning import Shape, Stage, choose_shape
 
 _MANY_GROUPS = 1 << 30
@@ -128,11 +129,22 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     return y
 
 
-def _fits_layer(weight: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> bool:
+def choose_layer(weight: torch.Tensor, plan: StepPlan, site: int) -> Shape | None:
+    """How programs of `multiply_layer` are cut, where it is what a layer launches.
+
+    Args:
+        weight: [out of all parts, in] of the backbone.
+        plan: of the step.
+        site: number of the site.
+
+    Returns:
+        The shape; None where `multiply_beside` is to be launched.
+    """
     # A lone token: its backbone's product is bound by memory like its delta, and leaves no gap.
+    shape = _choose("layer", plan, site)
     outs = plan.arena.spec.sites[site].out_features
     whole = all(out % shape.rows == 0 for out in outs)
-    return plan.n_tokens == 1 and whole and weight.is_contiguous()
+    return shape if plan.n_tokens == 1 and whole and weight.is_contiguous() else None
 
 
 def multiply_layer(
@@ -164,25 +176,39 @@ def multiply_layer(
     return y
 
 
+def multiply_beside(
+    x: torch.Tensor, plan: StepPlan, site: int, multiply: Callable[[], torch.Tensor]
+) -> torch.Tensor:
+    """Backbone's product of a whole step, and beside it the first stage of the deltas.
+
+    Args:
+        x: bf16, fp16 or fp32 [tokens, in], columns adjacent.
+        plan: of the step.
+        site: number of the site.
+        multiply: queues the backbone's product and returns it, [tokens, out of all parts].
+
+    Returns:
+        The product with each token's delta added, in place.
+    """
+    with running_beside(x.device) as join:
+        _launch_first(x, plan, site)
+    y = multiply()
+    join()
+    _launch_last(y, plan, site, overlap=False)
+    return y
+
+
 @torch.library.custom_op("deltacome::delta_linear", mutates_args=())
 def _delta_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: int, site: int
 ) -> torch.Tensor:
     step = PLANS[plan]
-    if x.device.type != "cuda" or not step.arena.operand_order:
+    if not step.arena.operand_order:
         return add_delta(functional.linear(x, weight, bias), x, step, site)
-    shape = _choose("layer", step, site)
-    if _fits_layer(weight, step, site, shape):
+    shape = choose_layer(weight, step, site)
+    if shape is not None:
         return multiply_layer(x, weight, bias, step, site, shape)
-    main = torch.cuda.current_stream(x.device)
-    side = side_stream(x.device)
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
-        _launch_first(x, step, site)
-    y = functional.linear(x, weight, bias)
-    main.wait_stream(side)
-    _launch_last(y, step, site, overlap=False)
-    return y
+    return multiply_beside(x, step, site, lambda: functional.linear(x, weight, bias))
 
 
 @_delta_linear.register_fake

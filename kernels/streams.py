@@ -1,5 +1,7 @@
 """The stream beside the current one, and copies to a device that nobody waits for."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy.typing as npt
@@ -21,6 +23,25 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
         # The backbone's product fills the device: without precedence the deltas would wait for it.
         _STREAMS[device] = torch.cuda.Stream(device, priority=-1)
     return _STREAMS[device]
+
+
+@contextmanager
+def running_beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Queue work on the stream beside the current one; a device without streams runs it at once.
+
+    Args:
+        device: any.
+
+    Yields:
+        What lets the current stream wait for that work, to be called after it was queued.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    main, side = torch.cuda.current_stream(device), side_stream(device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        yield lambda: main.wait_stream(side)
 
 
 def send(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:

@@ -99,7 +99,7 @@ class _Held:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
+class RowKind:
     """How rows are packed; `width` counts codes of a row, with a basis its ranks."""
 
     cols: int
@@ -115,17 +115,28 @@ class EmbeddingTable:
 
     def __init__(self, *, n_slots: int, like: PackedRows, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self._kind = self._read_kind(like)
+        self._kind = self.read_kind(like)
         self._held: list[_Held | None] = [None] * n_slots
         self._table = torch.zeros((n_slots, 5), dtype=torch.int64, device=self.device)
 
     @staticmethod
-    def _read_kind(rows: PackedRows) -> _Kind:
+    def read_kind(rows: PackedRows) -> RowKind:
+        """Say how rows are packed: kernels are compiled for just this.
+
+        Args:
+            rows: packed rows of a delta.
+
+        Returns:
+            Their kind.
+
+        Raises:
+            UserError: arena_recipe_unknown, no row changed or rows share a scale.
+        """
         factor = rows.factor
         if factor is None or factor.group[0] != 1:
             reason = "no scale for single rows"
             raise UserError("arena_recipe_unknown", name=rows.name, reason=reason)
-        return _Kind(
+        return RowKind(
             cols=rows.cols,
             width=factor.cols,
             bits=factor.bits,
@@ -144,7 +155,7 @@ class EmbeddingTable:
         Raises:
             UserError: arena_recipe_unknown, the rows are packed in another way.
         """
-        if self._read_kind(rows) != self._kind:
+        if self.read_kind(rows) != self._kind:
             raise UserError("arena_recipe_unknown", name=rows.name, reason="rows of another kind")
         packed = rows.to(self.device)
         if packed.factor is None:
@@ -162,7 +173,7 @@ class EmbeddingTable:
         Raises:
             UserError: arena_recipe_unknown, the rows are packed in another way.
         """
-        if self._read_kind(rows) != self._kind:
+        if self.read_kind(rows) != self._kind:
             raise UserError("arena_recipe_unknown", name=rows.name, reason="rows of another kind")
         nowhere = torch.full((rows.rows,), -1, dtype=torch.int32, device=self.device)
         self._hold(slot, nowhere, None, rows.basis)

@@ -19,8 +19,8 @@ from benchmarks.engine.timing import used_bytes
 from benchmarks.engine.trace import Request, draw_trace, serve
 from deltacome_core.manifest import read_manifest
 from deltacome_core.memory import forecast
-from workers.engine.arena_slots import BUCKETS
 from workers.engine.model import load_shared
+from workers.engine.rooms import BUCKETS
 
 BUDGET_BYTES = 80e9
 # Share of the measured throughput that the trace asks for.

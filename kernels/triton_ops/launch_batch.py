@@ -5,20 +5,25 @@ from typing import Any
 
 import torch
 import triton
+from triton.runtime import driver
 
 from deltacome_core.layout import TILE_CODES, words_per_row
 from kernels.fragments import PLANES, UNIT_TOKENS
 from kernels.plan import StepPlan
+from kernels.triton_ops import batch, gather, layer, repack
 from kernels.triton_ops.batch import (
     batch_expand_kernel,
     batch_shrink_kernel,
     prepare_kernel,
 )
 from kernels.triton_ops.gather import gather_kernel, project_kernel
+from kernels.triton_ops.keys import settle_keys
 from kernels.triton_ops.layer import layer_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.tuning import Shape
 from kernels.vocabulary import count_groups
+
+settle_keys(batch, layer, repack, gather)
 
 # Eight ranks by 512 columns: 32 values of a basis a thread in flight.
 _PROJECT_RANKS = 8
@@ -345,8 +350,5 @@ def launch_project(
 
 @cache
 def current_arch() -> int:
-    """Compute capability of the current CUDA device, 90 for Hopper; 0 in the interpreter."""
-    if not torch.cuda.is_available():
-        return 0
-    major, minor = torch.cuda.get_device_capability()
-    return major * 10 + minor
+    """Compute capability that kernels are compiled for, 90 for Hopper; 0 in the interpreter."""
+    return int(driver.active.get_current_target().arch) if is_compiled() else 0

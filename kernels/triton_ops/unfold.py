@@ -1,10 +1,13 @@
 """Resident factors as numbers: for matrix products of many tokens, and for merging."""
 
+import sys
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.triton_ops.codes import load_pair, locate_pair, unpack_step
+from kernels.triton_ops.keys import settle_keys
 from kernels.triton_ops.mma import double_sum
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
@@ -101,7 +104,17 @@ def unfold_record(
                         tl.store(at, four, mask=(row < n_out_rows) & (col < n_out_cols))
 
 
-@triton.jit(do_not_specialize=["n_shrink", "n_cols", "left_stride", "right_stride"])
+# Addresses of every second slot lie at no multiple of 16: one kernel serves all slots.
+@triton.jit(
+    do_not_specialize=[
+        "entry_ptr",
+        "table_ptr",
+        "n_shrink",
+        "n_cols",
+        "left_stride",
+        "right_stride",
+    ]
+)
 def unfold_kernel(
     entry_ptr,
     table_ptr,
@@ -188,3 +201,6 @@ def unfold(
         WARPS=_WARPS,
         num_warps=_WARPS,
     )
+
+
+settle_keys(sys.modules[__name__])

@@ -1,7 +1,7 @@
 """Slots on a GPU: packed matrices in an arena that the kernels read, heads and embeddings too."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from kernels.image import Image, Site, SiteNeeds, build_image
 from kernels.plan import StepPlan, count_groups
 from kernels.serving import add_delta, delta_linear
 from kernels.vocabulary import head_matrix, pad_ranks
+from kernels.wanted import Wanted
 from workers.engine.parts import TenantParts
+from workers.engine.rooms import PROMPT_GROUPS, PROMPT_ROWS, PROMPT_UNITS, list_wanted
 from workers.engine.slots import Lock, Span
 
 log = logging.getLogger(__name__)
@@ -27,16 +29,6 @@ log = logging.getLogger(__name__)
 HEAD = "head"
 # The head of a delta whose vocabulary lies in a basis: it reads its input's coordinates.
 COORDINATES = "head.coordinates"
-# Rows that stand alone: graphs are captured, and plans made, for these sizes.
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384)
-# Rows of one tenant above which its factors are unfolded once instead of read for each group of
-# rows: unfolding costs 55 ms a tenant, a group of two rows .4 (7B, one H100).
-_PROMPT_ROWS = 128
-# Two rows of a prompt read the codes once, as those of an answer do: the kernels are the same, and
-# those of eight rows take half a minute each to compile. More groups than there is room for are
-# unfolded.
-_PROMPT_UNITS = 1
-_PROMPT_GROUPS = (16, 64, 256, 1024)
 # Deltas of one recipe differ a little in size and ranks.
 _SLACK = 1.02
 _RANK_SLACK = 1.25
@@ -73,8 +65,11 @@ class ArenaSlots:
         device: torch.device,
         dtype: torch.dtype,
         delta_bytes: int,
+        prepare: Callable[[Sequence[Wanted]], None] | None = None,
     ) -> None:
+        """Make no arena yet; `prepare` compiles kernels before a delta is in its slot."""
         self._n_slots = n_slots
+        self._prepare = prepare
         self._dtype = dtype
         self._device = device
         self._delta_bytes = delta_bytes
@@ -120,8 +115,11 @@ class ArenaSlots:
                 matrices[COORDINATES] = head_matrix(padded.to("cpu"))
         is_cuda = self._device.type == "cuda"
         image = build_image(sites, matrices, pin=is_cuda, memory=parts.memory)
+        spec = self._find_spec(sites, image)
+        if self._prepare is not None:
+            self._prepare(list_wanted(spec, parts, self._dtype))
         with lock:
-            arena = self._fit(sites, image)
+            arena = self._fit(spec)
             if self._stream is None:
                 slot = arena.load(image)
             else:
@@ -159,8 +157,8 @@ class ArenaSlots:
         """Coordinates of every vocabulary in a basis; smaller bases are filled up."""
         return 0 if self._arena is None else self._arena.spec.sites[-1].in_features
 
-    def _fit(self, sites: tuple[Site, ...], image: Image) -> DeltaArena:
-        """An arena that takes the image; an empty one may be made anew for another recipe.
+    def _find_spec(self, sites: tuple[Site, ...], image: Image) -> ArenaSpec:
+        """The arena's spec, or another for an image it cannot take if nothing is resident.
 
         Raises:
             UserError: arena_recipe_unknown, and deltas of other recipes are resident.
@@ -173,10 +171,19 @@ class ArenaSlots:
                 if arena.resident_slots:
                     raise
             else:
-                return arena
-        spec = self._widen(sites, image)
+                return arena.spec
+        return self._widen(sites, image)
+
+    def _fit(self, spec: ArenaSpec) -> DeltaArena:
+        """The arena of a spec of `_find_spec`; an empty one may be made anew.
+
+        Raises:
+            UserError: arena_full, no delta fits.
+        """
+        if self._arena is not None and self._arena.spec is spec:
+            return self._arena
         # The old slabs go before the new ones come.
-        self._arena = self._unfolder = arena = None
+        self._arena = self._unfolder = None
         self._plans.clear()
         n_slots = min(self._n_slots, self._delta_bytes // spec.slab_bytes)
         if n_slots < 1:
@@ -261,10 +268,10 @@ class ArenaSlots:
 
     def _take_prompts(self, slots: list[int], n_groups: int) -> StepPlan:
         arena = self._arena_of(slots)
-        room = next(size for size in _PROMPT_GROUPS if size >= n_groups)
+        room = next(size for size in PROMPT_GROUPS if size >= n_groups)
         key = ("prompts", room)
         if key not in self._plans:
-            self._plans[key] = StepPlan(arena, units_per_group=_PROMPT_UNITS, n_groups=room)
+            self._plans[key] = StepPlan(arena, units_per_group=PROMPT_UNITS, n_groups=room)
         self._plans[key].assign(slots)
         return self._plans[key]
 
@@ -317,7 +324,7 @@ class ArenaSlots:
         if self._arena is None or all(span.slot < 0 for span in spans):
             return
         head = len(self._layers)
-        if len(x) > _PROMPT_ROWS and self._unfolder is not None:
+        if len(x) > PROMPT_ROWS and self._unfolder is not None:
             for span in spans:
                 if span.slot >= 0:
                     self._add_segment(y, x, span, head)
@@ -337,8 +344,8 @@ def _choose_short(chunks: Sequence[Span]) -> tuple[list[Span], int]:
     n_groups = 0
     for span in sorted(chunks, key=lambda span: span.last - span.first):
         n_rows = span.last - span.first
-        more = count_groups(n_rows, units_per_group=_PROMPT_UNITS)
-        if n_rows > _PROMPT_ROWS or n_groups + more > _PROMPT_GROUPS[-1]:
+        more = count_groups(n_rows, units_per_group=PROMPT_UNITS)
+        if n_rows > PROMPT_ROWS or n_groups + more > PROMPT_GROUPS[-1]:
             break
         short.append(span)
         n_groups += more

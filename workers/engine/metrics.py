@@ -123,6 +123,7 @@ class EngineMetrics:
         self.waiting = self._gauge("waiting", "Answers that wait for a place.")
         self.resident = self._gauge("resident_models", "Models in memory.")
         self.resident_bytes = self._gauge("resident_bytes", "Bytes of the models in memory.")
+        self.preparing = self._gauge("preparing_kernels", "1 while kernels are compiled.")
         self.kv_pages_used = self._gauge("kv_pages_used", "Pages of keys and values in use.")
         self.batch_sequences = self._histogram(
             "batch_sequences", "Answers in a step.", bounds=_SIZES
@@ -130,6 +131,9 @@ class EngineMetrics:
         self.batch_tenants = self._histogram("batch_tenants", "Tenants in a step.", bounds=_SIZES)
         self.step_seconds = self._histogram("step_seconds", "Time of a step.")
         self.load_seconds = self._histogram("load_seconds", "Time to bring a model into memory.")
+        self.prepare_seconds = self._histogram(
+            "prepare_seconds", "Time to compile the kernels of a kind of delta."
+        )
         self.queue_seconds = self._histogram("queue_seconds", "Wait for a place, by tenant.")
         self.answer_seconds = self._histogram("answer_seconds", "Time from request to last token.")
 

@@ -3,7 +3,7 @@
 import gc
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,6 +23,7 @@ from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_config, load_model, load_tokenizer
 from deltacome_core.parameters import locate_parameters
 from deltacome_core.precision import NATIVE
+from kernels.wanted import Wanted
 from workers.engine.canary import UNTESTED, CanaryResult
 from workers.engine.executor import Executor, PlainExecutor
 from workers.engine.own_module import (
@@ -81,11 +82,18 @@ def load_backbone(folder: Path, *, device: str, kv_bytes: int = 1 << 28) -> Load
 
 
 def share_backbone(
-    backbone: LoadedModel, folder: Path, *, kv_bytes: int, n_slots: int, delta_bytes: int = 1 << 30
+    backbone: LoadedModel,
+    folder: Path,
+    *,
+    kv_bytes: int,
+    n_slots: int,
+    delta_bytes: int = 1 << 30,
+    prepare: Callable[[Sequence[Wanted]], None] | None = None,
 ) -> LoadedModel:
     """Let one model serve the backbone and its deltas in common steps.
 
-    On a GPU the slots of deltas take up to `delta_bytes`.
+    On a GPU the slots of deltas take up to `delta_bytes`, and `prepare` compiles kernels for a
+    delta before it is in its slot.
 
     An architecture that the shared model cannot run stays with its own code, one answer at a time.
     """
@@ -97,6 +105,7 @@ def share_backbone(
             kv_bytes=kv_bytes,
             n_slots=n_slots,
             delta_bytes=delta_bytes,
+            prepare=prepare,
         )
     except UserError as error:
         if error.code != "architecture_unknown":

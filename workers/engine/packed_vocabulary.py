@@ -10,8 +10,9 @@ from deltacome_core.errors import UserError
 from deltacome_core.packed import PackedRows
 from kernels.streams import send
 from kernels.vocabulary import EmbeddingTable, pad_ranks
-from workers.engine.arena_slots import BUCKETS, ArenaSlots, slots_of
+from workers.engine.arena_slots import ArenaSlots, slots_of
 from workers.engine.parts import TenantParts
+from workers.engine.rooms import BUCKETS
 from workers.engine.slots import Span
 
 

@@ -16,7 +16,7 @@ _BLOCK_TOKENS = 64
 _LEAST_ROWS = 16
 
 
-# The longest answer of a step changes its number of pages: that must not compile anything anew.
+# Steps differ in how many pages there is room for: one kernel serves all of them.
 @triton.jit(do_not_specialize=["pages_row"])  # type: ignore[untyped-decorator]
 def decode_kernel(  # type: ignore[no-untyped-def]
     query_ptr, keys_ptr, values_ptr, pages_ptr, lengths_ptr, out_ptr,

@@ -30,6 +30,7 @@ from workers.engine.model import (
     share_backbone,
 )
 from workers.engine.paging import pages_for
+from workers.engine.preparation import KernelPreparation
 from workers.engine.snapshots import Snapshot, SnapshotCache, Target
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Residency:
         self._failures: dict[Key, _Failure] = {}
         self._table = threading.Lock()
         self._loading = threading.Lock()
+        self._preparation = KernelPreparation(self._metrics)
         self._loaders = ThreadPoolExecutor(_LOADERS, thread_name_prefix="engine-load")
 
     @contextlib.contextmanager
@@ -114,6 +116,12 @@ class Residency:
 
     def close(self) -> None:
         self._loaders.shutdown(wait=False, cancel_futures=True)
+        self._preparation.close()
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether kernels are being compiled for a delta that is on its way."""
+        return self._preparation.is_running
 
     @property
     def resident_bytes(self) -> int:
@@ -269,6 +277,7 @@ class Residency:
             kv_bytes=self._config.kv_bytes,
             n_slots=self._config.max_resident,
             delta_bytes=max(0, self._config.memory_bytes - model.size_bytes),
+            prepare=self._preparation.prepare,
         )
         settle_memory()
         model = replace(model, key=snapshot.key)

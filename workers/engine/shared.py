@@ -1,7 +1,7 @@
 """One model for a backbone and all its deltas: each step mixes tokens of any of them."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 
 from deltacome_core.errors import UserError
 from kernels.streams import send
-from workers.engine.arena_slots import BUCKETS, ArenaSlots
+from kernels.wanted import Wanted
+from workers.engine.arena_slots import ArenaSlots
 from workers.engine.attention import AttentionStep, Chunk, DecodeRows, put_together, running
 from workers.engine.executor import Work
 from workers.engine.graphs import DecodeGraphs, StepInputs
@@ -21,6 +22,7 @@ from workers.engine.layers import Link, RowTables
 from workers.engine.packed_vocabulary import PackedVocabulary
 from workers.engine.paging import PAGE_TOKENS, PagedCache, PagePool, pages_for
 from workers.engine.parts import Places, TenantParts
+from workers.engine.rooms import BUCKETS
 from workers.engine.sharing import (
     list_sites,
     list_vectors,
@@ -71,6 +73,7 @@ class SharedExecutor:
         n_slots: int,
         delta_bytes: int = 1 << 30,
         arena: bool | None = None,
+        prepare: Callable[[Sequence[Wanted]], None] | None = None,
     ) -> None:
         self._device = torch.device(device)
         self.is_async = self._device.type == "cuda"
@@ -98,6 +101,7 @@ class SharedExecutor:
                 device=self._device,
                 dtype=module.dtype,
                 delta_bytes=delta_bytes,
+                prepare=prepare if self.is_async else None,
             )
             self.slots = slots
             self.vocabulary = PackedVocabulary(parameters[embedding], parameters[head], slots)

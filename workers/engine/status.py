@@ -22,6 +22,7 @@ async def healthz(request: Request) -> Response:
             "device": engine.config.device,
             "running": engine.scheduler.running,
             "waiting": engine.scheduler.waiting,
+            "preparing_kernels": engine.residency.is_preparing,
             "resident_models": len(engine.residency.resident_keys()),
             "resident_bytes": engine.residency.resident_bytes,
         }
