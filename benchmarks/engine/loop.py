@@ -46,7 +46,7 @@ class Heard:
 class Loop:
     """A scheduler of the engine, running."""
 
-    def __init__(self, *, max_sequences: int = 64, prefill_tokens: int = 2048) -> None:
+    def __init__(self, *, max_sequences: int = 64, prefill_tokens: int = 256) -> None:
         self.scheduler = Scheduler(
             Limits(
                 max_sequences=max_sequences,

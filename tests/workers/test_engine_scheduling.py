@@ -156,6 +156,33 @@ def test_a_prompt_read_in_pieces_gives_the_same_answer(model):
     assert answers[0] == answers[1] == answers[2]
 
 
+def test_a_long_prompt_is_read_in_larger_pieces_while_nobody_decodes(model, monkeypatch):
+    forward, steps = model.executor.forward, []
+
+    def note(work, tokens=None):
+        steps.append([item.count for item in work])
+        return forward(work, tokens)
+
+    monkeypatch.setattr(model.executor, "forward", note)
+    prompt = tuple(20 + at % 70 for at in range(60))
+    answer([model], prompt=prompt, limits=Limits(prefill_tokens=5), max_tokens=2)
+    assert steps[0] == [40]
+    assert steps[1] == [20]
+    steps.clear()
+    scheduler = Scheduler(Limits(prefill_tokens=5))
+    heard = [Heard(), Heard()]
+    # The short one decodes while the long one is read.
+    scheduler.start()
+    scheduler.submit([make_sequence(model, heard[0], max_tokens=200)])
+    wait_for(lambda: heard[0].pieces)
+    scheduler.submit([make_sequence(model, heard[1], prompt=prompt[::-1], tenant="long")])
+    wait_for(lambda: scheduler.running == 0)
+    scheduler.stop()
+    beside = [step for step in steps if len(step) == 2 and max(step) > 1]
+    assert beside
+    assert max(max(step) for step in beside) <= 5
+
+
 def test_the_scores_of_a_prompt_do_not_depend_on_how_it_was_read(model, folder):
     truth = torch.log_softmax(load_model(folder)(torch.tensor([LONG])).logits[0], dim=-1)
     for size in (4, 64):
