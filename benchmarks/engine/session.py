@@ -84,7 +84,7 @@ class Session:
             ("library", 60, lambda: self.time_library(with_delta=False)),
             ("adapters", 60, lambda: time_adapters(self.large, self.loop, few)),
             ("swapping", 50, self.swap),
-            ("library_delta", 60, lambda: self.time_library(with_delta=True)),
+            ("library_delta", 100, lambda: self.time_library(with_delta=True)),
         ]
 
     @property
@@ -191,7 +191,7 @@ class Session:
                 raise RuntimeError("the delta is not shared")
             put_delta_in_library(large.module, executor, model.slot)
         prompts = draw_prompts(self._size.batch, self._size.vocabulary, self._size.prompt)
-        found, _ = time_library(large.module, prompts, self._size.new_tokens, repeats=2)
+        found, _ = time_library(large.module, prompts, self._size.new_tokens, repeats=1)
         return found
 
 
