@@ -50,7 +50,17 @@ def _check(x: torch.Tensor, out_features: int, plan: StepPlan, site: int) -> Non
         raise InternalError(f"{out_features} outputs at a site of {wanted.total_out}")
 
 
-def _choose(stage: Stage, plan: StepPlan, site: int) -> Shape:
+def shape_for(stage: Stage, plan: StepPlan, site: int) -> Shape:
+    """The shape that a launch takes.
+
+    Args:
+        stage: which kernel.
+        plan: of the step.
+        site: number of the site.
+
+    Returns:
+        The measured shape; for groups of several units one whose sums stay in registers.
+    """
     from kernels.triton_ops.launch_batch import current_arch
 
     arch = current_arch()
@@ -92,13 +102,13 @@ def _launch_first(
     from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
     launch_prepare(x, plan, site, cleared=cleared, overlap=overlap)
-    launch_shrink(plan, site, _choose("shrink", plan, site))
+    launch_shrink(plan, site, shape_for("shrink", plan, site))
 
 
 def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
     from kernels.triton_ops.launch_batch import launch_expand
 
-    shape = _choose("expand", plan, site)
+    shape = shape_for("expand", plan, site)
     # Without hidden values no shrink was launched that this could overlap.
     launch_expand(y, plan, site, shape, overlap=overlap and plan.arena.spec.hidden_steps(site) > 0)
 
@@ -128,7 +138,18 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
     return y
 
 
-def _fits_layer(weight: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> bool:
+def fits_layer(weight: torch.Tensor, plan: StepPlan, site: int, shape: Shape) -> bool:
+    """Whether `delta_linear` is one launch after the first stage.
+
+    Args:
+        weight: of `multiply_layer`.
+        plan: of the step.
+        site: number of the site.
+        shape: of that launch.
+
+    Returns:
+        Whether it is `multiply_layer`.
+    """
     # A lone token: its backbone's product is bound by memory like its delta, and leaves no gap.
     outs = plan.arena.spec.sites[site].out_features
     whole = all(out % shape.rows == 0 for out in outs)
@@ -171,8 +192,8 @@ def _delta_linear(
     step = PLANS[plan]
     if x.device.type != "cuda" or not step.arena.operand_order:
         return add_delta(functional.linear(x, weight, bias), x, step, site)
-    shape = _choose("layer", step, site)
-    if _fits_layer(weight, step, site, shape):
+    shape = shape_for("layer", step, site)
+    if fits_layer(weight, step, site, shape):
         return multiply_layer(x, weight, bias, step, site, shape)
     main = torch.cuda.current_stream(x.device)
     side = side_stream(x.device)
