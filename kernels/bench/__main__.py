@@ -101,7 +101,7 @@ def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]
             # Without direct matrices planes make a kernel of their own in `shrink` alone.
             all_planes = (4, 2) if stage == "shrink" else (4,)
             wanted |= {(HUB.name, stage, shape, planes) for planes in all_planes}
-        if stage != "layer" and "decode_come" in names:
+        if "decode_come" in names:
             wanted.add((COME.name, stage, shape, 4))
     layer = choose_shape("layer", groups=1, steps=1, rows=1, arch=current_arch())
     if "decode" in names:

@@ -19,6 +19,7 @@ from kernels.bench import baselines, chart, checks, models, products, sections
 from kernels.bench.bars import TARGETS, judge, prefill_floor
 from kernels.bench.correctness import BatchCase, cover_case, list_cases, run_case
 from kernels.image import build_image
+from kernels.tuning import choose_shape
 
 REPORT = ROOT / "docs/benchmarks/kernels.json"
 
@@ -235,6 +236,19 @@ def test_products_of_a_case_leave_nothing_to_compile(monkeypatch):
         products.compile_product(product, plan, 0)
     assert recorder.take() == wanted
     assert len(wanted) == 3
+
+
+def test_layers_of_lone_tokens_are_compiled_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(bench, "current_arch", lambda: 90)
+    sites = models.LLAMA_7B.sites()[:4]
+    needed = {
+        choose_shape("layer", groups=1, steps=site.input_steps, rows=site.total_out, arch=90)
+        for site in sites
+    }
+    for section, layout in (("decode", models.HUB), ("decode_come", models.COME)):
+        listed = bench.list_kernels(frozenset({section}))
+        assert {one[0] for one in listed} == {layout}
+        assert {one[2] for one in listed if one[1] == "layer"} >= needed
 
 
 def test_a_product_that_is_late_costs_no_other_case_its_result(monkeypatch):
