@@ -51,7 +51,17 @@ def _check(x: torch.Tensor, out_features: int, plan: StepPlan, site: int) -> Non
         raise InternalError(f"{out_features} outputs at a site of {wanted.total_out}")
 
 
-def _choose(stage: Stage, plan: StepPlan, site: int) -> Shape:
+def shape_for(stage: Stage, plan: StepPlan, site: int) -> Shape:
+    """The shape that a launch takes.
+
+    Args:
+        stage: which kernel.
+        plan: of the step.
+        site: number of the site.
+
+    Returns:
+        The measured shape; for groups of several units one whose sums stay in registers.
+    """
     from kernels.triton_ops.launch_batch import current_arch
 
     arch = current_arch()
@@ -93,13 +103,13 @@ def _launch_first(
     from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
     launch_prepare(x, plan, site, cleared=cleared, overlap=overlap)
-    launch_shrink(plan, site, _choose("shrink", plan, site))
+    launch_shrink(plan, site, shape_for("shrink", plan, site))
 
 
 def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -> None:
     from kernels.triton_ops.launch_batch import launch_expand
 
-    shape = _choose("expand", plan, site)
+    shape = shape_for("expand", plan, site)
     # Without hidden values no shrink was launched that this could overlap.
     launch_expand(y, plan, site, shape, overlap=overlap and plan.arena.spec.hidden_steps(site) > 0)
 
@@ -141,7 +151,7 @@ def choose_layer(weight: torch.Tensor, plan: StepPlan, site: int) -> Shape | Non
         The shape; None where `multiply_beside` is to be launched.
     """
     # A lone token: its backbone's product is bound by memory like its delta, and leaves no gap.
-    shape = _choose("layer", plan, site)
+    shape = shape_for("layer", plan, site)
     outs = plan.arena.spec.sites[site].out_features
     whole = all(out % shape.rows == 0 for out in outs)
     return shape if plan.n_tokens == 1 and whole and weight.is_contiguous() else None

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from kernels.bench import baselines, checks, correctness, sections, timing
+from kernels.bench import baselines, checks, correctness, products, sections, timing
 from kernels.bench.bars import judge
 from kernels.bench.models import COME, HUB, LAYOUTS, LLAMA_7B, Layout
 from kernels.gpu_check import describe_device
@@ -24,6 +26,8 @@ from kernels.tuning import Shape, Stage, choose_shape, load_table
 _N_SLOTS: Final = 64
 _ZIPF_TOKENS: Final = 64
 _WORKERS: Final = 12
+# A case whose kernels are compiled takes no longer.
+_CASE_S: Final = 60.0
 SECTIONS: Final = (
     "correctness",
     "checks",
@@ -94,12 +98,14 @@ def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]
     for choice in load_table(current_arch()):
         stage, shape = choice.stage, choice.shape
         if names & {"decode", "zipf"}:
-            wanted |= {(HUB.name, stage, shape, planes) for planes in (4, 2)}
-        if stage != "layer" and "decode_come" in names:
+            # Without direct matrices planes make a kernel of their own in `shrink` alone.
+            all_planes = (4, 2) if stage == "shrink" else (4,)
+            wanted |= {(HUB.name, stage, shape, planes) for planes in all_planes}
+        if "decode_come" in names:
             wanted.add((COME.name, stage, shape, 4))
     layer = choose_shape("layer", groups=1, steps=1, rows=1, arch=current_arch())
     if "decode" in names:
-        wanted |= {(HUB.name, "layer", layer, planes) for planes in (4, 2)}
+        wanted.add((HUB.name, "layer", layer, 4))
     if "decode_come" in names:
         wanted.add((COME.name, "layer", layer, 4))
     ordered = sorted(wanted, key=lambda one: (one[0] == HUB.name, one[1] == "shrink", str(one)))
@@ -116,28 +122,74 @@ def warm(worker: int, names: frozenset[str]) -> None:
     torch.cuda.synchronize()
 
 
+def _ask_process(arguments: Sequence[str], limit_s: float) -> str:
+    """The last line that a process of this module writes; empty where it writes none."""
+    command = [sys.executable, "-m", "kernels.bench", *arguments]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, timeout=max(1.0, limit_s), check=False
+    )
+    return done.stdout.splitlines()[-1] if done.stdout else ""
+
+
+def list_compilations() -> list[tuple[int, int]]:
+    """Each product of the correctness cases once, the slowest to compile first.
+
+    Returns:
+        Numbers of a case that launches it, and of the product among those of the case.
+    """
+    first: dict[products.Product, tuple[int, int]] = {}
+    for case_number, case in enumerate(correctness.list_cases()):
+        plan = products.plan_case(case, "cpu")
+        for number, product in enumerate(products.list_products(plan, 0)):
+            first.setdefault(product, (case_number, number))
+    return [first[product] for product in sorted(first, key=lambda one: -one.cost)]
+
+
+def _count_cpus() -> int:
+    # Those this process may use; a machine may have more.
+    return len(os.sched_getaffinity(0))
+
+
+def _compile_products(deadline: float) -> None:
+    """Compile what the cases launch, as many products at a time as there are CPUs.
+
+    What fails here or is late is missing from the cache: its case then compiles it, and says so.
+    """
+
+    def compile_one(numbers: tuple[int, int]) -> None:
+        case, product = map(str, numbers)
+        left = deadline - time.monotonic()
+        with suppress(subprocess.TimeoutExpired):
+            _ask_process(["--case", case, "--product", product], left)
+
+    with ThreadPoolExecutor(_count_cpus()) as pool:
+        list(pool.map(compile_one, list_compilations()))
+
+
 def check_correctness(limit_s: float) -> list[dict[str, Any]]:
-    """All cases, each in a process of its own since most of its time is compiling."""
-    cases = list(correctness.list_cases())
-    command = [sys.executable, "-m", "kernels.bench", "--case"]
-    running = [
-        subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True)
-        for number in range(len(cases))
-    ]
-    deadline = time.monotonic() + limit_s
-    rows = []
-    for case, process in zip(cases, running, strict=True):
+    """All cases, each in a process of its own, once what they launch is compiled.
+
+    Args:
+        limit_s: most seconds that compiling may take.
+
+    Returns:
+        One row a case.
+    """
+    _compile_products(time.monotonic() + limit_s)
+
+    def check(numbered: tuple[int, correctness.BatchCase]) -> dict[str, Any]:
+        number, case = numbered
         row: dict[str, Any] = {"case": str(case), "passed": False}
         try:
-            said, _ = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            row = json.loads(said.splitlines()[-1])
+            row = json.loads(_ask_process(["--case", str(number)], _CASE_S))
         except subprocess.TimeoutExpired:
-            process.kill()
             row["exception"] = "not compiled in time"
-        except (IndexError, ValueError):
-            row["exception"] = f"ended with {process.returncode}"
-        rows.append(row)
-    return rows
+        except ValueError:
+            row["exception"] = "ended without a result"
+        return row
+
+    with ThreadPoolExecutor(_count_cpus()) as pool:
+        return list(pool.map(check, enumerate(correctness.list_cases())))
 
 
 def _decode(bench: sections.Bench) -> list[dict[str, Any]]:
@@ -196,8 +248,11 @@ def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
     Args:
         run: where results go.
         names: of SECTIONS.
-        correctness_s: most seconds that the cases may take.
+        correctness_s: most seconds that compiling the cases may take.
     """
+    if "correctness" in names:
+        run.section("correctness", lambda: check_correctness(correctness_s))
+    # Only now: the cases need all CPUs to be compiled in time.
     workers = start_workers(names)
     benches: list[sections.Bench] = []
 
@@ -207,7 +262,6 @@ def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
         return measure(benches[0])
 
     measures: dict[str, Callable[[], Any]] = {
-        "correctness": lambda: check_correctness(correctness_s),
         "checks": lambda: [*checks.check_vocabulary("cuda"), *checks.check_dense("cuda")],
         "ceilings": timing.measure_ceilings,
         "decode": lambda: on_model(_decode),
@@ -220,8 +274,8 @@ def run_all(run: Run, names: frozenset[str], *, correctness_s: float) -> None:
         "baselines": lambda: _baselines(benches),
         "compiled": lambda: baselines.time_compiled(HUB),
     }
-    for name in (name for name in SECTIONS if name in names):
-        if name not in {"correctness", "checks"}:
+    for name in (name for name in measures if name in names):
+        if name != "checks":
             # Nothing else may run while times are taken.
             for worker in workers:
                 worker.wait()
@@ -236,6 +290,7 @@ def main() -> int:
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--update", type=Path, help="a report whose other sections are kept")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--product", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--compile-baseline", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -245,6 +300,11 @@ def main() -> int:
     names = frozenset(arguments.sections)
     if arguments.case is not None:
         case = list(correctness.list_cases())[arguments.case]
+        if arguments.product is not None:
+            plan = products.plan_case(case, "cuda")
+            product = list(products.list_products(plan, 0))[arguments.product]
+            products.compile_product(product, plan, 0)
+            return 0
         sys.stdout.write(json.dumps(correctness.run_case(case, "cuda")) + "\n")
         return 0
     if arguments.warm is not None:

@@ -153,6 +153,26 @@ def _poison(plan: StepPlan) -> None:
         worth.fill_(torch.nan)
 
 
+def _site(case: BatchCase) -> Site:
+    parts = tuple(f"part{number}" for number in range(len(case.outs)))
+    return Site(name="site", parts=parts, out_features=case.outs, in_features=case.width)
+
+
+def cover_case(case: BatchCase) -> ArenaSpec:
+    """What the arena of a case is built for, its site being number 0.
+
+    Args:
+        case: the case.
+
+    Returns:
+        The spec; that of one delta of each layout.
+    """
+    site, pool = _site(case), Pool(0)
+    layouts = dict.fromkeys(case.layouts)
+    images = [build_image((site,), pool.delta((site,), layout)) for layout in layouts]
+    return ArenaSpec.covering((site,), images)
+
+
 def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> dict[str, Any]:
     """Run a case and say how it went.
 
@@ -166,12 +186,10 @@ def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> d
         what was checked bit for bit; `passed` sums it up.
     """
     pool = Pool(seed)
-    parts = tuple(f"part{number}" for number in range(len(case.outs)))
-    site = Site(name="site", parts=parts, out_features=case.outs, in_features=case.width)
+    site = _site(case)
     deltas = [pool.delta((site,), layout) for layout in case.layouts]
     images = [build_image((site,), delta) for delta in deltas]
-    spec = ArenaSpec.covering((site,), images)
-    arena = DeltaArena(spec, n_slots=len(images), device=device, operand_order=True)
+    arena = DeltaArena(cover_case(case), n_slots=len(images), device=device, operand_order=True)
     held = [arena.load(image) for image in images]
     slots = [held[slot] if slot >= 0 else -1 for slot in case.slots]
     x = draw_inputs(case, torch.Generator().manual_seed(seed)).to(device)

@@ -149,7 +149,7 @@ def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
         (1, Shape(blocks=1, along_steps=1, along_rows=1, ahead=1)),
         (2, Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)),
     ):
-        monkeypatch.setattr(serving, "_choose", lambda *_, shape=shape: shape)
+        monkeypatch.setattr(serving, "shape_for", lambda *_, shape=shape: shape)
         plan = StepPlan(arena, n_tokens=3, units_per_group=units)
         plan.assign([slot] * 3)
         plan.h_planes.fill_(85)

@@ -7,15 +7,19 @@ import torch
 from source_tree import ROOT
 
 import kernels.arena
+import kernels.triton_ops.launch_batch as launches
 import kernels.triton_ops.unfold
 from deltacome_core.bands import plan_bands
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import PackedMatrix
 from deltacome_core.recipe import get_recipe
-from kernels import reference, tune
-from kernels.bench import baselines, chart, checks, models, sections
+from kernels import reference, serving, tune
+from kernels.bench import __main__ as bench
+from kernels.bench import baselines, chart, checks, models, products, sections
 from kernels.bench.bars import TARGETS, judge, prefill_floor
-from kernels.bench.correctness import list_cases
+from kernels.bench.correctness import BatchCase, cover_case, list_cases, run_case
+from kernels.image import build_image
+from kernels.tuning import choose_shape
 
 REPORT = ROOT / "docs/benchmarks/kernels.json"
 
@@ -131,6 +135,141 @@ def test_cases_of_a_device_mix_recipes_and_precisions():
         for layout in case.layouts:
             bands = [layout.bands(out, case.width) for out in case.outs]
             assert all(bands) != bool(layout.direct_bits), (str(case), layout.name)
+
+
+class Recorder:
+    """Stands in for kernels: notes what Triton would compile for a launch, and may run it."""
+
+    def __init__(self, monkeypatch, *, runs=False):
+        self.seen = []
+        for name in ("prepare", "repack", "batch_shrink", "batch_expand", "layer"):
+            kernel = getattr(launches, f"{name}_kernel")
+            is_slow = name not in {"prepare", "repack"}
+            monkeypatch.setattr(launches, f"{name}_kernel", _Stand(self, kernel, is_slow, runs))
+
+    def take(self):
+        """The distinct launches since the last call."""
+        seen, self.seen = self.seen, []
+        return set(seen)
+
+
+class _Stand:
+    def __init__(self, recorder, kernel, is_slow, runs):
+        self.recorder, self.kernel, self.is_slow, self.runs = recorder, kernel, is_slow, runs
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **constants):
+            if self.is_slow:
+                types = tuple(getattr(one, "dtype", type(one)) for one in arguments)
+                key = (self.kernel.fn.__name__, types, tuple(sorted(constants.items())))
+                self.recorder.seen.append(key)
+            if self.runs:
+                self.kernel[grid](*arguments, **constants)
+
+        return launch
+
+
+def launch_case(case):
+    """What `run_case` launches on a device, where a layer is not the sum that it is on a CPU."""
+    plan = products.plan_case(case, "cpu")
+    x = torch.zeros(len(case.slots), case.width).bfloat16()
+    y = torch.zeros(len(case.slots), sum(case.outs))
+    serving.add_delta(y, x, plan, 0)
+    serving.add_delta(y.bfloat16(), x, plan, 0)
+    weight = torch.zeros(sum(case.outs), case.width).bfloat16()
+    shape = serving.choose_layer(weight, plan, 0)
+    if shape is not None:
+        serving.multiply_layer(x, weight, None, plan, 0, shape)
+    else:
+        serving._launch_first(x, plan, 0)
+        serving._launch_last(y.bfloat16(), plan, 0, overlap=False)
+
+
+def test_the_arena_of_a_case_takes_all_of_its_deltas():
+    case = next(case for case in list_cases() if len(set(case.layouts)) == 3)
+    spec = cover_case(case)
+    for seed, layout in enumerate(case.layouts, start=1):
+        spec.check(build_image(spec.sites, models.Pool(seed).delta(spec.sites, layout)))
+
+
+def test_what_the_cases_launch_is_compiled_once_each(monkeypatch):
+    monkeypatch.setattr(launches, "current_arch", lambda: 90)
+    monkeypatch.setattr(launches, "is_compiled", lambda: True)
+    recorder = Recorder(monkeypatch)
+    cases = list(list_cases())
+    for case in cases:
+        launch_case(case)
+    wanted = recorder.take()
+    assert {name for name, *_ in wanted} == {
+        "batch_shrink_kernel",
+        "batch_expand_kernel",
+        "layer_kernel",
+    }
+    compilations = bench.list_compilations()
+    costs = []
+    for number, product in compilations:
+        plan = products.plan_case(cases[number], "cpu")
+        chosen = list(products.list_products(plan, 0))[product]
+        products.compile_product(chosen, plan, 0)
+        costs.append(chosen.cost)
+    assert len(compilations) == len(wanted)
+    assert recorder.take() == wanted
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_products_of_a_case_leave_nothing_to_compile(monkeypatch):
+    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
+    recorder = Recorder(monkeypatch, runs=True)
+    few = models.Layout(
+        name="few",
+        square=(),
+        wide=(RankBand(2, 5),),
+        group_v=(1, 0),
+        group_u=(0, 1),
+        symmetric=True,
+    )
+    case = BatchCase(layouts=(few, few), slots=(0, -1), outs=(17,), width=40, planes=2)
+    assert run_case(case, "cpu")["passed"]
+    wanted = recorder.take()
+    plan = products.plan_case(case, "cpu")
+    for product in products.list_products(plan, 0):
+        products.compile_product(product, plan, 0)
+    assert recorder.take() == wanted
+    assert len(wanted) == 3
+
+
+def test_layers_of_lone_tokens_are_compiled_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(bench, "current_arch", lambda: 90)
+    sites = models.LLAMA_7B.sites()[:4]
+    needed = {
+        choose_shape("layer", groups=1, steps=site.input_steps, rows=site.total_out, arch=90)
+        for site in sites
+    }
+    for section, layout in (("decode", models.HUB), ("decode_come", models.COME)):
+        listed = bench.list_kernels(frozenset({section}))
+        assert {one[0] for one in listed} == {layout}
+        assert {one[2] for one in listed if one[1] == "layer"} >= needed
+
+
+def test_a_product_that_is_late_costs_no_other_case_its_result(monkeypatch):
+    asked = []
+
+    def ask(arguments, limit_s):
+        asked.append(arguments)
+        if "--product" in arguments:
+            raise subprocess.TimeoutExpired("compiler", limit_s)
+        if arguments == ["--case", "7"]:
+            raise subprocess.TimeoutExpired("case", limit_s)
+        return "" if arguments == ["--case", "8"] else json.dumps({"passed": True})
+
+    monkeypatch.setattr(bench, "_ask_process", ask)
+    rows = bench.check_correctness(60.0)
+    n_products = len(bench.list_compilations())
+    assert all("--product" in arguments for arguments in asked[:n_products])
+    assert sorted(asked[n_products:]) == sorted(["--case", str(n)] for n in range(len(rows)))
+    missed = {row["exception"] for row in rows if not row["passed"]}
+    assert missed == {"not compiled in time", "ended without a result"}
+    assert [number for number, row in enumerate(rows) if not row["passed"]] == [7, 8]
 
 
 def test_rows_prompts_and_merging_are_checked(monkeypatch):
