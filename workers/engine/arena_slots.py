@@ -1,5 +1,6 @@
 """Slots on a GPU: packed matrices in an arena that the kernels read, heads and embeddings too."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from deltacome_core.errors import UserError
-from deltacome_core.packed import PackedMatrix, PackedRows
+from deltacome_core.packed import PackedLinear, PackedMatrix, PackedRows
 from deltacome_core.rows import BASIS_BITS
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.dense import Unfolder, multiply_prompt
@@ -108,17 +109,21 @@ class ArenaSlots:
 
     def load(self, parts: TenantParts, *, lock: Lock, factor_bytes: int) -> int:
         del factor_bytes
-        matrices = dict(parts.matrices)
+        heads: dict[str, PackedLinear] = {}
         head = parts.head if isinstance(parts.head, PackedRows) else None
         sites = self._name_sites(parts)
         if head is not None and head.factor is not None:
             if head.basis is None:
-                matrices[HEAD] = head_matrix(head)
+                heads[HEAD] = head_matrix(head)
             else:
-                # Where the device is fast, and back to what an image is built from.
-                padded = pad_ranks(head.to(self._device), sites[-1].in_features)
-                matrices[COORDINATES] = head_matrix(padded.to("cpu"))
+                # Where the device is fast, and back to what an image is built from; not behind the
+                # steps of others, whom a copy back would wait for.
+                is_alone = self._stream is None
+                with contextlib.nullcontext() if is_alone else torch.cuda.stream(self._stream):
+                    padded = pad_ranks(head.to(self._device), sites[-1].in_features)
+                    heads[COORDINATES] = head_matrix(padded.to("cpu"))
         is_cuda = self._device.type == "cuda"
+        matrices = parts.matrices.beside(heads)
         image = build_image(sites, matrices, pin=is_cuda, memory=parts.memory)
         with lock:
             arena = self._fit(sites, image)
