@@ -330,10 +330,16 @@ class ArenaSlots:
                         self._add_segment(y, coordinates.to(x.dtype), span, head + 1)
             return
         slots = slots_of(spans, len(x))
-        plan = self._take_plan("head", slots + [-1] * (len(x) - len(slots)))
+        plan = self._take_head_plan(slots + [-1] * (len(x) - len(slots)))
         add_delta(y, x, plan, head)
         if coordinates is not None:
             add_delta(y, coordinates, plan, head + 1)
+
+    def _take_head_plan(self, slots: list[int]) -> StepPlan:
+        """The plan of the step where that has the same rows, as a step of single tokens does."""
+        if self._plan is not None and self._plan.token_slots == slots:
+            return self._plan
+        return self._take_plan("head", slots)
 
 
 def _choose_short(chunks: Sequence[Span]) -> tuple[list[Span], int]:
