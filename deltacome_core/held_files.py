@@ -1,7 +1,7 @@
 """The data files of a delta in memory, read once by many threads and hashed as they arrive."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,53 +13,74 @@ from deltacome_core.errors import UserError
 from deltacome_core.layout import MATRIX_ALIGNMENT_BYTES, SECTION_ALIGNMENT_BYTES, align_up
 from deltacome_core.tensors import read_into
 
-# Long enough that a thread seldom waits for the interpreter, short enough to share out.
-_BLOCK_BYTES = 16 << 20
+# Long enough that a thread seldom waits for the interpreter, short enough that little is left to
+# hash when the last one has come.
+_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Held:
-    """A file from byte `first` of the memory on; blocks in order, each done when it is read."""
+    """A file from byte `first` of the memory on; blocks by number, each done when it is read."""
 
     first: int
     size_bytes: int
-    blocks: tuple["Future[None]", ...]
+    blocks: dict[int, "Future[None]"]
 
 
 class HeldFiles:
     """Reading begins at once; whoever asks for bytes waits until they are there."""
 
-    def __init__(self, folder: DeltaFolder, pool: ThreadPoolExecutor, *, pin: bool = False) -> None:
+    def __init__(
+        self,
+        folder: DeltaFolder,
+        pool: ThreadPoolExecutor,
+        *,
+        pin: bool = False,
+        first: Collection[str] = (),
+    ) -> None:
         """Begin to read.
 
         Args:
             folder: an opened delta.
-            pool: threads to read with; they do nothing else until all is read.
-            pin: read into page-locked memory, from which a GPU copies at full rate.
+            pool: threads to read with; whatever else they are given waits until all is read, so
+                `check` belongs to another one.
+            pin: read into page-locked memory, from which a GPU copies at full rate. It is as large
+                as the data files; torch rounds it up to a power of two, and keeps it for the next
+                delta when this one has let go of it.
+            first: stored tensors to read before all others, which come as they lie.
         """
         self._folder = folder
+        wanted = {
+            (at.file, number)
+            for at in map(folder.stored.__getitem__, first)
+            for number in _blocks_of(at.start, at.info.size_bytes)
+        }
         first_of: dict[Path, int] = {}
         for at in folder.stored.values():
             first_of[at.file] = min(at.start, first_of.get(at.file, at.start))
         places, end = {}, 0
         for file, data_start in first_of.items():
             # Behind the header matrices lie as they do in their payloads.
-            first = align_up(end + data_start, MATRIX_ALIGNMENT_BYTES) - data_start
-            places[file] = first
-            end = first + folder.manifest.files[file.name].size_bytes
+            place = align_up(end + data_start, MATRIX_ALIGNMENT_BYTES) - data_start
+            places[file] = place
+            end = place + folder.manifest.files[file.name].size_bytes
         #: u8, all data files one behind the other.
         self.memory = torch.empty(end, dtype=torch.uint8, pin_memory=pin)
-        self._files = {file: self._begin(file, first, pool) for file, first in places.items()}
-
-    def _begin(self, file: Path, first: int, pool: ThreadPoolExecutor) -> _Held:
-        size_bytes = self._folder.manifest.files[file.name].size_bytes
-        blocks = tuple(
-            pool.submit(read_into, block, file, number * _BLOCK_BYTES)
-            for number, block in enumerate(
-                torch.split(self.memory[first : first + size_bytes], _BLOCK_BYTES)
+        self._files = {
+            file: _Held(
+                first=place, size_bytes=folder.manifest.files[file.name].size_bytes, blocks={}
             )
-        )
-        return _Held(first=first, size_bytes=size_bytes, blocks=blocks)
+            for file, place in places.items()
+        }
+        every = [
+            (file, number)
+            for file, held in self._files.items()
+            for number in _blocks_of(0, held.size_bytes)
+        ]
+        for file, number in sorted(every, key=lambda block: block not in wanted):
+            held = self._files[file]
+            part = self.memory[slice(*_bounds(held, number))]
+            held.blocks[number] = pool.submit(read_into, part, file, number * _BLOCK_BYTES)
 
     def read(self, path: Path, start: int, size_bytes: int) -> torch.Tensor:
         """Give a range of a file; the way `tensors.read_bytes` does, but nothing is copied.
@@ -76,8 +97,8 @@ class HeldFiles:
             UserError: file_truncated.
         """
         held = self._files[path]
-        for block in held.blocks[start // _BLOCK_BYTES : -(-(start + size_bytes) // _BLOCK_BYTES)]:
-            block.result()
+        for number in _blocks_of(start, size_bytes):
+            held.blocks[number].result()
         found = self.memory[held.first + start : held.first + start + size_bytes]
         return found if found.data_ptr() % SECTION_ALIGNMENT_BYTES == 0 else found.clone()
 
@@ -101,7 +122,18 @@ class HeldFiles:
 
     def _blocks(self, held: _Held) -> Iterator[memoryview]:
         view = self.memory.numpy().data
-        for number, block in enumerate(held.blocks):
-            block.result()
-            start = held.first + number * _BLOCK_BYTES
-            yield view[start : min(start + _BLOCK_BYTES, held.first + held.size_bytes)]
+        for number in _blocks_of(0, held.size_bytes):
+            held.blocks[number].result()
+            yield view[slice(*_bounds(held, number))]
+
+
+def _blocks_of(start: int, size_bytes: int) -> range:
+    """Numbers of the blocks of a file that a range of it touches."""
+    return range(start // _BLOCK_BYTES, -(-(start + size_bytes) // _BLOCK_BYTES))
+
+
+def _bounds(held: _Held, number: int) -> tuple[int, int]:
+    """Where a block begins and ends in the memory."""
+    start = number * _BLOCK_BYTES
+    end = min(start + _BLOCK_BYTES, held.size_bytes)
+    return held.first + start, held.first + end

@@ -177,6 +177,17 @@ def _sum_needs(
     )
 
 
+def _add_sites(
+    writer: JobWriter, sites: Sequence[Site], matrices: Mapping[str, PackedLinear]
+) -> list[_SiteImage]:
+    """Sites in their own order, laid out in that of the matrices: the next ones may not be read."""
+    places = {name: place for place, name in enumerate(matrices)}
+    first = [min(places.get(name, len(places)) for name in site.parts) for site in sites]
+    order = sorted(range(len(sites)), key=first.__getitem__)
+    found = {number: _add_site(writer, sites[number], matrices) for number in order}
+    return [found[number] for number in range(len(sites))]
+
+
 def _is_readable(writer: JobWriter) -> bool:
     """Whether the memory can be copied as it is: the bytes of each site lie close together."""
     border = writer.memory_bytes
@@ -243,7 +254,8 @@ def build_image(
 
     Args:
         sites: where its matrices are used; a matrix of no site is left out.
-        matrices: packed matrices on the CPU by name; absent ones are unchanged.
+        matrices: packed matrices on the CPU by name; absent ones are unchanged. Sites are laid out
+            in the order of their first ones.
         pin: copy the bytes into page-locked memory, from which a GPU reads at full rate.
         memory: u8, one piece that matrices are views of, page-locked if `pin`. If those of a site
             lie side by side, as they do in a delta's file, they are not copied.
@@ -255,7 +267,7 @@ def build_image(
         UserError: arena_recipe_unknown, a matrix has a shape or scale groups no kernel reads.
     """
     writer = JobWriter(memory=memory)
-    found = [_add_site(writer, site, matrices) for site in sites]
+    found = _add_sites(writer, sites, matrices)
     if memory is not None and not _is_readable(writer):
         return build_image(sites, matrices, pin=pin)
     jobs = np.array(writer.jobs, dtype=np.int64).reshape(-1, JOB_FIELDS)

@@ -56,7 +56,19 @@ def send(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
     Returns:
         The numbers there; on a CPU the array itself.
     """
-    tensor = torch.from_numpy(array)
+    return send_tensor(torch.from_numpy(array), device)
+
+
+def send_tensor(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to a device behind what it still has to do, as `send` does.
+
+    Args:
+        tensor: any, on the CPU.
+        device: where to.
+
+    Returns:
+        The tensor there; on a CPU the tensor itself.
+    """
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

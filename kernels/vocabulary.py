@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -10,6 +11,7 @@ from deltacome_core.bitpack import pack_codes, unpack_codes
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.layout import scale_shape
 from deltacome_core.packed import PackedDirect, PackedFactor, PackedRows
+from kernels.streams import send
 
 
 def head_matrix(rows: PackedRows) -> PackedDirect:
@@ -193,7 +195,7 @@ class EmbeddingTable:
             basis=None if basis is None else basis.to(self.device).bfloat16().contiguous(),
         )
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in held.tensors]
-        self._table[slot] = torch.tensor(addresses, dtype=torch.int64)
+        self._table[slot] = send(np.array(addresses, dtype=np.int64), self.device)
         self._held[slot] = held
 
     def drop(self, slot: int) -> None:

@@ -2,12 +2,15 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.large import Large
 from benchmarks.engine.loop import Loop, endless
-from workers.engine.model import load_shared
+from deltacome_core.container import open_delta
+from deltacome_core.held_files import HeldFiles
+from workers.engine.model import READERS, load_shared
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -32,6 +35,18 @@ def time_cold(large: Large, loop: Loop, *, from_disk: bool) -> dict[str, float]:
     return {"load_s": loaded - started, "first_token_s": heard.times[0] - started}
 
 
+def time_files(large: Large) -> dict[str, float]:
+    """What no load can be faster than: the files read from the disk, and then hashed."""
+    drop_from_cache(large.delta)
+    folder = open_delta(large.delta, verify_digests=False).folder
+    started = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        held = HeldFiles(folder, pool, pin=large.device == "cuda")
+    read = time.perf_counter()
+    held.check()
+    return {"read_s": read - started, "hash_s": time.perf_counter() - read}
+
+
 def time_colds(large: Large, loop: Loop) -> dict[str, Any]:
     """The first load makes the arena and compiles kernels; it is told apart."""
     first = time_cold(large, loop, from_disk=False)
@@ -39,4 +54,5 @@ def time_colds(large: Large, loop: Loop) -> dict[str, Any]:
         "first_of_the_process": first,
         "page_cache": [time_cold(large, loop, from_disk=False) for _ in range(3)],
         "disk": [time_cold(large, loop, from_disk=True) for _ in range(3)],
+        "files_alone": [time_files(large) for _ in range(3)],
     }

@@ -233,9 +233,7 @@ def fill(large: Large, source: int) -> float:
     for slot in range(arena.n_slots):
         if arena.images[slot] is None:
             arena.copy_slot(source, slot)
-            large.executor.tables.reset(slot)
-            for name, vector in parts.vectors.items():
-                large.executor.tables.set(slot, name, vector)
+            large.executor.tables.put(slot, parts.vectors)
             large.executor.vocabulary.load(slot, parts)
     large.synchronize()
     return time.perf_counter() - started

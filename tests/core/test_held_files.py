@@ -73,3 +73,31 @@ def test_a_file_that_was_cut_meanwhile_is_refused(delta, pool):
         with pytest.raises(UserError) as refusal:
             ask()
         assert refusal.value.code == "file_truncated"
+
+
+def test_what_is_asked_for_first_is_read_first(delta):
+    """A thread that has just begun must not have to wait for the whole file."""
+    begun = []
+
+    class Noting(ThreadPoolExecutor):
+        def submit(self, fn, buffer, file, start):
+            begun.append((file, start))
+            return super().submit(fn, buffer, file, start)
+
+    last = max(delta.folder.stored, key=lambda name: delta.folder.stored[name].start)
+    at = delta.folder.stored[last]
+    with Noting(1) as pool:
+        held = HeldFiles(delta.folder, pool, first=[last])
+        raw = held.read(at.file, at.start, at.info.size_bytes)
+        held.check()
+    assert torch.equal(raw, read_bytes(at.file, at.start, at.info.size_bytes))
+    wanted = range(at.start // 1000, -(-(at.start + at.info.size_bytes) // 1000))
+    assert begun[: len(wanted)] == [(at.file, 1000 * number) for number in wanted]
+    assert (
+        len(set(begun))
+        == len(begun)
+        == sum(
+            -(-delta.manifest.files[file.name].size_bytes // 1000)
+            for file in {stored.file for stored in delta.folder.stored.values()}
+        )
+    )

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import pytest
@@ -12,11 +14,14 @@ import torch
 from serving import Heard, answer, make_sequence, wait_for
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config, Qwen3Config
 
+from deltacome_core import held_files
 from deltacome_core.compress import compress_checkpoint
+from deltacome_core.container import open_delta
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
+from kernels.plan import StepPlan
 from workers.engine import arena_slots, shared
 from workers.engine.arena_slots import _choose_short
 from workers.engine.attention import DecodeRows, _attend_chunk, _attend_together, put_together
@@ -25,6 +30,7 @@ from workers.engine.graphs import DecodeGraphs, StepInputs, _Captured
 from workers.engine.layers import RowTables
 from workers.engine.model import load_backbone, load_shared, share_backbone
 from workers.engine.paging import PAGE_TOKENS
+from workers.engine.parts import ArrivingMatrices
 from workers.engine.scheduler import Limits, Scheduler
 from workers.engine.shared import SharedExecutor
 from workers.engine.slots import Span
@@ -346,8 +352,8 @@ def test_an_arena_made_for_an_unchanged_vocabulary_takes_changed_ones(tmp_path):
 @pytest.mark.parametrize("rows", [3, 300])
 def test_vectors_of_a_step_are_those_of_its_tenants_however_many_rows_there_are(rows):
     tables = RowTables({"a": torch.zeros(4), "b": torch.ones(4)}, n_slots=2, device=CPU)
-    tables.reset(1)
-    tables.set(1, "b", torch.full((4,), 7.0))
+    tables.put(1, {"a": torch.full((4,), 5.0)})
+    tables.put(1, {"b": torch.full((4,), 7.0)})
     owners = torch.arange(rows) % 3
     tables.gather(owners)
     assert torch.equal(tables.rows_of("a"), torch.zeros(rows, 4))
@@ -536,3 +542,91 @@ def test_newest_tokens_read_together_see_what_each_sees_alone(window, key_heads)
                 query[row][None, :, None], keys[at], values[at], scaling=None, window=window
             )
             assert torch.allclose(one, alone[0], atol=1e-5)
+
+
+def test_a_flipped_byte_is_named_and_leaves_its_slot_free(tmp_path):
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    tuned = [tiny.tune(tiny.make_model(), seed=seed, size=0.05) for seed in (1, 2)]
+    make_deltas(tmp_path, tuned, ROWS)
+    path = tmp_path / "d1" / "delta.safetensors"
+    whole = path.read_bytes()
+    at = open_delta(tmp_path / "d1").folder.stored["packed.model.layers.1"]
+    # Among the codes, any of which are as good as others to every other check.
+    damaged = bytearray(whole)
+    damaged[at.start + at.info.size_bytes // 2] ^= 1
+    path.write_bytes(damaged)
+    shared, _ = load_all(tmp_path, 1, n_slots=2, arena=True)
+
+    def load():
+        return load_shared(shared, tmp_path / "base", tmp_path / "d1", factor_bytes=0)
+
+    for _ in range(3):
+        with pytest.raises(UserError) as refusal:
+            load()
+        assert refusal.value.code == "file_digest_mismatch"
+    path.write_bytes(whole)
+    model = load()
+    heard = answer([model], prompt=PROMPTS[0], max_tokens=8)
+    assert heard[0].ids == greedy(tmp_path / "r1", PROMPTS[0], 8)
+
+
+def test_hashing_does_not_wait_for_the_last_block_to_be_read(tmp_path, monkeypatch):
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    make_deltas(tmp_path, [tiny.tune(tiny.make_model(), size=0.05)], ROWS)
+    monkeypatch.setattr(held_files, "_BLOCK_BYTES", 1 << 12)
+    begun = threading.Event()
+    late = []
+    read, check = held_files.read_into, held_files.HeldFiles.check
+
+    def noting_check(held):
+        begun.set()
+        check(held)
+
+    def read_when_hashing(buffer, path, start):
+        # Every reader waits here: whoever shares their threads would never begin.
+        if not begun.wait(30):
+            late.append(start)
+        read(buffer, path, start)
+
+    monkeypatch.setattr(held_files.HeldFiles, "check", noting_check)
+    monkeypatch.setattr(held_files, "read_into", read_when_hashing)
+    assert len(load_all(tmp_path, 1, arena=True)) == 2
+    assert late == []
+
+
+def test_matrices_are_laid_out_as_they_arrive_and_found_where_they_belong():
+    names = ["c", "a", "b"]
+    asked = []
+
+    def read(name):
+        asked.append(name)
+        return name
+
+    matrices = ArrivingMatrices({name: partial(read, name) for name in names})
+    assert (list(matrices), len(matrices), "b" in matrices, "d" in matrices) == (names, 3, True, 0)
+    assert asked == []
+    both = matrices.beside({"head": "HEAD"})
+    assert list(both) == [*names, "head"]
+    assert [both[name] for name in both] == ["c", "a", "b", "HEAD"]
+    assert matrices["a"] == "a"
+    assert asked == names
+
+
+def test_the_head_of_single_tokens_takes_the_plan_of_their_step(tmp_path, monkeypatch):
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    tuned = [tiny.tune(tiny.make_model(), seed=seed, size=0.05) for seed in (1, 2)]
+    make_deltas(tmp_path, tuned, ROWS)
+    shared, *models = load_all(tmp_path, 2, arena=True)
+    assigned = []
+    assign = StepPlan.assign
+    monkeypatch.setattr(
+        StepPlan, "assign", lambda plan, slots: assigned.append(list(slots)) or assign(plan, slots)
+    )
+    works = [logits_of(shared.executor, model, [40, 41]) for model in models]
+    singles = [replace(work, count=1, rows=1) for work in works]
+    apart = [shared.executor.forward([work])[0] for work in works]
+    assigned.clear()
+    together = shared.executor.forward(singles)
+    assert assigned == [[0, 1]]
+    for one, row in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, row, rtol=1e-4, atol=1e-4)

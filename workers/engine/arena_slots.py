@@ -1,5 +1,6 @@
 """Slots on a GPU: packed matrices in an arena that the kernels read, heads and embeddings too."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from deltacome_core.errors import UserError
-from deltacome_core.packed import PackedMatrix, PackedRows
+from deltacome_core.packed import PackedLinear, PackedMatrix, PackedRows
 from deltacome_core.rows import BASIS_BITS
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.dense import Unfolder, multiply_prompt
@@ -103,17 +104,21 @@ class ArenaSlots:
 
     def load(self, parts: TenantParts, *, lock: Lock, factor_bytes: int) -> int:
         del factor_bytes
-        matrices = dict(parts.matrices)
+        heads: dict[str, PackedLinear] = {}
         head = parts.head if isinstance(parts.head, PackedRows) else None
         sites = self._name_sites(parts)
         if head is not None and head.factor is not None:
             if head.basis is None:
-                matrices[HEAD] = head_matrix(head)
+                heads[HEAD] = head_matrix(head)
             else:
-                # Where the device is fast, and back to what an image is built from.
-                padded = pad_ranks(head.to(self._device), sites[-1].in_features)
-                matrices[COORDINATES] = head_matrix(padded.to("cpu"))
+                # Where the device is fast, and back to what an image is built from; not behind the
+                # steps of others, whom a copy back would wait for.
+                is_alone = self._stream is None
+                with contextlib.nullcontext() if is_alone else torch.cuda.stream(self._stream):
+                    padded = pad_ranks(head.to(self._device), sites[-1].in_features)
+                    heads[COORDINATES] = head_matrix(padded.to("cpu"))
         is_cuda = self._device.type == "cuda"
+        matrices = parts.matrices.beside(heads)
         image = build_image(sites, matrices, pin=is_cuda, memory=parts.memory)
         spec = self._find_spec(sites, image)
         if self._prepare is not None:
@@ -332,10 +337,16 @@ class ArenaSlots:
                         self._add_segment(y, coordinates.to(x.dtype), span, head + 1)
             return
         slots = slots_of(spans, len(x))
-        plan = self._take_plan("head", slots + [-1] * (len(x) - len(slots)))
+        plan = self._take_head_plan(slots + [-1] * (len(x) - len(slots)))
         add_delta(y, x, plan, head)
         if coordinates is not None:
             add_delta(y, coordinates, plan, head + 1)
+
+    def _take_head_plan(self, slots: list[int]) -> StepPlan:
+        """The plan of the step where that has the same rows, as a step of single tokens does."""
+        if self._plan is not None and self._plan.token_slots == slots:
+            return self._plan
+        return self._take_plan("head", slots)
 
 
 def _choose_short(chunks: Sequence[Span]) -> tuple[list[Span], int]:

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from kernels.image import Site
+from kernels.streams import send, send_tensor
 from workers.engine.slots import Slots
 
 _PLAIN_NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -43,13 +45,23 @@ class RowTables:
     def length(self, name: str) -> int:
         return self._places[name][0]
 
-    def reset(self, slot: int) -> None:
-        for table in self._tables.values():
-            table[slot + 1] = table[0]
+    def put(self, slot: int, vectors: Mapping[str, torch.Tensor]) -> None:
+        """Give a slot its vectors, on the CPU; the backbone's where it has none of its own.
 
-    def set(self, slot: int, name: str, vector: torch.Tensor) -> None:
-        size, number = self._places[name]
-        self._tables[size][slot + 1, number] = vector.to(self._tables[size])
+        One copy for all vectors of a length, which waits for no step: a copy each would wait, each
+        time, for all that the device still has to do.
+        """
+        chosen: dict[int, dict[int, torch.Tensor]] = {size: {} for size in self._tables}
+        for name, vector in vectors.items():
+            size, number = self._places[name]
+            chosen[size][number] = vector
+        for size, own in chosen.items():
+            table = self._tables[size]
+            table[slot + 1] = table[0]
+            if own:
+                rows = send(np.array(list(own)), table.device)
+                values = torch.stack([vector.to(table.dtype) for vector in own.values()])
+                table[slot + 1, rows] = send_tensor(values, table.device)
 
     def gather(self, rows: torch.Tensor) -> None:
         """Take the vectors of each row of a step; `rows` int64 [rows] are slots plus one."""

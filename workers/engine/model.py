@@ -33,13 +33,15 @@ from workers.engine.own_module import (
     own_bytes,
     runs_packed,
 )
-from workers.engine.parts import is_shareable, read_parts, same_decoder
+from workers.engine.parts import is_shareable, list_others, read_parts, same_decoder
 from workers.engine.shared import SharedExecutor
 
 log = logging.getLogger(__name__)
 
 # Files are read by the kernel, which one thread alone cannot keep busy.
-_READERS = 8
+READERS = 8
+# The tokenizer, and hashing, which follows the readers and must not wait behind them.
+_BESIDE = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +149,15 @@ def load_shared(
     ):
         return None
     packed = executor.vocabulary.keeps_packed
-    with ThreadPoolExecutor(_READERS + 2, thread_name_prefix="engine-load") as pool:
-        tokenizer = pool.submit(load_tokenizer, folder, backbone_folder)
-        held = HeldFiles(delta.folder, pool, pin=executor.is_async)
+    with (
+        ThreadPoolExecutor(READERS, thread_name_prefix="engine-read") as readers,
+        ThreadPoolExecutor(_BESIDE, thread_name_prefix="engine-beside") as beside,
+    ):
+        # Loads come one at a time, and each has its own page-locked memory.
+        held = HeldFiles(delta.folder, readers, pin=executor.is_async, first=list_others(delta))
         # Hashing takes as long as everything else; the slot is nobody's until both are done.
-        checked = pool.submit(held.check)
+        checked = beside.submit(held.check)
+        tokenizer = beside.submit(load_tokenizer, folder, backbone_folder)
         # What stays packed is copied to a slot; on a CPU it stays itself, and the rest shall go.
         read = held.read if packed else lambda *place: held.read(*place).clone()
         try:

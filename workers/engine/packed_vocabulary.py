@@ -79,7 +79,7 @@ class _Scales:
         if all(scale == 1.0 for scale in found):
             return values
         found += [1.0] * (len(values) - len(found))
-        scales = torch.tensor(found, dtype=torch.float32).to(values.device)
+        scales = send(np.array(found, dtype=np.float32), values.device)
         return (values.float() * scales[:, None]).to(values.dtype)
 
 

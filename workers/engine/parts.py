@@ -1,10 +1,11 @@
 """What of a delta the shared model can serve, and the delta cut into those parts."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -53,6 +54,38 @@ class Places:
         return self.embedding == self.head
 
 
+class ArrivingMatrices(Mapping[str, PackedLinear]):
+    """Matrices by parameter, in the order of their files; each is read when it is first asked for.
+
+    Whoever goes through them in that order works on one while the next ones arrive.
+    """
+
+    def __init__(self, readers: Mapping[str, Callable[[], PackedLinear]]) -> None:
+        """Read nothing yet; each reader is called once at most."""
+        self._readers = readers
+        self._found: dict[str, PackedLinear] = {}
+
+    def __getitem__(self, name: str) -> PackedLinear:
+        if name not in self._found:
+            self._found[name] = self._readers[name]()
+        return self._found[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._readers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def beside(self, matrices: Mapping[str, PackedLinear]) -> "ArrivingMatrices":
+        """These, and behind them others that are there."""
+        own = {name: partial(self.__getitem__, name) for name in self}
+        more = {name: partial(matrices.__getitem__, name) for name in matrices}
+        return ArrivingMatrices(own | more)
+
+
 @dataclass(slots=True, kw_only=True)
 class TenantParts:
     """A delta as the shared model takes it; a dense table is all of the fine-tune's rows.
@@ -61,7 +94,7 @@ class TenantParts:
     """
 
     memory: torch.Tensor | None = None
-    matrices: dict[str, PackedLinear] = field(default_factory=dict)
+    matrices: ArrivingMatrices = field(default_factory=lambda: ArrivingMatrices({}))
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     embedding: PackedRows | torch.Tensor | None = None
     head: PackedRows | torch.Tensor | None = None
@@ -124,7 +157,7 @@ def read_parts(
     *,
     keep_packed: bool,
 ) -> TenantParts:
-    """Read a delta for which `is_shareable` holds.
+    """Read a delta for which `is_shareable` holds; its matrices wait until they are asked for.
 
     Args:
         delta: the delta.
@@ -134,16 +167,13 @@ def read_parts(
         keep_packed: leave tables of embeddings packed, as a GPU takes them.
 
     Raises:
-        UserError: delta_invalid and kin from reading.
+        UserError: delta_invalid and kin from reading, then or when a matrix is asked for.
     """
-    parts = TenantParts()
+    parts = TenantParts(matrices=_find_matrices(delta, names))
     for entry in delta.entries.values():
-        packed = delta.load(entry.name)
+        name = names.get(entry.name, "")
+        packed = None if name in parts.matrices else delta.load(entry.name)
         if packed is None:
-            continue
-        name = names[entry.name]
-        if isinstance(packed, PackedLinear):
-            parts.matrices[name] = packed
             continue
         if isinstance(packed, PackedRows) and keep_packed:
             table: PackedRows | torch.Tensor = packed
@@ -159,3 +189,25 @@ def read_parts(
         if name == places.head:
             parts.head = table
     return parts
+
+
+def list_others(delta: Delta) -> list[str]:
+    """Stored tensors that are no matrices: `read_parts` reads these, and they lie at the end."""
+    matrices = {f"packed.{group}" for group in delta.groups}
+    return [stored for stored in delta.folder.stored if stored not in matrices]
+
+
+def _find_matrices(delta: Delta, names: Mapping[str, str]) -> ArrivingMatrices:
+    entries = [entry for entry in delta.entries.values() if isinstance(entry, MatrixEntry)]
+
+    def place(entry: MatrixEntry) -> tuple[str, int]:
+        at = delta.folder.stored[f"packed.{entry.group}"]
+        return at.file.name, at.start + delta.offsets[entry.name]
+
+    def read(name: str) -> PackedLinear:
+        # Those in slices have no place in the shared model.
+        return cast("PackedLinear", delta.load(name))
+
+    return ArrivingMatrices(
+        {names[entry.name]: partial(read, entry.name) for entry in sorted(entries, key=place)}
+    )

@@ -73,8 +73,8 @@ def _penalise(logits: torch.Tensor, draw: Draw) -> None:
     sampling, counts = draw.sampling, draw.counts
     if not counts or not draw.has_penalty:
         return
-    seen = torch.tensor(list(counts), device=logits.device)
-    times = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits.device)
+    seen = send(np.array(list(counts), dtype=np.int64), logits.device)
+    times = send(np.array(list(counts.values()), dtype=np.float32), logits.device)
     penalty = sampling.presence_penalty + sampling.frequency_penalty * times
     logits.index_add_(0, seen, -penalty)
 

@@ -136,9 +136,7 @@ class SharedExecutor:
         """
         slot = self.slots.load(parts, lock=self.lock, factor_bytes=factor_bytes)
         try:
-            self.tables.reset(slot)
-            for name, vector in parts.vectors.items():
-                self.tables.set(slot, name, vector)
+            self.tables.put(slot, parts.vectors)
             self.vocabulary.load(slot, parts)
         except BaseException:
             self.slots.evict(slot)
