@@ -32,7 +32,7 @@ from kernels.precompile import list_kernels, noting_launches
 from workers.engine import arena_slots
 from workers.engine.arena_slots import ArenaSlots
 from workers.engine.packed_vocabulary import PackedVocabulary
-from workers.engine.parts import TenantParts
+from workers.engine.parts import ArrivingMatrices, TenantParts
 from workers.engine.rooms import BUCKETS
 from workers.engine.slots import Span
 
@@ -73,7 +73,7 @@ with noting_launches(90) as used, torch.inference_mode():
         # The second one changed fewer layers, so that there is room for its larger head.
         changed = sites if has_basis else sites[:4]
         parts = TenantParts(
-            matrices=pool.delta(changed, layout), vectors={},
+            matrices=ArrivingMatrices({}).beside(pool.delta(changed, layout)), vectors={},
             embedding=draw_rows("embed", has_basis), head=draw_rows("head", has_basis),
         )
         slot = slots.load(parts, lock=lock, factor_bytes=0)
