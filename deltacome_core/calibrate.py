@@ -39,7 +39,10 @@ _RESIDENT_BYTES = 2 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationTokens:
-    """Token sequences int64 [n, length], n >= 2, and the text they come from."""
+    """Token sequences int64 [n, length], n >= 2, and the text they come from.
+
+    source: names of the files; sha256: of their bytes, one after the other.
+    """
 
     source: str
     sha256: str
@@ -70,7 +73,12 @@ class CalibrationTokens:
 
 
 def read_calibration(
-    path: Path, tokenizer: Any, *, max_positions: int, max_sequences: int = MAX_SEQUENCES
+    path: Path,
+    tokenizer: Any,
+    *,
+    max_positions: int,
+    max_sequences: int = MAX_SEQUENCES,
+    general: Path | None = None,
 ) -> CalibrationTokens:
     """Tokenise a calibration file into sequences of one length, using as many tokens as fit.
 
@@ -79,6 +87,8 @@ def read_calibration(
         tokenizer: of the fine-tune.
         max_positions: longest sequence that the model takes.
         max_sequences: of SEQUENCE_TOKENS tokens, or as many tokens in shorter ones.
+        general: file of which as many tokens are used besides, read again from its beginning where
+            it is shorter; both share max_sequences.
 
     Returns:
         At most max_sequences sequences of at most SEQUENCE_TOKENS tokens.
@@ -86,8 +96,29 @@ def read_calibration(
     Raises:
         UserError: calibration_too_short, texts_invalid.
     """
-    stream: list[int] = []
     limit = max_sequences * SEQUENCE_TOKENS
+    stream = _read_stream(path, tokenizer, limit if general is None else limit // 2)
+    if len(stream) < MIN_TOKENS:
+        raise UserError("calibration_too_short", n_tokens=len(stream), needed=MIN_TOKENS)
+    streams, files = [stream], [path]
+    if general is not None:
+        other = _read_stream(general, tokenizer, len(stream))
+        streams.append((other * -(-len(stream) // len(other)))[: len(stream)])
+        files.append(general)
+    longest = min(SEQUENCE_TOKENS, max_positions)
+    n_sequences = max(2, -(-len(stream) // longest))
+    length = len(stream) // n_sequences
+    tokens = torch.tensor([each[: n_sequences * length] for each in streams], dtype=torch.int64)
+    return CalibrationTokens(
+        source=" + ".join(file.name for file in files),
+        sha256=hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
+        sequences=tokens.view(-1, length),
+    )
+
+
+def _read_stream(path: Path, tokenizer: Any, limit: int) -> list[int]:
+    """Read the first tokens of a text, its items one after the other."""
+    stream: list[int] = []
     for item in read_texts(path):
         text = render_text(item, tokenizer)
         stream += tokenizer.encode(
@@ -99,18 +130,7 @@ def read_calibration(
             stream.append(tokenizer.eos_token_id)
         if len(stream) >= limit:
             break
-    stream = stream[:limit]
-    if len(stream) < MIN_TOKENS:
-        raise UserError("calibration_too_short", n_tokens=len(stream), needed=MIN_TOKENS)
-    longest = min(SEQUENCE_TOKENS, max_positions)
-    n_sequences = max(2, -(-len(stream) // longest))
-    length = len(stream) // n_sequences
-    tokens = torch.tensor(stream[: n_sequences * length], dtype=torch.int64)
-    return CalibrationTokens(
-        source=path.name,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        sequences=tokens.view(n_sequences, length),
-    )
+    return stream[:limit]
 
 
 class _StopForwardError(Exception):

@@ -27,6 +27,8 @@ from deltacome_core.delta import (
     scan_checkpoint,
 )
 from deltacome_core.distance import check_related
+from deltacome_core.distil import DistilReport
+from deltacome_core.distil_parts import distil_parts
 from deltacome_core.errors import UserError
 from deltacome_core.lossless import ZSTD_VERSION
 from deltacome_core.manifest import (
@@ -113,7 +115,8 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
         recipe: rank bands and quantiser.
         budget: of the whole delta, met within 1 % from below; by default the recipe's own sizes.
         calibration: .txt or .jsonl file; by default the fine-tune's own, else the built-in text.
-            On a GPU at most 262,144 tokens of it are read, on a CPU 16,384.
+            On a GPU at most 262,144 tokens are read, on a CPU 16,384, half of them of the built-in
+            text where the recipe asks for it.
         device: "cpu" or "cuda", or several of one type, over which the layers are spread.
         backbone_precision: one of PRECISIONS; the delta is fine-tune minus what is served.
         force: go on where the weights say that the fine-tune comes from another backbone.
@@ -138,8 +141,11 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
     with meter.measuring(devices):
         pair = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
         work = _open_work(*pair, recipe, asked, devices[0], meter.stages)
-        resumed = _write(work, out_dir, devices, on_layer or (lambda _done: None))
-    return make_report(out_dir, meter, mode=work.recipe.mode, resumed_layers=resumed)
+        told = on_layer or (lambda _done: None)
+        resumed, distilled = _write(work, out_dir, devices, told, asked)
+    return make_report(
+        out_dir, meter, mode=work.recipe.mode, resumed_layers=resumed, distilled=distilled
+    )
 
 
 def _open_work(
@@ -154,7 +160,9 @@ def _open_work(
     if not asked.force:
         check_related(base, tuned)
     base = at_precision(base, _plan_precision(base, asked.backbone_precision, recipe))
-    tokens = _read_tokens(base, tuned, asked.calibration, device) if recipe.calibrated else None
+    tokens = None
+    if recipe.calibrated:
+        tokens = _read_tokens(base, tuned, asked.calibration, recipe, device)
     with stages.measure("scan"):
         scanned = scan_checkpoint(base), scan_checkpoint(tuned)
     if asked.budget is not None:
@@ -175,18 +183,27 @@ def _write(
     out_dir: Path,
     devices: Sequence[torch.device],
     on_layer: Callable[[LayerDone], None],
-) -> int:
-    """Write the parts that are missing, then join all; return how many were there already."""
+    asked: _Asked,
+) -> tuple[int, DistilReport | None]:
+    """Write the parts that are missing, train if asked to, and join all.
+
+    Returns:
+        How many parts were there already, and what training gave.
+    """
     folder, tuned = parts_folder(out_dir), work.tuned.checkpoint
     units = plan_units(tuned, _open_parts(folder, work.fingerprint))
     makers = Makers(compress=compress_unit, code=code_unit)
     resumed = write_parts(work, units, devices=devices, makers=makers, on_layer=on_layer)
+    parts, report = [unit.path for unit in units], None
+    head = _head(work, sum(read_part(path).with_feedback for path in parts))
+    if work.recipe.distilled:
+        with work.stages.measure("distil"):
+            own = _find_own(tuned, asked.calibration)
+            parts, report = distil_parts(work, units, head=head, own=own)
     with work.stages.measure("join"):
-        parts = [unit.path for unit in units]
-        head = _head(work, sum(read_part(path).with_feedback for path in parts))
         write_delta(out_dir, parts, head=head, sidecars=tuned.sidecars)
         shutil.rmtree(folder)
-    return resumed
+    return resumed, report
 
 
 def _plan_precision(base: Checkpoint, name: str, recipe: Recipe) -> Precision | None:
@@ -196,14 +213,26 @@ def _plan_precision(base: Checkpoint, name: str, recipe: Recipe) -> Precision | 
 
 
 def _read_tokens(
-    base: Checkpoint, tuned: Checkpoint, calibration: Path | None, device: torch.device
+    base: Checkpoint,
+    tuned: Checkpoint,
+    calibration: Path | None,
+    recipe: Recipe,
+    device: torch.device,
 ) -> CalibrationTokens:
+    own = _find_own(tuned, calibration)
     return read_calibration(
-        calibration or find_calibration(tuned.path),
+        own or DEFAULT_CALIBRATION,
         load_tokenizer(tuned.path, base.path),
         max_positions=find_max_positions(tuned.config, default=SEQUENCE_TOKENS),
         max_sequences=CPU_SEQUENCES if device.type == "cpu" else MAX_SEQUENCES,
+        general=DEFAULT_CALIBRATION if own is not None and recipe.general_text else None,
     )
+
+
+def _find_own(tuned: Checkpoint, calibration: Path | None) -> Path | None:
+    """Return the text that is not the built-in one, if there is any."""
+    chosen = calibration or find_calibration(tuned.path)
+    return None if chosen.resolve() == DEFAULT_CALIBRATION.resolve() else chosen
 
 
 def _fingerprint(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from deltacome_core.costs import HostPeak, Stages
+from deltacome_core.distil import DistilReport
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.manifest import CalibrationRecord
 
@@ -19,14 +20,15 @@ class CompressReport:
     """What a compression made and what it cost; sizes count the whole delta.
 
     mode is "calibrated", "data-free" or "lossless". stages are seconds by stage: scan, calibrate,
-    matrices (of which `wait` for reading), write, join; some run at once, so they do not add up.
-    peak_host_bytes is anonymous memory: mapped files belong to the page cache. peak_gpu_bytes is
-    what tensors took on the fullest device, peak_gpu_reserved_bytes what torch took from it for
-    them; a CUDA context comes on top. n_matrices counts the quantised matrices, each slice of a
-    stack as one; with_feedback of them were quantised with the Hessian of their input, the others
-    by rounding alone.
+    matrices (of which `wait` for reading), write, distil, join; some run at once, so they do not
+    add up. peak_host_bytes is anonymous memory: mapped files belong to the page cache.
+    peak_gpu_bytes is what tensors took on the fullest device, peak_gpu_reserved_bytes what torch
+    took from it for them; a CUDA context comes on top. n_matrices counts the quantised matrices,
+    each slice of a stack as one; with_feedback of them were quantised with the Hessian of their
+    input, the others by rounding alone.
 
-    payload_bytes is that of the data files: 0 where the fine-tune equals the backbone.
+    payload_bytes is that of the data files: 0 where the fine-tune equals the backbone. distilled
+    says what training gave, None for recipes that do not train.
     """
 
     out: Path
@@ -46,6 +48,7 @@ class CompressReport:
     with_feedback: int
     calibration: CalibrationRecord | None
     resumed_layers: int
+    distilled: DistilReport | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
@@ -82,7 +85,14 @@ class Meter:
         }
 
 
-def make_report(out_dir: Path, meter: Meter, *, mode: str, resumed_layers: int) -> CompressReport:
+def make_report(
+    out_dir: Path,
+    meter: Meter,
+    *,
+    mode: str,
+    resumed_layers: int,
+    distilled: DistilReport | None = None,
+) -> CompressReport:
     """Look at a finished delta and at the counters of the run that made it.
 
     Args:
@@ -90,6 +100,7 @@ def make_report(out_dir: Path, meter: Meter, *, mode: str, resumed_layers: int) 
         meter: counters of the run.
         mode: of the recipe.
         resumed_layers: parts of an earlier run.
+        distilled: what training gave.
 
     Returns:
         The report.
@@ -109,5 +120,6 @@ def make_report(out_dir: Path, meter: Meter, *, mode: str, resumed_layers: int) 
         with_feedback=0 if calibration is None else calibration.n_matrices,
         calibration=calibration,
         resumed_layers=resumed_layers,
+        distilled=distilled,
         **meter.read(),
     )

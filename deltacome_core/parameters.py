@@ -1,8 +1,9 @@
 """Where each parameter of a model lies in its checkpoint, and filling it from there."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -147,27 +148,24 @@ def _piece_shape(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
 
 
 def read_parameter(
-    checkpoint: Checkpoint, pieces: tuple[Piece, ...], shape: tuple[int, ...]
+    load: Callable[[str], torch.Tensor], pieces: tuple[Piece, ...], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Read one parameter from the tensors that hold it.
 
     Args:
-        checkpoint: an opened checkpoint.
+        load: gives a tensor of the checkpoint by its name.
         pieces: where the parameter lies, from locate_parameters.
         shape: of the parameter.
 
     Returns:
-        The parameter in the checkpoint's dtype, on the CPU.
-
-    Raises:
-        UserError: file_truncated.
+        The parameter in the dtype of what was loaded, on the CPU.
     """
-    values = load_tensor(checkpoint, pieces[0].tensor)
+    values = load(pieces[0].tensor)
     if pieces[0].block == ():
         return values
     result = torch.empty(shape, dtype=values.dtype)
     for piece in pieces:
-        values = load_tensor(checkpoint, piece.tensor)
+        values = load(piece.tensor)
         result[piece.block] = values.mT if piece.transposed else values
     return result
 
@@ -191,11 +189,12 @@ def fill_parameters(
         device: where they go.
         skip: dotted name in the model of a part that stays as it is.
     """
+    load = partial(load_tensor, checkpoint)
     for name, parameter in list(module.named_parameters()):
         in_model = f"{prefix}.{name}" if prefix else name
         if skip is not None and in_model.startswith(f"{skip}."):
             continue
-        values = read_parameter(checkpoint, located[in_model], tuple(parameter.shape))
+        values = read_parameter(load, located[in_model], tuple(parameter.shape))
         owner, _, leaf = name.rpartition(".")
         values = values.to(device=device, dtype=parameter.dtype)
         setattr(module.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))

@@ -32,7 +32,9 @@ class Recipe:
     bands are fitted to the spectrum. `headroom` widens the grid of V beyond the one of least
     squared error, so that error feedback has room. Changed rows of a vocabulary take
     `embedding_bits` a code; if that is more than `vocabulary_bits` per parameter of the vocabulary,
-    they become coordinates in a basis that fits, of rank `vocabulary_rank` at least.
+    they become coordinates in a basis that fits, of rank `vocabulary_rank` at least. `general_text`
+    calibrates on as much general text as the user brings. `distilled` trains the floats of the
+    finished delta on the same texts.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Recipe:
     group_size: int = 128
     damping: float = 0.01
     calibrated: bool = True
+    general_text: bool = False
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_MATRIX_BITS <= self.matrix_bits <= MAX_MATRIX_BITS:
@@ -73,6 +77,9 @@ class Recipe:
             raise UserError("recipe_invalid", reason=reason)
         if self.group_size < 1:
             raise UserError("recipe_invalid", reason=f"group size is {self.group_size}, below 1")
+        if self.distilled and not (self.calibrated and self.grid == "vector"):
+            reason = "only what is calibrated, on grids of whole vectors, can be distilled"
+            raise UserError("recipe_invalid", reason=reason)
         if not 0 < self.damping < 1:
             raise UserError("recipe_invalid", reason=f"damping is {self.damping}, outside 0 to 1")
 
@@ -106,10 +113,19 @@ class Recipe:
         return (1, 0) if self.scale_per == "row" else (0, 0)
 
 
+_HUB = Recipe(
+    name="hub",
+    bands="spectrum",
+    grid="vector",
+    headroom=1.2,
+    vocabulary_bits=0.5,
+    general_text=True,
+)
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(name="hub", bands="spectrum", grid="vector", headroom=1.2, vocabulary_bits=0.5),
+        _HUB,
+        replace(_HUB, name="distilled", distilled=True),
         Recipe(name="come"),
         Recipe(
             name="datafree",

@@ -26,6 +26,7 @@ from deltacome_core.models import load_model
 from deltacome_core.packed import PackedMatrix, PackedStack
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
+from deltacome_core.student import DeltaWeights, TextModel
 from deltacome_core.tensors import load_tensor
 from deltacome_core.verify import verify_delta
 
@@ -207,6 +208,34 @@ def test_the_rebuilt_model_answers_as_the_delta_applied_by_hand(packed, name):
     # The rebuilt weights were rounded to bfloat16.
     assert torch.linalg.norm(ours - rebuilt) < 0.02 * torch.linalg.norm(rebuilt)
     assert torch.linalg.norm(rebuilt - tuned) < 0.9 * torch.linalg.norm(backbone - tuned)
+
+
+@names
+def test_the_model_that_recipes_train_answers_as_the_rebuilt_one(packed, name, tmp_path):
+    """Whatever of it cannot be trained is there whole."""
+    delta = open_delta(packed.folder / "free")
+    weights = DeltaWeights(backbone=open_checkpoint(packed.base), delta=delta, device=CPU)
+    student = TextModel(
+        open_checkpoint(packed.tuned),
+        weights,
+        held=torch.float32,
+        device=CPU,
+        saves_memory=True,
+    )
+    if name == "llama4":
+        # Its decoder answers with logits alone, and the recipe leaves the delta as it was.
+        with pytest.raises(UserError) as error:
+            student.states(PROMPT)
+        assert error.value.code == "model_not_runnable"
+        return
+    for each in student.trainable.values():
+        each.use({kind: torch.zeros(shape) for kind, shape in each.numbers.items()})
+    reconstruct_checkpoint(packed.base, packed.folder / "free", tmp_path / "f", dtype=torch.float32)
+    with torch.no_grad():
+        ours = student.logits(student.states(PROMPT)[0])
+        theirs = load_model(tmp_path / "f")(PROMPT).logits[0]
+    assert student.trainable
+    assert torch.linalg.norm(ours - theirs) < 1e-3 * torch.linalg.norm(theirs)
 
 
 @names

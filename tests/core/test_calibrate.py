@@ -220,3 +220,24 @@ def test_moments_on_a_cpu_are_sums_of_float32_products(dtype):
     (found,) = moments.finish()
     assert found.hessian.dtype is torch.float32
     assert torch.equal(found.hessian, (rows.float().T @ rows.float()) / 200)
+
+
+def test_general_text_takes_half_of_the_tokens(tmp_path):
+    tokenizer = finetunes.make_tokenizer()
+    (tmp_path / "own.txt").write_text("o" * 30_000)
+    (tmp_path / "general.txt").write_text("g" * 700)
+    own, general = tokenizer.encode("og")
+    for max_sequences, expected in ((8, 8 * 2048), (64, 2 * 30_001)):
+        tokens = read_calibration(
+            tmp_path / "own.txt",
+            tokenizer,
+            max_positions=256,
+            max_sequences=max_sequences,
+            general=tmp_path / "general.txt",
+        )
+        assert expected - 2 * 256 < tokens.n_tokens <= expected
+        counts = tokens.count(finetunes.VOCABULARY)
+        assert counts[own] >= 0.99 * tokens.n_tokens / 2
+        assert counts[general] >= 0.99 * tokens.n_tokens / 2
+        assert not any({own, general} <= set(row.tolist()) for row in tokens.sequences)
+        assert tokens.source == "own.txt + general.txt"

@@ -46,7 +46,7 @@ def test_a_pair_has_the_spectrum_it_was_asked_for_and_can_be_calibrated_on(tmp_p
         tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", get_recipe("hub")
     )
     assert report.with_feedback == 7
-    assert report.calibration.source == "calibration.jsonl"
+    assert report.calibration.source == "calibration.jsonl + calibration.txt"
 
 
 def test_shapes_have_the_parameters_of_their_models():

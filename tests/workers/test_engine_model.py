@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import tiny
 import torch
 
+from deltacome_core import distil
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
@@ -52,6 +55,20 @@ def test_a_served_delta_gives_the_logits_of_the_rebuilt_checkpoint(
     # The same sums in another order: 1.3e-5 was seen on logits of size 6.
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     assert decode_greedily(served) == decode_greedily(rebuilt)
+
+
+def test_a_trained_delta_is_served_as_the_rebuilt_checkpoint_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "STEPS", 10)
+    monkeypatch.setattr(distil, "_CHECK_EVERY", 5)
+    folder = make_delta(tmp_path, new_rows=5, recipe=get_recipe("distilled", matrix_bits=3.0))
+    manifest = json.loads((folder / "delta" / "delta.json").read_text())
+    assert manifest["recipe"]["distilled"]
+    backbone = load_backbone(folder / "base", device="cpu")
+    served = load_delta(backbone, folder / "base", folder / "delta", factor_bytes=0).module
+    rebuilt = load_model(folder / "rebuilt")
+    with torch.inference_mode():
+        ours, theirs = served(PROMPT).logits, rebuilt(PROMPT).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["bitdelta", "bitdelta-row"])
