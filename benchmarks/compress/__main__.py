@@ -39,6 +39,7 @@ _TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny-llama" / "backbone"
 _KEPT = (
     "mode", "seconds", "stages", "peak_gpu_bytes", "peak_gpu_reserved_bytes", "peak_host_bytes",
     "ratio", "total_bytes", "bits_per_param", "n_params", "n_matrices", "with_feedback",
+    "distilled",
 )  # fmt: skip
 
 

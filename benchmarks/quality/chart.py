@@ -24,6 +24,7 @@ _COLOURS: Final = {
     "come": "#b4552d",
     "datafree": "#4a90c2",
     "hub": "#1a7f5a",
+    "distilled": "#0b3d2e",
 }
 # A calibration is told by the shape of its mark.
 _MARKS: Final = {"own": "circle", "none": "circle", "trained": "circle"} | {

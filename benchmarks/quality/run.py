@@ -61,30 +61,33 @@ class Candidate:
 PARTS = ("kl_task_matrices", "kl_task_vocabulary", "kl_text_matrices", "kl_text_vocabulary")
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 
-_CALIBRATED = ("hub", "come")
+_CALIBRATED = ("hub", "distilled", "come")
 
 
-def _at(ratio: float, calibration: str) -> tuple[Candidate, ...]:
-    return tuple(Candidate(method=m, ratio=ratio, calibration=calibration) for m in _CALIBRATED)
+def _at(
+    ratio: float, calibration: str, *, methods: tuple[str, ...] = _CALIBRATED
+) -> tuple[Candidate, ...]:
+    return tuple(Candidate(method=m, ratio=ratio, calibration=calibration) for m in methods)
 
 
+# What is cut off when a run has no more seconds comes last.
 CANDIDATES = (
     *_at(16, "own"),
     *_at(32, "own"),
     *_at(16, "general"),
+    *_at(16, "self"),
+    *_at(8, "own"),
     Candidate(method="datafree", ratio=16),
     Candidate(method="lowrank", ratio=16),
+    Candidate(method="lora", ratio=16, calibration="trained"),
     Candidate(method="bitdelta"),
     Candidate(method="bitdelta-row"),
-    *_at(8, "own"),
-    *_at(16, "self"),
-    Candidate(method="lora", ratio=16, calibration="trained"),
-    *_at(32, "general"),
+    *_at(32, "general", methods=("hub", "come")),
     Candidate(method="datafree", ratio=32),
     Candidate(method="lowrank", ratio=32),
+    *_at(8, "general", methods=("hub", "come")),
     Candidate(method="datafree", ratio=8),
     Candidate(method="lowrank", ratio=8),
-    *_at(8, "general"),
 )
 
 
