@@ -27,9 +27,15 @@ _COLOURS: Final = {
     "distilled": "#0b3d2e",
 }
 # A calibration is told by the shape of its mark.
-_MARKS: Final = {"own": "circle", "none": "circle", "trained": "circle"} | {
+# "alone": rows of `hub` from before it read general text beside the other.
+_MARKS: Final = {
+    "own": "circle",
+    "own alone": "circle",
+    "none": "circle",
+    "trained": "circle",
     "general": "square",
     "self": "diamond",
+    "self alone": "diamond",
 }
 _PANEL_WIDTH: Final = 330
 _PANEL_HEIGHT: Final = 250
