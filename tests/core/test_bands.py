@@ -34,9 +34,11 @@ def test_bands_fitted_to_the_spectrum_fill_the_budget_and_never_exceed_it(out, i
     bands = plan_bands(out, inn, recipe, energies=long_tail(min(out, inn), power))
     limit = limit_bytes(out, inn, recipe)
     assert size_of((out, inn), bands, recipe) <= limit
-    # Words of U and sections are padded, which only a small matrix feels.
+    # A row of U comes in whole words: what is left does not pay for one more in each.
     if min(out, inn) >= 1024 and budget >= 0.5:
-        assert size_of((out, inn), bands, recipe) > 0.97 * limit
+        *wider, last = bands
+        more = (*wider, RankBand(last.bits, last.rank + 32))
+        assert size_of((out, inn), more, recipe) > limit
     assert [band.bits for band in bands] == sorted({b.bits for b in bands}, reverse=True)
 
 
