@@ -26,8 +26,8 @@ _COLOURS: Final = {
     "hub": "#1a7f5a",
     "distilled": "#0b3d2e",
 }
-# A calibration is told by the shape of its mark.
-# "alone": rows of `hub` from before it read general text beside the other.
+# A calibration is told by the shape of its mark, and whether it is filled.
+# "alone": rows of `hub` from before it read general text beside the other; their marks are hollow.
 _MARKS: Final = {
     "own": "circle",
     "own alone": "circle",
@@ -101,13 +101,14 @@ def _span(values: Sequence[float], *, margin: float) -> tuple[float, float]:
     return min(logs) - margin, max(logs) + margin
 
 
-def _mark(shape: str, x: float, y: float, colour: str, label: str) -> str:
+def _mark(shape: str, x: float, y: float, colour: str, label: str, *, hollow: bool = False) -> str:
     title = f"<title>{html.escape(label)}</title>"
+    paint = f'fill="{_PAPER}" stroke="{colour}"' if hollow else f'fill="{colour}"'
     if shape == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{title}</circle>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {paint}>{title}</circle>'
     turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if shape == "diamond" else ""
     return (
-        f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" fill="{colour}"{turn}>'
+        f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" {paint}{turn}>'
         f"{title}</rect>"
     )
 
@@ -155,6 +156,7 @@ def _draw_panel(points: Sequence[Point], number: int, x_span: tuple[float, float
                     y,
                     colour,
                     f"{method}, {calibration}: {point.n_bytes} bytes, KL {point.kl:.3g}",
+                    hollow=calibration.endswith(" alone"),
                 )
                 for point, (x, y) in zip(some, places, strict=True)
             ]
@@ -169,6 +171,8 @@ def _draw_legend(points: Sequence[Point]) -> list[str]:
         lines.append(_mark("circle", x, 42, _COLOURS[name], name))
         lines.append(f'<text x="{x + 9}" y="46">{html.escape(name)}</text>')
     note = "circle: own text or none; square: general text; diamond: sampled from the fine-tune"
+    if any(point.calibration.endswith(" alone") for point in points):
+        note += "; hollow: hub with that text alone"
     lines.append(f'<text x="{_MARGIN_LEFT - 4}" y="66">{note}</text>')
     return lines
 
