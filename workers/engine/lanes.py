@@ -104,6 +104,7 @@ class Lane:
         for item in self.running:
             self._name_pages(item)
         prompts = self._choose_readers([item for item in self.running if not item.is_decoding])
+        # A prompt of which all but the last token was found is decoding now.
         decoding = [item for item in self.running if item.is_decoding]
         prompts = [item for item in prompts if not item.is_decoding]
         singles = _choose(

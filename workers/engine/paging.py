@@ -5,7 +5,6 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -90,11 +89,14 @@ class PagePool:
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """Hold the pages of as many of these names, from the first on, as are there."""
         with self._lock:
-            found = list(takewhile(lambda page: page is not None, map(self._pages.get, keys)))
-            pages = [page for page in found if page is not None]
-            for page in pages:
+            pages: list[int] = []
+            for key in keys:
+                page = self._pages.get(key)
+                if page is None:
+                    break
                 self._holders[page] += 1
                 self._idle.pop(page, None)
+                pages.append(page)
             return pages
 
     def give_back(self, pages: list[int]) -> None:
