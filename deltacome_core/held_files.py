@@ -1,9 +1,10 @@
 """The data files of a delta in memory, read once by many threads and hashed as they arrive."""
 
 import hashlib
-from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -77,10 +78,16 @@ class HeldFiles:
             for file, held in self._files.items()
             for number in _blocks_of(0, held.size_bytes)
         ]
+        # Opened once: a thread that calls the system waits afterwards until it may run Python,
+        # behind whoever describes what has arrived.
+        opened = {file: file.open("rb", buffering=0) for file in self._files}
         for file, number in sorted(every, key=lambda block: block not in wanted):
             held = self._files[file]
             part = self.memory[slice(*_bounds(held, number))]
-            held.blocks[number] = pool.submit(read_into, part, file, number * _BLOCK_BYTES)
+            start = number * _BLOCK_BYTES
+            held.blocks[number] = pool.submit(read_into, part, opened[file], start)
+        for file, held in self._files.items():
+            pool.submit(_close_when_read, opened[file], list(held.blocks.values()))
 
     def read(self, path: Path, start: int, size_bytes: int) -> torch.Tensor:
         """Give a range of a file; the way `tensors.read_bytes` does, but nothing is copied.
@@ -121,10 +128,25 @@ class HeldFiles:
                 raise UserError("file_digest_mismatch", file=name)
 
     def _blocks(self, held: _Held) -> Iterator[memoryview]:
+        """All that has arrived since the last piece, at least one block."""
         view = self.memory.numpy().data
-        for number in _blocks_of(0, held.size_bytes):
+        number = 0
+        while number < len(held.blocks):
+            begins, _ = _bounds(held, number)
             held.blocks[number].result()
-            yield view[slice(*_bounds(held, number))]
+            # Few pieces: after each one the thread waits until it may run Python again.
+            while number + 1 < len(held.blocks) and held.blocks[number + 1].done():
+                number += 1
+                held.blocks[number].result()
+            _, ends = _bounds(held, number)
+            yield view[begins:ends]
+            number += 1
+
+
+def _close_when_read(file: FileIO, blocks: Iterable["Future[None]"]) -> None:
+    # Those before it in the pool have begun: none of them waits for this thread.
+    wait(blocks)
+    file.close()
 
 
 def _blocks_of(start: int, size_bytes: int) -> range:

@@ -1,6 +1,8 @@
 """Tensors from and to the bytes of safetensors files, one at a time."""
 
+import os
 import sys
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -65,32 +67,32 @@ def read_bytes(path: Path, start: int, size_bytes: int) -> torch.Tensor:
         UserError: file_truncated.
     """
     buffer = torch.empty(size_bytes, dtype=torch.uint8)
-    read_into(buffer, path, start)
+    with path.open("rb", buffering=0) as file:
+        read_into(buffer, file, start)
     return buffer
 
 
-def read_into(buffer: torch.Tensor, path: Path, start: int) -> None:
-    """Fill memory with a range of a file.
+def read_into(buffer: torch.Tensor, file: FileIO, start: int) -> None:
+    """Fill memory with a range of a file; threads may read the same open file.
 
     Args:
         buffer: u8 [size], on the CPU, adjacent.
-        path: the file.
+        file: opened for reading, without a buffer; its own position stays.
         start: first byte.
 
     Raises:
         UserError: file_truncated.
     """
     view = buffer.numpy().data
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        done = 0
-        while done < len(view):
-            # One read call returns at most 2 GiB on Linux.
-            n_read = file.readinto(view[done:])
-            if not n_read:
-                expected, found = start + len(view), start + done
-                raise UserError("file_truncated", file=path.name, found=found, expected=expected)
-            done += n_read
+    done = 0
+    while done < len(view):
+        # One call reads at most 2 GiB on Linux.
+        n_read = os.preadv(file.fileno(), [view[done:]], start + done)
+        if not n_read:
+            expected, found = start + len(view), start + done
+            name = Path(file.name).name
+            raise UserError("file_truncated", file=name, found=found, expected=expected)
+        done += n_read
 
 
 def load_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:

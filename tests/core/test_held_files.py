@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from deltacome_core.container import open_delta
 from deltacome_core.errors import UserError
 from deltacome_core.held_files import HeldFiles
 from deltacome_core.layout import MATRIX_ALIGNMENT_BYTES
-from deltacome_core.tensors import read_bytes
+from deltacome_core.tensors import read_bytes, read_into
 
 
 @pytest.fixture(autouse=True)
@@ -77,12 +78,15 @@ def test_a_file_that_was_cut_meanwhile_is_refused(delta, pool):
 
 def test_what_is_asked_for_first_is_read_first(delta):
     """A thread that has just begun must not have to wait for the whole file."""
-    begun = []
+    begun, opened = [], set()
 
     class Noting(ThreadPoolExecutor):
-        def submit(self, fn, buffer, file, start):
-            begun.append((file, start))
-            return super().submit(fn, buffer, file, start)
+        def submit(self, fn, *args):
+            if fn is read_into:
+                _, file, start = args
+                begun.append((Path(file.name), start))
+                opened.add(file)
+            return super().submit(fn, *args)
 
     last = max(delta.folder.stored, key=lambda name: delta.folder.stored[name].start)
     at = delta.folder.stored[last]
@@ -92,6 +96,8 @@ def test_what_is_asked_for_first_is_read_first(delta):
         held.check()
     assert torch.equal(raw, read_bytes(at.file, at.start, at.info.size_bytes))
     wanted = range(at.start // 1000, -(-(at.start + at.info.size_bytes) // 1000))
+    assert opened
+    assert all(file.closed for file in opened)
     assert begun[: len(wanted)] == [(at.file, 1000 * number) for number in wanted]
     assert (
         len(set(begun))
