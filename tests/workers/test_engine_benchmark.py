@@ -9,11 +9,14 @@ import torch
 
 from benchmarks.engine.bars import judge
 from benchmarks.engine.chart import draw
+from benchmarks.engine.cold import store_canary, time_cold, time_raw
 from benchmarks.engine.large import TRIAL, draw_rows, fill, open_large, write_files
-from benchmarks.engine.loop import Heard, rate
+from benchmarks.engine.loop import Heard, Loop, rate
 from benchmarks.engine.trace import draw_trace
+from deltacome_core.held_files import HeldFiles
 from kernels.bench.models import Pool
 from workers.engine.model import load_shared
+from workers.engine.shared import SharedExecutor
 
 
 def make_rows(**memory):
@@ -67,6 +70,24 @@ def test_the_delta_of_the_benchmark_is_one_the_engine_takes(tmp_path):
     model = load_shared(large.model, large.base, large.delta, factor_bytes=0)
     fill(large, model.slot)
     assert large.slots._arena.resident_slots == list(range(TRIAL.n_tenants))
+
+
+def test_the_timeline_of_a_cold_load_has_its_checks_before_its_answer(tmp_path):
+    large, _ = open_large(tmp_path, TRIAL, "cpu")
+    write_files(large)
+    store_canary(large)
+    functions = HeldFiles.check, SharedExecutor.forward
+    with Loop() as loop:
+        found = time_cold(large, loop, from_disk=True)
+    assert (HeldFiles.check, SharedExecutor.forward) == functions
+    assert found["canary"].startswith("applied")
+    at = found["timeline"]
+    assert at["read_blocks"]["begins_ms"] <= at["hash"]["ends_ms"] <= at["canary"]["begins_ms"]
+    assert at["canary"]["ends_ms"] <= at["answer"]["begins_ms"]
+    # The canary's step and that of the prompt.
+    assert at["forward"]["calls"] == 2
+    assert large.slots._arena.resident_slots == []
+    assert {"1", "2", "4", "8"} == time_raw(large).keys()
 
 
 def test_every_row_of_a_vocabulary_changed():

@@ -240,7 +240,7 @@ class Residency:
             )
         model = replace(model, key=snapshot.key)
         try:
-            model = replace(model, canary=_prove(model, folder))
+            model = replace(model, canary=prove(model, folder))
         except BaseException:
             _leave(model)
             raise
@@ -362,7 +362,7 @@ def _leave(model: LoadedModel) -> None:
         model.executor.evict(model.slot)
 
 
-def _prove(model: LoadedModel, folder: Path) -> CanaryResult:
+def prove(model: LoadedModel, folder: Path) -> CanaryResult:
     """Ask the loaded model for the logits that its verification stored.
 
     Raises:
