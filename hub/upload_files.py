@@ -7,8 +7,8 @@ from itertools import islice
 from django.conf import settings
 
 from deltacome_core.errors import UserError
+from deltacome_core.file_names import is_plain_name
 
-PLAIN_NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 SUFFIXES = (".safetensors", ".json", ".txt", ".jsonl", ".jinja", ".md", ".model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".npz")
 PLAIN_REASON = "a plain name has letters, digits, dots, dashes and underscores, no folder and no .."
@@ -51,7 +51,7 @@ def check_name(path: str) -> None:
         UserError: file_name_unsafe, not_safetensors.
     """
     shown = ascii(path[:80])
-    if not PLAIN_NAME.match(path) or ".." in path:
+    if not is_plain_name(path) or ".." in path:
         raise UserError("file_name_unsafe", path=shown, reason=PLAIN_REASON)
     if path.lower().endswith(PICKLES):
         raise UserError("not_safetensors", file=path, found="a format that can run code or hide it")
