@@ -158,7 +158,48 @@ def test_another_architecture_is_refused_before_any_part(robot, backbone):
     assert (answer.status_code, answer.json()["code"]) == (422, "backbone_mismatch")
     assert answer.json()["fields"]["count"] == 1
     assert "q_proj.weight: expected [32, 32] found [32, 48]" in answer.json()["message"]
-    assert put_part(robot, upload_id, 0, 0, CONFIG).json()["code"] == "backbone_mismatch"
+
+
+def test_a_refused_upload_holds_nothing_and_says_why_as_often_as_it_is_asked(
+    robot, backbone, data_dir
+):
+    other = factories.safetensors_bytes({"a.weight": ("F32", [4, 4])})
+    files = FILES | {"model.safetensors": other}
+    upload_id = open_upload(robot, files).json()["id"]
+    first = put_header(robot, upload_id, 1, other).json()
+    assert put_header(robot, upload_id, 1, other).json() == first
+    assert put_part(robot, upload_id, 0, 0, CONFIG).json() == first
+    assert robot.post(f"/api/v1/uploads/{upload_id}/seal").json() == first
+    found = robot.get(f"/api/v1/uploads/{upload_id}").json()
+    assert found["state"] == "REFUSED"
+    assert found["refusal"] == {name: first[name] for name in ("code", "message", "do")}
+    assert not any(path.is_file() for path in data_dir.rglob("uploads/**/*"))
+    assert robot.delete(f"/api/v1/uploads/{upload_id}").status_code == 204
+
+
+def test_a_refused_upload_leaves_room_for_the_next(robot, backbone, settings):
+    settings.UPLOAD_MAX_OPEN = 1
+    upload_id = open_upload(robot).json()["id"]
+    put_header(robot, upload_id, 1, b"PK\x03\x04" + bytes(20))
+    assert push(robot).status_code == 202
+
+
+def test_a_header_cut_short_on_its_way_can_be_sent_again(robot, backbone):
+    upload_id = open_upload(robot).json()["id"]
+    address = f"/api/v1/uploads/{upload_id}/files/1/header"
+    short = robot.put(address, WEIGHTS[:20], content_type="application/octet-stream")
+    assert short.json()["code"] == "header_truncated"
+    assert put_header(robot, upload_id, 1, WEIGHTS).status_code == 200
+
+
+def test_a_bad_header_after_the_checks_ends_nothing(robot, ready):
+    bad = robot.put(
+        f"/api/v1/uploads/{ready}/files/1/header",
+        b"PK\x03\x04" + bytes(20),
+        content_type="application/octet-stream",
+    )
+    assert bad.json()["code"] == "not_safetensors"
+    assert put_part(robot, ready, 0, 0, CONFIG).status_code == 200
 
 
 def test_a_mismatch_names_twenty_tensors_and_counts_all(robot, acme):
