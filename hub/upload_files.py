@@ -19,13 +19,16 @@ MAX_TEXT_BYTES = 64 * 2**20
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 
-def check_files(sizes: Mapping[str, int]) -> None:
+def check_files(files: Sequence[tuple[str, int]]) -> None:
     """Refuse names, sizes and sets of files that cannot be a checkpoint.
 
     Raises:
         UserError: file_name_unsafe, not_safetensors, upload_too_large, file_set_invalid.
     """
-    for path, size_bytes in sizes.items():
+    sizes = dict(files)
+    if len(sizes) < len(files):
+        raise UserError("file_set_invalid", reason="A name is listed twice")
+    for path, size_bytes in files:
         check_name(path)
         if size_bytes < 1:
             raise UserError("file_name_unsafe", path=path, reason="it is empty")

@@ -51,7 +51,7 @@ def open_upload(owner: User, spec: UploadSpec, *, idempotency_key: str | None = 
         before = Upload.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
         if before is not None:
             return _same_request(before, request_sha256)
-    upload_files.check_files({file.path: file.size_bytes for file in spec.files})
+    upload_files.check_files([(file.path, file.size_bytes) for file in spec.files])
     if spec.kind == Repo.Kind.DELTA:
         check_budget(get_recipe(spec.recipe), Budget.of_bits(spec.bits_per_param))
     storage.require_space(spec.size_bytes)

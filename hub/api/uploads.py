@@ -59,7 +59,8 @@ class Uploads(APIView):
         asked.is_valid(raise_exception=True)
         key = request.headers.get("Idempotency-Key")
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARS:
-            raise UserError("invalid")
+            reason = f"It has 1 to {MAX_KEY_CHARS} characters."
+            raise UserError("invalid", **{"Idempotency-Key": [reason]})
         upload = open_upload(current_user(request), asked.spec(), idempotency_key=key)
         return Response(UploadSerializer(upload).data, status=201)
 

@@ -421,6 +421,14 @@ def test_an_incomplete_set_of_files_is_refused(robot, files):
     assert open_upload(robot, files).json()["code"] == "file_set_invalid"
 
 
+def test_a_file_listed_twice_is_refused(robot):
+    listed = [{"path": "config.json", "size_bytes": 9}] * 2
+    asked = body() | {"files": [*listed, {"path": "model.safetensors", "size_bytes": 9}]}
+    answer = robot.post("/api/v1/uploads", asked, content_type="application/json")
+    assert (answer.status_code, answer.json()["code"]) == (422, "file_set_invalid")
+    assert "twice" in answer.json()["message"]
+
+
 def test_a_missing_shard_is_named_before_any_byte_moves(robot):
     names = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
     files = {"config.json": CONFIG, "model.safetensors.index.json": b"{}"}
