@@ -1,7 +1,6 @@
 """Look into a checkpoint folder without loading it: shapes, sizes, digests, and what fits what."""
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltacome_core import strict_json
 from deltacome_core.errors import UserError
+from deltacome_core.file_names import is_plain_name
 from deltacome_core.safetensors_file import TensorInfo, read_chunks, read_header
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ _VOCABULARY_MODULES = frozenset(
     {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared"}
 )
 _HEAD_MODULES = frozenset({"lm_head", "embed_out"})
-_PLAIN_FILE = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})
 # Types a tensor may change between from a backbone to its fine-tune.
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -108,26 +107,6 @@ class Checkpoint:
         return first if isinstance(first, str) else "unknown"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayoutReport:
-    """How a fine-tune's tensors relate to a backbone's; `mismatched` holds readable lines."""
-
-    matched: tuple[str, ...]
-    grown_rows: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-
-    @property
-    def is_compatible(self) -> bool:
-        """Whether a delta can be made: only tied heads and buffers may be absent."""
-        return bool(self.matched) and not self.mismatched and all(map(_can_be_absent, self.missing))
-
-
-def _can_be_absent(name: str) -> bool:
-    return is_vocabulary_tensor(name) or name.endswith("inv_freq")
-
-
 def is_vocabulary_tensor(name: str) -> bool:
     """Tell whether a tensor has one row per token of the vocabulary.
 
@@ -165,7 +144,7 @@ def is_sidecar(name: str, patterns: Iterable[str] = SIDECAR_NAMES) -> bool:
     Returns:
         True when the name is plain and on the list.
     """
-    return bool(_PLAIN_FILE.match(name)) and any(fnmatchcase(name, item) for item in patterns)
+    return is_plain_name(name) and any(fnmatchcase(name, item) for item in patterns)
 
 
 def find_sidecars(folder: Path, patterns: Iterable[str] = MODEL_SIDECAR_NAMES) -> tuple[Path, ...]:
@@ -237,7 +216,7 @@ def _indexed_files(folder: Path) -> tuple[dict[str, str], list[Path]]:
         raise UserError("index_invalid", reason="it has no weight_map")
     names = set()
     for name in weight_map.values():
-        if not isinstance(name, str) or not _PLAIN_FILE.match(name):
+        if not isinstance(name, str) or not is_plain_name(name):
             raise UserError("index_invalid", reason=f"{ascii(name)[:80]} is not a plain file name")
         if not name.endswith(".safetensors"):
             raise UserError("index_invalid", reason=f"{name} is not a safetensors file")
@@ -399,49 +378,3 @@ def checkpoint_digest(layout: Layout, hashes: Mapping[str, str]) -> str:
         name: [dtype, list(shape), hashes[name]] for name, (dtype, shape) in sorted(layout.items())
     }
     return hashlib.sha256(strict_json.dumps_canonical(table)).hexdigest()
-
-
-def _fits(base: tuple[str, tuple[int, ...]], tuned: tuple[str, tuple[int, ...]]) -> bool:
-    both_float = base[0] in FLOATS and tuned[0] in FLOATS
-    return base[1] == tuned[1] and (base[0] == tuned[0] or both_float)
-
-
-def _has_grown(
-    name: str, base: tuple[str, tuple[int, ...]], tuned: tuple[str, tuple[int, ...]]
-) -> bool:
-    if not is_vocabulary_tensor(name) or not base[1] or not tuned[1]:
-        return False
-    (base_rows, *base_rest), (rows, *rest) = base[1], tuned[1]
-    return len(rest) == 1 and base_rest == rest and rows > base_rows
-
-
-def compare_layout(base: Layout, tuned: Layout) -> LayoutReport:
-    """Compare two sets of tensors by name, shape and data type.
-
-    Args:
-        base: layout of the backbone.
-        tuned: layout of the fine-tune.
-
-    Returns:
-        Names that match, vocabularies that grew, names only in the backbone (missing), only in
-        the fine-tune (unexpected), and "name: expected ... found ..." for what does not fit.
-    """
-    matched, grown, mismatched = [], [], []
-    for name in sorted(base.keys() & tuned.keys()):
-        if _fits(base[name], tuned[name]):
-            matched.append(name)
-        elif _has_grown(name, base[name], tuned[name]):
-            grown.append(name)
-        else:
-            (base_dtype, base_shape), (dtype, shape) = base[name], tuned[name]
-            same = base_shape == shape
-            expected = f"{list(base_shape)}" + (f" {base_dtype}" if same else "")
-            found = f"{list(shape)}" + (f" {dtype}" if same else "")
-            mismatched.append(f"{name}: expected {expected} found {found}")
-    return LayoutReport(
-        matched=tuple(matched),
-        grown_rows=tuple(grown),
-        missing=tuple(sorted(base.keys() - tuned.keys())),
-        unexpected=tuple(sorted(tuned.keys() - base.keys())),
-        mismatched=tuple(mismatched),
-    )

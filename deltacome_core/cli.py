@@ -1,15 +1,15 @@
 """The `deltacome` command: text for people goes to stderr, data to stdout."""
 
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from deltacome_core.cli_hub import pull, push
 from deltacome_core.cli_options import (
     AsJson,
     Base,
@@ -21,12 +21,11 @@ from deltacome_core.cli_options import (
     Precision,
     Ratio,
     RecipeName,
-    Token,
     TotalBytes,
     Tuned,
-    Url,
     read_budget,
 )
+from deltacome_core.cli_output import BYTES_PER_MIB, EXIT_FAILURE, print_json, tell
 from deltacome_core.errors import UserError
 from deltacome_core.precision import NATIVE
 from deltacome_core.recipe import DEFAULT_RECIPE
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from deltacome_core.distil import DistilReport
     from deltacome_core.units import LayerDone
 
-EXIT_FAILURE = 1
 EXIT_INTEGRITY = 7
 EXIT_INCOMPATIBLE = 12
 _EXIT_CODES = {
@@ -50,7 +48,6 @@ _EXIT_CODES = {
     "residual_mismatch": EXIT_INCOMPATIBLE,
     "shape_mismatch": EXIT_INCOMPATIBLE,
 }
-_BYTES_PER_MIB = 1 << 20
 
 # Rich is left out of help and tracebacks: importing it takes longer than all the rest.
 app = typer.Typer(
@@ -101,16 +98,16 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         force=force,
         on_layer=_tell_layer,
     )
-    _tell(
-        f"{out}: {report.total_bytes / _BYTES_PER_MIB:.2f} MiB, {report.ratio:.2f}x smaller, "
+    tell(
+        f"{out}: {report.total_bytes / BYTES_PER_MIB:.2f} MiB, {report.ratio:.2f}x smaller, "
         f"{report.bits_per_param:.3f} bits per parameter, {report.seconds:.1f} s; "
         f"{report.with_feedback} of {report.n_matrices} matrices calibrated"
     )
     if report.distilled is not None:
-        _tell(_describe_training(report.distilled))
+        tell(_describe_training(report.distilled))
     if not report.payload_bytes:
-        _tell("The fine-tune equals the backbone: 0 bytes of payload, nothing to store.")
-    _print_json(report.to_json(), wanted=as_json)
+        tell("The fine-tune equals the backbone: 0 bytes of payload, nothing to store.")
+    print_json(report.to_json(), wanted=as_json)
 
 
 def _describe_training(report: "DistilReport") -> str:
@@ -127,9 +124,9 @@ def _describe_training(report: "DistilReport") -> str:
 def _tell_layer(done: "LayerDone") -> None:
     where = f"layer {done.index + 1}/{done.n_layers} {done.group}"
     if done.resumed:
-        _tell(f"{where}: already done")
+        tell(f"{where}: already done")
     else:
-        _tell(f"{where}: {done.n_matrices} matrices, {done.seconds:.2f} s")
+        tell(f"{where}: {done.n_matrices} matrices, {done.seconds:.2f} s")
 
 
 @app.command()
@@ -160,8 +157,8 @@ def plan(  # noqa: PLR0913 - one parameter for each option
         device=device,
     )
     for row in rows:
-        _tell(row.describe())
-    _print_json({"recipe": recipe, "rows": [row.to_json() for row in rows]}, wanted=as_json)
+        tell(row.describe())
+    print_json({"recipe": recipe, "rows": [row.to_json() for row in rows]}, wanted=as_json)
 
 
 @app.command()
@@ -180,10 +177,10 @@ def fit(
 
     card_bytes = int(gpu * GIGABYTE)
     found = forecast_files(base, deltas, kv_tokens=kv_tokens)
-    _tell(describe_forecast(found, card_bytes=card_bytes))
+    tell(describe_forecast(found, card_bytes=card_bytes))
     fits = found.total_bytes <= card_bytes
     sizes = {"card_bytes": card_bytes, "fits": fits, "room": found.count_fitting(card_bytes)}
-    _print_json(found.to_json() | sizes, wanted=as_json)
+    print_json(found.to_json() | sizes, wanted=as_json)
 
 
 @app.command()
@@ -194,7 +191,7 @@ def inspect(
     from deltacome_core.inspection import inspect_delta
 
     report = inspect_delta(path)
-    _tell(
+    tell(
         f"{report.manifest.fine_tune.architecture}, {report.n_params:,} parameters, "
         f"recipe {report.manifest.recipe.name}, "
         f"backbone served as {report.manifest.backbone.served_as}\n"
@@ -202,8 +199,8 @@ def inspect(
         f"{report.bits_per_param:.3f} bits per parameter"
     )
     for name, size_bytes in asdict(report.sizes).items():
-        _tell(f"  {name:<11}{size_bytes:>14,}")
-    _print_json(report.to_json(), wanted=as_json)
+        tell(f"  {name:<11}{size_bytes:>14,}")
+    print_json(report.to_json(), wanted=as_json)
 
 
 @app.command()
@@ -224,15 +221,15 @@ def verify(
     chosen = () if prompts is None else (prompts,)
     report = verify_delta(base, tuned, delta, prompts=chosen, device=device)
     save_report(report, delta)
-    _tell(
+    tell(
         f"grade {report.grade}: recovery {report.recovery:.4f}, KL {report.kl:.5f}, "
         f"top-1 {report.top1:.4f}, perplexity ratio {report.ppl_ratio:.4f}, "
         f"greedy match {report.greedy_match:.3f}"
     )
     for check in report.checks:
         state = "ok" if check.ok else "FAILED"
-        _tell(f"  {check.name}: {check.value:.5g} (threshold {check.threshold:g}) {state}")
-    _print_json(report.to_json(), wanted=as_json)
+        tell(f"  {check.name}: {check.value:.5g} (threshold {check.threshold:g}) {state}")
+    print_json(report.to_json(), wanted=as_json)
     if report.grade == "F":
         raise typer.Exit(EXIT_FAILURE)
 
@@ -262,8 +259,8 @@ def evaluate(
     for subject in ("backbone", "finetune", "delta"):
         if subject in summary:
             found = summary[subject]
-            _tell(f"{subject:<9} {found['accuracy']:.4f} ± {found['se']:.4f} (n = {found['n']})")
-    _print_json(summary, wanted=as_json)
+            tell(f"{subject:<9} {found['accuracy']:.4f} ± {found['se']:.4f} (n = {found['n']})")
+    print_json(summary, wanted=as_json)
 
 
 @app.command()
@@ -293,8 +290,8 @@ def reconstruct(
         device=resolve_device(device),
         residual=residual,
     )
-    _tell(f"{out}: {report.n_tensors} tensors, {report.size_bytes / _BYTES_PER_MIB:.2f} MiB")
-    _print_json(asdict(report) | {"path": str(out)}, wanted=as_json)
+    tell(f"{out}: {report.n_tensors} tensors, {report.size_bytes / BYTES_PER_MIB:.2f} MiB")
+    print_json(asdict(report) | {"path": str(out)}, wanted=as_json)
 
 
 @app.command()
@@ -310,88 +307,15 @@ def residual(
     from deltacome_core.residual_writer import write_residual
 
     report = write_residual(base, tuned, delta, out)
-    _tell(
-        f"{out}: {report.size_bytes / _BYTES_PER_MIB:.2f} MiB, {report.n_coded} tensors coded, "
+    tell(
+        f"{out}: {report.size_bytes / BYTES_PER_MIB:.2f} MiB, {report.n_coded} tensors coded, "
         f"{report.n_exact} exact already"
     )
-    _print_json(report.to_json(), wanted=as_json)
+    print_json(report.to_json(), wanted=as_json)
 
 
-@app.command()
-def push(  # noqa: PLR0913 - one parameter for each option
-    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
-    repo: Annotated[str, typer.Argument(help="namespace/name.")],
-    *,
-    url: Url,
-    token: Token,
-    kind: Annotated[str, typer.Option(help="delta or backbone.")] = "delta",
-    backbone: Annotated[
-        str | None, typer.Option(help="namespace/name of the backbone; found by default.")
-    ] = None,
-    recipe: RecipeName = DEFAULT_RECIPE,
-    bits_per_param: BitsPerParam = None,
-    visibility: Annotated[str, typer.Option(help="public or private.")] = "private",
-    wait: Annotated[bool, typer.Option(help="Wait for the end of the job.")] = True,
-    as_json: AsJson = False,
-) -> None:
-    """Upload a checkpoint to a hub; a second call continues a broken one."""
-    from deltacome_core.client import HubClient
-
-    with HubClient(url, token) as client:
-        job = client.push(
-            folder,
-            repo,
-            on_progress=_progress("sent"),
-            kind=kind,
-            backbone=backbone,
-            recipe=recipe,
-            bits_per_param=bits_per_param,
-            visibility=visibility,
-        )
-        _tell(f"job {job.id} is {job.state}")
-        if wait:
-            job = client.wait(job.id, on_update=lambda now: _tell(f"{now.state} {now.step}"))
-    _print_json(asdict(job), wanted=as_json)
-    if job.is_finished and job.state != "DONE":
-        _tell(job.error or job.state)
-        raise typer.Exit(EXIT_FAILURE)
-
-
-@app.command()
-def pull(
-    name: Annotated[str, typer.Argument(help="namespace/name or namespace/name@revision.")],
-    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
-    *,
-    url: Url,
-    token: Annotated[
-        str | None, typer.Option(envvar="DELTACOME_TOKEN", help="API token.", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Download a revision; a second call continues a broken one."""
-    from deltacome_core.client import HubClient
-
-    with HubClient(url, token) as client:
-        pulled = client.pull(name, folder, on_progress=_progress("on disk"))
-    _tell(f"{pulled.name} is in {folder}")
-    _print_json(asdict(pulled) | {"folder": str(folder)}, wanted=as_json)
-
-
-def _progress(verb: str) -> Callable[[int, int], None]:
-    def tell(done_bytes: int, total_bytes: int) -> None:
-        done, total = done_bytes / _BYTES_PER_MIB, total_bytes / _BYTES_PER_MIB
-        _tell(f"{done:.1f} of {total:.1f} MiB {verb}")
-
-    return tell
-
-
-def _tell(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _print_json(document: dict[str, Any], *, wanted: bool) -> None:
-    if wanted:
-        typer.echo(json.dumps(document, ensure_ascii=False))
+app.command()(push)
+app.command()(pull)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -408,10 +332,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(args=given, prog_name="deltacome")
     except UserError as error:
-        _tell(str(error))
+        tell(str(error))
         if "--json" in given:
             failure = {"code": error.code, "message": str(error), "params": error.params}
-            _print_json({"error": failure}, wanted=True)
+            print_json({"error": failure}, wanted=True)
         sys.exit(_EXIT_CODES.get(error.code, EXIT_FAILURE))
     except BrokenPipeError:
         # The reader of stdout went away; nothing more can be said to it.

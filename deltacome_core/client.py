@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,9 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from deltacome_core.checkpoint import INDEX_NAME, WEIGHTS_NAME, is_sidecar
 from deltacome_core.errors import UserError
+from deltacome_core.file_names import is_plain_name
+from deltacome_core.pushed_files import PushedFile, find_pushed_files
 from deltacome_core.safetensors_file import LENGTH_BYTES, read_header
 
 PARTS_IN_FLIGHT = 4
@@ -24,7 +24,6 @@ FIRST_PAUSE_S = 0.5
 CHUNK_BYTES = 1 << 20
 WAIT_S = 20
 _RETRIED = frozenset({502, 503, 504})
-_PLAIN_FILE = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _ENDED = frozenset({"DONE", "FAILED", "CANCELLED", "REJECTED"})
 
 Progress = Callable[[int, int], None]
@@ -42,15 +41,6 @@ class HubError(UserError):
 
     def __str__(self) -> str:
         return self.text
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushedFile:
-    """One file of a checkpoint folder, as it was when the push began."""
-
-    path: Path
-    size_bytes: int
-    modified_ns: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +153,7 @@ class HubClient:
             HubError: the hub refused; its text says why.
             UserError: not_a_checkpoint, hub_unreachable, or a damaged header.
         """
-        files = _find_files(folder)
+        files = find_pushed_files(folder)
         listed = [{"path": file.path.name, "size_bytes": file.size_bytes} for file in files]
         body = {"kind": "delta", **spec, "repo": repo, "files": listed}
         upload = self._open_upload(body, files)
@@ -292,7 +282,7 @@ class HubClient:
         total_bytes = sum(file["size_bytes"] for file in found["files"])
         done_bytes = 0
         for file in found["files"]:
-            if not _PLAIN_FILE.match(file["path"]):
+            if not is_plain_name(file["path"]):
                 raise UserError("name_unsafe", name=ascii(file["path"])[:80])
             target = folder / file["path"]
             if not (target.is_file() and _sha256(target) == file["sha256"]):
@@ -369,27 +359,6 @@ def _raise_for(response: httpx.Response) -> None:
     except json.JSONDecodeError:
         body = {"message": f"The hub answered {response.status_code}."}
     raise HubError(response.status_code, body if isinstance(body, dict) else {})
-
-
-def _find_files(folder: Path) -> list[PushedFile]:
-    if not folder.is_dir():
-        raise UserError("not_a_checkpoint", path=str(folder), reason="it is not a folder")
-    names = sorted(
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and _is_pushed(path.name) and path.stat().st_size
-    )
-    if not any(name.endswith(".safetensors") for name in names):
-        raise UserError("not_a_checkpoint", path=str(folder), reason="it has no safetensors file")
-    stats = {name: (folder / name).stat() for name in names}
-    return [
-        PushedFile(path=folder / name, size_bytes=stat.st_size, modified_ns=stat.st_mtime_ns)
-        for name, stat in stats.items()
-    ]
-
-
-def _is_pushed(name: str) -> bool:
-    return name in {WEIGHTS_NAME, INDEX_NAME} or name.endswith(".safetensors") or is_sidecar(name)
 
 
 def _content_digest(content: bytes) -> dict[str, str]:

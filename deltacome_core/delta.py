@@ -13,12 +13,12 @@ import torch
 from deltacome_core.checkpoint import (
     Checkpoint,
     checkpoint_digest,
-    compare_layout,
     is_vocabulary_tensor,
     locate_tensor,
 )
 from deltacome_core.entries import is_lowrank_shape
 from deltacome_core.errors import UserError
+from deltacome_core.fit import compare_layout
 from deltacome_core.plan import Subject
 from deltacome_core.quantised import refuse_quantised
 from deltacome_core.safetensors_file import read_chunks

@@ -15,6 +15,7 @@ from deltacome_core.entries import (
 from deltacome_core.entries_json import entry_to_json, parse_entries
 from deltacome_core.errors import UserError
 from deltacome_core.fields import Fields, invalid
+from deltacome_core.file_names import is_plain_name
 from deltacome_core.precision import NATIVE, SCHEMES, Precision
 from deltacome_core.safetensors_file import MAX_TENSORS, check_tensor_name
 
@@ -29,7 +30,6 @@ _MATRIX_DIMENSIONS = 2
 
 _SHARD = re.compile(r"\Adelta-\d{5}-of-\d{5}\.safetensors\Z")
 _SETTING = re.compile(r"\A[a-z][a-z0-9_]{0,63}\Z")
-_FILE = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 _ENDINGS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 
 
@@ -168,7 +168,7 @@ def _parse_recipe(fields: Fields) -> RecipeRecord:
 def _parse_files(fields: Fields) -> dict[str, FileRecord]:
     files = {}
     for name in fields.keys(limit=MAX_FILES):
-        is_plain = _FILE.match(name) and ".." not in name
+        is_plain = is_plain_name(name) and ".." not in name
         if not is_plain or not (name.endswith(_ENDINGS) or name.startswith("LICENSE")):
             raise UserError("name_unsafe", name=ascii(name[:80]))
         record = fields.child(name)

@@ -1,7 +1,6 @@
 """Measure what a delta lost: weights, next-token distributions and answers against the original."""
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,30 +12,32 @@ import torch
 
 from deltacome_core.canary import Canary, make_canary, read_last_logits
 from deltacome_core.checkpoint import Checkpoint, at_precision, open_checkpoint
+from deltacome_core.comparison import (
+    GREEDY_TOKENS,
+    MAX_TOKENS_PER_PROMPT,
+    Comparison,
+    ScoredText,
+    compare_answers,
+    compare_models,
+    read_scored_texts,
+)
 from deltacome_core.container import open_delta
 from deltacome_core.entries import MatrixEntry, RowsEntry
-from deltacome_core.errors import UserError
-from deltacome_core.generate import decode_greedily, end_tokens
 from deltacome_core.models import (
     find_max_positions,
     load_model,
     load_tokenizer,
-    running_on_text,
 )
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.served import served_backbone
 from deltacome_core.tensors import as_float32, load_tensor
-from deltacome_core.texts import DEFAULT_PROMPTS, read_texts, render_text
+from deltacome_core.texts import DEFAULT_PROMPTS
 from deltacome_core.trainable import is_trained_norm
 
 REPORT_NAME = "verification.json"
 EVALUATION_NAME = "evaluation.jsonl"
 # Recovery and distance of the perplexity ratio from 1 that each grade demands.
 GRADES = (("A", 0.98, 0.005), ("B", 0.95, 0.01), ("C", 0.90, 0.02))
-MAX_PROMPTS_PER_FILE = 128
-MAX_TOKENS_PER_PROMPT = 512
-GREEDY_PROMPTS = 32
-GREEDY_TOKENS = 32
 N_WORST = 10
 # Below this the fine-tune does not answer differently from its backbone.
 _SMALLEST_KL = 1e-9
@@ -87,29 +88,6 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """How one model predicts beside the reference; means over the scored tokens."""
-
-    kl: float
-    kl_p99: float
-    top1: float
-    ppl_ratio: float
-    n_tokens: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoredText:
-    """Tokens of prompt and answer; predictions of tokens from `first_scored` on are compared.
-
-    opening is what a greedy answer is asked for.
-    """
-
-    tokens: list[int]
-    first_scored: int
-    opening: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,141 +246,6 @@ def _read_prompts(paths: Sequence[Path], tokenizer: Any, tuned_dir: Path) -> lis
     return read_scored_texts(
         paths, tokenizer, max_tokens=max(2, min(longest, MAX_TOKENS_PER_PROMPT))
     )
-
-
-def read_scored_texts(
-    paths: Sequence[Path], tokenizer: Any, *, max_tokens: int = MAX_TOKENS_PER_PROMPT
-) -> list[ScoredText]:
-    """Read verification texts.
-
-    Where there is a prompt only the answer is scored: a fine-tune is trained on answers, and what
-    it would say in the middle of a prompt is nobody's business.
-
-    Args:
-        paths: .jsonl or .txt files; at most MAX_PROMPTS_PER_FILE items each, evenly spread.
-        tokenizer: of the fine-tune.
-        max_tokens: of longer texts only the end is kept, where the answer is.
-
-    Returns:
-        Texts with something to score.
-
-    Raises:
-        UserError: texts_invalid.
-    """
-    texts = []
-    for path in paths:
-        items = read_texts(path)
-        step = -(-len(items) // MAX_PROMPTS_PER_FILE)
-        for item in items[::step]:
-            text = render_text(item, tokenizer)
-            special = not text.has_special_tokens
-            opening = tokenizer.encode(text.prompt, add_special_tokens=special)
-            tokens = tokenizer.encode(text.prompt + text.answer, add_special_tokens=special)
-            first_scored = len(opening) if text.prompt else 1
-            if not text.prompt:
-                opening = tokens[: max(1, len(tokens) // 2)]
-            cut = max(0, len(tokens) - max_tokens)
-            first_scored = max(1, first_scored - cut)
-            if first_scored < len(tokens) - cut:
-                texts.append(
-                    ScoredText(
-                        tokens=tokens[cut:],
-                        first_scored=first_scored,
-                        opening=opening[-max_tokens:],
-                    )
-                )
-    if not texts:
-        reason = "no text has an answer to score"
-        raise UserError("texts_invalid", file=paths[0].name, line=0, reason=reason)
-    return texts
-
-
-@torch.no_grad()
-def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> Comparison:
-    """Compare next-token distributions on texts.
-
-    A vocabulary that grew is compared on the tokens both models know.
-
-    Args:
-        reference: transformers model whose distribution is the truth.
-        other: transformers model to compare.
-        texts: what to predict.
-
-    Returns:
-        KL(reference || other), agreement of the most likely token, ratio of perplexities.
-    """
-    divergences, agreements = [], []
-    surprise = 0.0
-    known = min(model.config.get_text_config().vocab_size for model in (reference, other))
-    for text in texts:
-        ids = torch.tensor([text.tokens], device=reference.device)
-        truth = _log_probabilities(reference, ids, known)[text.first_scored - 1 :]
-        guess = _log_probabilities(other, ids.clamp_max(known - 1), known)[text.first_scored - 1 :]
-        divergences.append((truth.exp() * (truth - guess)).sum(dim=1))
-        agreements.append(truth.argmax(dim=1) == guess.argmax(dim=1))
-        following = ids[0, text.first_scored :].clamp_max(known - 1)[:, None]
-        surprise += float((truth.gather(1, following) - guess.gather(1, following)).sum())
-    kl, same = torch.cat(divergences), torch.cat(agreements)
-    return Comparison(
-        kl=float(kl.mean().clamp_min(0.0)),
-        kl_p99=float(torch.quantile(kl, 0.99)),
-        top1=float(same.double().mean()),
-        ppl_ratio=math.exp(surprise / kl.numel()),
-        n_tokens=kl.numel(),
-    )
-
-
-def _log_probabilities(model: Any, ids: torch.Tensor, known: int) -> torch.Tensor:
-    with running_on_text():
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1, :known]
-    return torch.log_softmax(logits.double(), dim=-1)
-
-
-def compare_answers(
-    reference: Any, other: Any, tokenizer: Any, openings: Sequence[Sequence[int]]
-) -> tuple[float, float]:
-    """Compare greedy answers of two models.
-
-    Args:
-        reference: transformers model.
-        other: transformers model.
-        tokenizer: tells where an answer ends.
-        openings: token ids of prompts; at most GREEDY_PROMPTS, evenly spread, are asked.
-
-    Returns:
-        Mean share of an answer before the first difference, and share of identical answers.
-    """
-    step = max(1, -(-len(openings) // GREEDY_PROMPTS))
-    asked = [opening for opening in openings[::step] if opening]
-    if not asked:
-        return 1.0, 1.0
-    stop = end_tokens(reference, tokenizer)
-    first, second = (
-        decode_greedily(model, asked, max_new_tokens=GREEDY_TOKENS, stop_tokens=stop)
-        for model in (reference, other)
-    )
-    shares = [agreed_share(a, b) for a, b in zip(first, second, strict=True)]
-    same = [a == b for a, b in zip(first, second, strict=True)]
-    return sum(shares) / len(shares), sum(same) / len(same)
-
-
-def agreed_share(first: Sequence[int], second: Sequence[int]) -> float:
-    """Return the share of the longer answer that precedes the first difference.
-
-    Args:
-        first: token ids.
-        second: token ids.
-
-    Returns:
-        0 to 1; two empty answers agree.
-    """
-    longest = max(len(first), len(second))
-    agreed = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        agreed += 1
-    return agreed / longest if longest else 1.0
 
 
 def compare_weights(

@@ -47,14 +47,7 @@ def limit_body(app: App, *, max_bytes: int) -> App:
 
 
 async def _refuse(send: Send) -> None:
-    body = json.dumps(
-        {
-            "code": "body_too_large",
-            "message": "The request body is larger than any route accepts.",
-            "do": "Send files in parts of the size that the upload names.",
-            "fields": {},
-        }
-    ).encode()
+    body = json.dumps(error_body("body_too_large", {})).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": 413, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -62,6 +55,7 @@ async def _refuse(send: Send) -> None:
 
 _pages = get_asgi_application()
 # Views and models can be imported once that has loaded the apps.
+from hub.api.errors import error_body  # noqa: E402
 from hub.model_calls import ModelCalls, is_model_call  # noqa: E402
 
 _model_calls = ModelCalls()

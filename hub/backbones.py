@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from deltacome_core.checkpoint import Layout, LayoutReport, compare_layout
+from deltacome_core.checkpoint import Layout
 from deltacome_core.errors import InternalError, UserError
+from deltacome_core.fit import LayoutReport, compare_layout
 from deltacome_core.quantised import refuse_quantised
 from hub import storage
 from hub.access import AnyUser

@@ -36,7 +36,7 @@ def page_of(rows: "QuerySet[Row, Any]", *, after: str | None, limit: int = PAGE_
         try:
             rows = rows.filter(pk__lt=UUID(after))
         except ValueError:
-            raise UserError("invalid") from None
+            raise UserError("invalid", after=["It is not the `next` of a page."]) from None
     found = list(rows.order_by("-pk")[: limit + 1])
     is_last = len(found) <= limit
     return Page(items=found[:limit], next=None if is_last else str(found[limit - 1].pk))

@@ -21,6 +21,11 @@ HUB_MESSAGES: dict[str, Message] = {
         what="None of the backbones you can see has the tensors of this fine-tune.",
         do="Upload the backbone it was fine-tuned from first.",
     ),
+    "body_too_large": Message(
+        title="The request is too large",
+        what="Its body is larger than any route accepts.",
+        do="Send files in parts of the size that the upload names.",
+    ),
     "content_digest_missing": Message(
         title="The part has no digest",
         what="The request has no Content-Digest header with a sha-256.",
@@ -238,6 +243,7 @@ MESSAGES: dict[str, Message] = core.MESSAGES | HUB_MESSAGES
 
 # What is not named here is the content's fault: 422.
 HTTP_STATUS: dict[str, int] = {
+    "body_too_large": 413,
     "content_digest_missing": 400,
     "csrf_failed": 403,
     "digest_published": 409,

@@ -59,7 +59,7 @@ class SecurityHeaders:
 def refuse_nul(request: HttpRequest) -> HttpResponseBase | None:
     """No name of ours holds a NUL, and PostgreSQL refuses a query that does."""
     if "\0" in request.path_info or "%00" in request.META.get("QUERY_STRING", ""):
-        return error_response(UserError("invalid"))
+        return error_response(UserError("invalid", address=["It holds a NUL."]))
     return None
 
 

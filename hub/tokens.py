@@ -37,8 +37,10 @@ def mint(
         UserError: invalid.
     """
     known = set(ApiToken.Scope.values)
-    if not scopes or set(scopes) - known or not timedelta(0) < expires_in <= MAX_AGE:
-        raise UserError("invalid")
+    if not scopes or set(scopes) - known:
+        raise UserError("invalid", scopes=[f"Choose from {', '.join(sorted(known))}."])
+    if not timedelta(0) < expires_in <= MAX_AGE:
+        raise UserError("invalid", expires_in_days=[f"It is from 1 to {MAX_AGE.days}."])
     body = "".join(secrets.choice(ALPHABET) for _ in range(SECRET_LENGTH))
     secret = f"{PREFIX}{body}{checksum(body)}"
     with transaction.atomic():

@@ -7,8 +7,8 @@ from itertools import islice
 from django.conf import settings
 
 from deltacome_core.errors import UserError
+from deltacome_core.file_names import is_plain_name
 
-PLAIN_NAME = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 SUFFIXES = (".safetensors", ".json", ".txt", ".jsonl", ".jinja", ".md", ".model")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".npz")
 PLAIN_REASON = "a plain name has letters, digits, dots, dashes and underscores, no folder and no .."
@@ -19,13 +19,16 @@ MAX_TEXT_BYTES = 64 * 2**20
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 
 
-def check_files(sizes: Mapping[str, int]) -> None:
+def check_files(files: Sequence[tuple[str, int]]) -> None:
     """Refuse names, sizes and sets of files that cannot be a checkpoint.
 
     Raises:
         UserError: file_name_unsafe, not_safetensors, upload_too_large, file_set_invalid.
     """
-    for path, size_bytes in sizes.items():
+    sizes = dict(files)
+    if len(sizes) < len(files):
+        raise UserError("file_set_invalid", reason="A name is listed twice")
+    for path, size_bytes in files:
         check_name(path)
         if size_bytes < 1:
             raise UserError("file_name_unsafe", path=path, reason="it is empty")
@@ -51,7 +54,7 @@ def check_name(path: str) -> None:
         UserError: file_name_unsafe, not_safetensors.
     """
     shown = ascii(path[:80])
-    if not PLAIN_NAME.match(path) or ".." in path:
+    if not is_plain_name(path) or ".." in path:
         raise UserError("file_name_unsafe", path=shown, reason=PLAIN_REASON)
     if path.lower().endswith(PICKLES):
         raise UserError("not_safetensors", file=path, found="a format that can run code or hide it")

@@ -1,49 +1,23 @@
 """A checkpoint arrives in parts: headers first, checked before gigabytes move, resumable always."""
 
 import hashlib
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from django.conf import settings
-from django.core.exceptions import ValidationError
-from django.db import IntegrityError, transaction
-from django.db.models import Q, QuerySet, Sum
+from django.db import transaction
+from django.db.models import Q, QuerySet
 from django.db.models.functions import Now
 
-from deltacome_core.budget import Budget, check_budget
 from deltacome_core.checkpoint import Layout
 from deltacome_core.errors import UserError
-from deltacome_core.recipe import DEFAULT_RECIPE, get_recipe
 from deltacome_core.safetensors_file import parse_header
-from hub import access, backbones, catalog, jobs, parts, storage, upload_files
+from hub import backbones, jobs, parts, storage
 from hub.jobs import from_now
-from hub.models import Job, Namespace, Part, Repo, Revision, Upload, UploadFile, User
-from hub.models.repo import validate_repo_name
+from hub.models import Job, Part, Repo, Revision, Upload, UploadFile
 
 MAX_LISTED_PARTS = 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileSpec:
-    path: str
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UploadSpec:
-    repo: str
-    kind: str
-    files: tuple[FileSpec, ...]
-    backbone: str | None = None
-    recipe: str = DEFAULT_RECIPE
-    bits_per_param: float | None = None
-    visibility: str = Repo.Visibility.PRIVATE
-    description: str = ""
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,117 +29,6 @@ class FileStatus:
     header_ok: bool
     n_parts: int
     parts: tuple[int, ...]
-
-
-def open_upload(owner: User, spec: UploadSpec, *, idempotency_key: str | None = None) -> Upload:
-    """Reserve room for a checkpoint; the same key and request give the same upload.
-
-    Raises:
-        UserError: what is wrong with the request, the right, the quota or the disk.
-    """
-    request_sha256 = hashlib.sha256(json.dumps(asdict(spec), sort_keys=True).encode()).hexdigest()
-    if idempotency_key is not None:
-        before = Upload.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
-        if before is not None:
-            return _same_request(before, request_sha256)
-    upload_files.check_files({file.path: file.size_bytes for file in spec.files})
-    if spec.kind == Repo.Kind.DELTA:
-        check_budget(get_recipe(spec.recipe), Budget.of_bits(spec.bits_per_param))
-    storage.require_space(spec.size_bytes)
-    try:
-        with transaction.atomic():
-            return _create_upload(owner, spec, idempotency_key, request_sha256)
-    except IntegrityError:
-        # Two requests with one key arrived together: the first has won.
-        before = Upload.objects.filter(owner=owner, idempotency_key=idempotency_key).first()
-        if before is None or idempotency_key is None:
-            raise
-        return _same_request(before, request_sha256)
-
-
-def _create_upload(
-    owner: User, spec: UploadSpec, idempotency_key: str | None, request_sha256: str
-) -> Upload:
-    repo = _find_or_create_repo(owner, spec)
-    _check_limits(owner, repo.namespace, spec)
-    backbone = _named_backbone(owner, spec.backbone) if spec.backbone else None
-    delta_spec = {"recipe": spec.recipe, "bits_per_param": spec.bits_per_param}
-    upload = Upload.objects.create(
-        repo=repo,
-        owner=owner,
-        spec=delta_spec if spec.kind == Repo.Kind.DELTA else {},
-        part_size_bytes=settings.UPLOAD_PART_BYTES,
-        backbone=backbone,
-        idempotency_key=idempotency_key,
-        request_sha256=request_sha256,
-        expires_at=from_now(settings.UPLOAD_TTL_S),
-    )
-    UploadFile.objects.bulk_create(
-        UploadFile(upload=upload, index=index, path=file.path, size_bytes=file.size_bytes)
-        for index, file in enumerate(spec.files)
-    )
-    upload.refresh_from_db()
-    return upload
-
-
-def _find_or_create_repo(owner: User, spec: UploadSpec) -> Repo:
-    namespace_name, _, name = spec.repo.partition("/")
-    namespace = Namespace.objects.filter(name__iexact=namespace_name).first()
-    if namespace is None:
-        raise UserError("not_found")
-    # The right is asked before the repo is looked up: a stranger learns nothing of its names.
-    access.require_in(owner, namespace, access.Right.WRITE)
-    try:
-        validate_repo_name(name)
-    except ValidationError:
-        raise UserError("name_unsafe", name=ascii(name[:80])) from None
-    repo = Repo.objects.named(namespace_name, name).select_related("namespace").first()
-    if repo is None:
-        return Repo.objects.create(
-            namespace=namespace,
-            name=name,
-            kind=spec.kind,
-            visibility=spec.visibility,
-            description=spec.description,
-            created_by=owner,
-        )
-    if not Repo.objects.kept().filter(pk=repo.pk).exists():
-        # An upload that came to nothing does not decide what the name is used for.
-        repo.kind, repo.visibility, repo.description = spec.kind, spec.visibility, spec.description
-        repo.save(update_fields=["kind", "visibility", "description"])
-    if repo.kind != spec.kind:
-        raise UserError("repo_kind", repo=str(repo), kind=repo.kind)
-    return repo
-
-
-def _named_backbone(owner: User, name: str) -> Revision:
-    revision = catalog.find_revision(owner, name)
-    if revision.repo.kind != Repo.Kind.BACKBONE:
-        raise UserError("backbone_kind", repo=str(revision.repo))
-    return revision
-
-
-def _check_limits(owner: User, namespace: Namespace, spec: UploadSpec) -> None:
-    n_open = Upload.objects.filter(owner=owner, state=Upload.State.OPEN).count()
-    if n_open >= settings.UPLOAD_MAX_OPEN:
-        raise UserError("too_many_uploads", count=n_open, limit=settings.UPLOAD_MAX_OPEN)
-    in_files = Revision.objects.filter(repo__namespace=namespace)
-    held = in_files.aggregate(total=Sum("files__blob__size_bytes"))["total"] or 0
-    arriving = UploadFile.objects.filter(
-        upload__repo__namespace=namespace, upload__state=Upload.State.OPEN
-    ).aggregate(total=Sum("size_bytes"))
-    if held + (arriving["total"] or 0) + spec.size_bytes > settings.NAMESPACE_QUOTA_BYTES:
-        raise UserError(
-            "quota_exceeded",
-            namespace=namespace.name,
-            quota_bytes=settings.NAMESPACE_QUOTA_BYTES,
-        )
-
-
-def _same_request(upload: Upload, request_sha256: str) -> Upload:
-    if upload.request_sha256 != request_sha256:
-        raise UserError("idempotency_conflict")
-    return upload
 
 
 def put_header(upload: Upload, index: int, raw: bytes) -> UploadFile:
@@ -182,7 +45,8 @@ def put_header(upload: Upload, index: int, raw: bytes) -> UploadFile:
     file = find_file(upload, index)
     if not file.needs_header:
         raise UserError("header_not_wanted", file=file.path)
-    header = parse_header(raw, file_size_bytes=file.size_bytes, file=file.path)
+    with _refusing(upload):
+        header = parse_header(raw, file_size_bytes=file.size_bytes, file=file.path)
     checked = raw[: header.data_start]
     digest = hashlib.sha256(checked).hexdigest()
     if file.header_ok and file.header_sha256 != digest:
@@ -195,13 +59,44 @@ def put_header(upload: Upload, index: int, raw: bytes) -> UploadFile:
     return file
 
 
+@contextmanager
+def _refusing(upload: Upload) -> Iterator[None]:
+    """End an upload whose weights cannot be used; once parts may have come, nothing ends it."""
+    try:
+        yield
+    except UserError as error:
+        # A header cut short may have lost its rest on the way: that one can be sent again.
+        if error.code != "header_truncated" and _refuse(upload, error):
+            parts.delete_parts(upload.pk)
+        raise
+
+
+def _refuse(upload: Upload, error: UserError) -> int:
+    waiting = Upload.objects.filter(pk=upload.pk, state=Upload.State.OPEN, layout__isnull=True)
+    refusal = {"code": error.code, "params": error.params}
+    return waiting.update(state=Upload.State.REFUSED, refusal=refusal)
+
+
+def why_closed(upload: Upload) -> UserError:
+    """Say why an upload takes nothing more: a refusal is told again, as often as it is asked."""
+    upload.refresh_from_db(fields=["state", "refusal"])
+    if upload.refusal is not None:
+        return UserError(upload.refusal["code"], **upload.refusal["params"])
+    return UserError("upload_closed", state=upload.state.lower())
+
+
 def check_layout(upload: Upload) -> None:
     """Compare the fine-tune's tensors with the named backbone, or find one that fits.
 
     Raises:
         UserError: duplicate_tensor, backbone_mismatch, backbone_unknown.
     """
-    layout = _read_headers(upload)
+    with _refusing(upload):
+        _compare_layout(upload, _read_headers(upload))
+    upload.save(update_fields=["layout", "backbone"])
+
+
+def _compare_layout(upload: Upload, layout: Layout) -> None:
     if upload.repo.kind == Repo.Kind.BACKBONE:
         upload.layout = {"n_tensors": len(layout)}
     else:
@@ -220,7 +115,6 @@ def check_layout(upload: Upload) -> None:
                 {"revision": str(fit.revision.pk), "name": str(fit.revision)} for fit in fits
             ],
         }
-    upload.save(update_fields=["layout", "backbone"])
 
 
 def _read_headers(upload: Upload) -> Layout:
@@ -256,7 +150,7 @@ def store_part(
     with transaction.atomic():
         is_open = Upload.objects.filter(pk=upload.pk, state=Upload.State.OPEN)
         if not is_open.update(expires_at=from_now(settings.UPLOAD_TTL_S)):
-            raise UserError("upload_closed", state=upload.state.lower())
+            raise why_closed(upload)
         part, _ = Part.objects.update_or_create(
             upload_file=file,
             number=number,
@@ -301,7 +195,7 @@ def seal_upload(upload: Upload) -> Job:
         else:
             upload.refresh_from_db()
             if upload.state != Upload.State.SEALED:
-                raise UserError("upload_closed", state=upload.state.lower())
+                raise why_closed(upload)
             return upload.job
     jobs.announce(job)
     return job
@@ -339,14 +233,16 @@ def _create_job(upload: Upload) -> Job:
 
 
 def abort_upload(upload: Upload) -> None:
-    """Throw an open upload away.
+    """Throw an open upload away; of a refused one nothing is left to throw.
 
     Raises:
         UserError: upload_closed.
     """
+    if upload.state == Upload.State.REFUSED:
+        return
     row = Upload.objects.filter(pk=upload.pk, state=Upload.State.OPEN)
     if not row.update(state=Upload.State.ABORTED):
-        raise UserError("upload_closed", state=upload.state.lower())
+        raise why_closed(upload)
     parts.delete_parts(upload.pk)
 
 
@@ -357,7 +253,7 @@ def find_file(upload: Upload, index: int) -> UploadFile:
         UserError: upload_closed, not_found.
     """
     if upload.state != Upload.State.OPEN:
-        raise UserError("upload_closed", state=upload.state.lower())
+        raise why_closed(upload)
     file = upload.files.filter(index=index).first()
     if file is None:
         raise UserError("not_found")

@@ -15,7 +15,8 @@ from typing import Any, Final
 import torch
 
 import kernels
-from kernels.cases import CASES, LARGE_CASES, Case, measure
+from kernels.case_list import CASES, LARGE_CASES
+from kernels.cases import Case, measure
 
 DEVICE: Final = "cuda"
 

@@ -1,16 +1,16 @@
 """Where a step of decoding goes: `python -m benchmarks.engine.chart engine.json engine.svg`."""
 
-import argparse
 import html
 import json
-from pathlib import Path
 from typing import Any
+
+from kernels.bench import svg
 
 _LABEL, _PLOT, _ROW, _TOP = 190, 520, 34, 64
 _PARTS = (
-    ("linear layers with their deltas", "#1a7f5a"),
+    ("linear layers with their deltas", svg.GREEN),
     ("attention, norms, and the rest of the captured step", "#5b7db1"),
-    ("between two captured steps", "#b4552d"),
+    ("between two captured steps", svg.RUST),
 )
 _ROWS = (
     ("decode_1", "32 rows of one tenant"),
@@ -30,13 +30,7 @@ def draw(report: dict[str, Any]) -> str:
     scale = _PLOT / max(row["step_ms"] for _, row in rows)
     height = _TOP + _ROW * len(rows) + 12
     title = f"A step of decoding, 7B on {report['device']['cuda']}, ms"
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LABEL + _PLOT + 170} {height}"',
-        ' font-family="sans-serif" font-size="12" fill="#333333" role="img">',
-        f"<title>{html.escape(title)}</title>",
-        f'<rect width="{_LABEL + _PLOT + 170}" height="{height}" fill="#ffffff"/>',
-        f'<text x="8" y="20" font-size="14">{html.escape(title)}</text>',
-    ]
+    lines = []
     x = 8.0
     for name, colour in _PARTS:
         lines.append(f'<rect x="{x}" y="34" width="12" height="12" fill="{colour}"/>')
@@ -54,15 +48,12 @@ def draw(report: dict[str, Any]) -> str:
             x += width
         shown = f"{row['step_ms']:.1f} ms, {row['tokens_per_s']:,.0f} tokens/s"
         lines.append(f'<text x="{x + 8:.1f}" y="{y + 16}">{shown}</text>')
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return svg.compose(lines, title=title, width=_LABEL + _PLOT + 170, height=height)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine.chart", description=__doc__)
-    parser.add_argument("report", type=Path)
-    parser.add_argument("svg", type=Path)
-    arguments = parser.parse_args()
-    arguments.svg.write_text(draw(json.loads(arguments.report.read_text())))
+    report, drawing = svg.read_paths("python -m benchmarks.engine.chart", "report", about=__doc__)
+    drawing.write_text(draw(json.loads(report.read_text())))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ One panel for each fine-tune: KL on its task over whole-file bytes, both in deca
 further left is better.
 """
 
-import argparse
 import csv
 import html
 import math
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-_INK, _RULE, _PAPER = "#333333", "#cccccc", "#ffffff"
+from kernels.bench import svg
+
+_RULE: Final = "#cccccc"
 # Drawn in this order, so that what the project chose lies on top.
 _COLOURS: Final = {
     "lowrank": "#8c8c8c",
@@ -103,7 +104,7 @@ def _span(values: Sequence[float], *, margin: float) -> tuple[float, float]:
 
 def _mark(shape: str, x: float, y: float, colour: str, label: str, *, hollow: bool = False) -> str:
     title = f"<title>{html.escape(label)}</title>"
-    paint = f'fill="{_PAPER}" stroke="{colour}"' if hollow else f'fill="{colour}"'
+    paint = f'fill="{svg.PAPER}" stroke="{colour}"' if hollow else f'fill="{colour}"'
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {paint}>{title}</circle>'
     turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if shape == "diamond" else ""
@@ -191,26 +192,16 @@ def draw(points: Sequence[Point]) -> str:
     width = _COLUMNS * _PANEL_WIDTH
     height = _HEADER + math.ceil(len(tasks) / _COLUMNS) * _PANEL_HEIGHT
     title = "KL to the fine-tune on its task (nats per token) over whole-file bytes"
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
-        f' font-family="sans-serif" font-size="12" fill="{_INK}" role="img">',
-        f"<title>{title}</title>",
-        f'<rect width="{width}" height="{height}" fill="{_PAPER}"/>',
-        f'<text x="{_MARGIN_LEFT - 4}" y="22" font-size="14">{title}</text>',
-        *_draw_legend(points),
-    ]
+    lines = _draw_legend(points)
     for number, task in enumerate(tasks):
         lines += _draw_panel([point for point in points if point.finetune == task], number, x_span)
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return svg.compose(lines, title=title, width=width, height=height, left=_MARGIN_LEFT - 4)
 
 
 def main() -> int:
     """Draw a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.chart")
-    parser.add_argument("table", type=Path)
-    parser.add_argument("svg", type=Path)
-    arguments = parser.parse_args()
-    arguments.svg.write_text(draw(read_points(arguments.table)))
+    table, drawing = svg.read_paths("python -m benchmarks.quality.chart", "table")
+    drawing.write_text(draw(read_points(table)))
     return 0
 
 

@@ -56,7 +56,7 @@ def _describe(error: Exception, context: Mapping[str, Any]) -> tuple[str, Mappin
         detail = error.detail
         return "invalid", detail if isinstance(detail, dict) else {"non_field_errors": detail}
     if isinstance(error, exceptions.ParseError | exceptions.UnsupportedMediaType):
-        return "invalid", {"non_field_errors": ["The body is not JSON."]}
+        return "invalid", {"non_field_errors": [f"The body is not JSON: {error.detail}."]}
     if isinstance(error, exceptions.MethodNotAllowed):
         return "method_not_allowed", {"method": str(context["request"].method)}
     for kinds, code in _CODES:

@@ -29,6 +29,7 @@ from rest_framework.authentication import CSRFCheck
 from deltacome_core.errors import UserError
 from hub import inference, messages
 from hub.api.auth import find_token
+from hub.api.json_body import parse_json
 from hub.inference import Model
 from hub.models import User
 
@@ -132,11 +133,12 @@ class Call:
 
     def read_json(self) -> dict[str, Any]:
         try:
-            body: Any = json.loads(self.request.body)
+            body = parse_json(self.request.body)
         except RequestDataTooBig:
             raise Refusal(413, "request_too_large", "The request body is too large.") from None
-        except (ValueError, RecursionError):
-            raise Refusal(400, "invalid_json", "The request body is not JSON.") from None
+        except ValueError as error:
+            message = f"The request body is not JSON: {error}."
+            raise Refusal(400, "invalid_json", message) from None
         if not isinstance(body, dict):
             raise Refusal(400, "invalid_json", "The request body must be a JSON object.")
         return body

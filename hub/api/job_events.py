@@ -13,7 +13,7 @@ from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.http import HttpRequest, StreamingHttpResponse
 from django.http.response import HttpResponseBase
-from django.views.decorators.http import require_GET
+from django.views.decorators.csrf import csrf_exempt
 
 from deltacome_core.errors import UserError
 from hub import access, events, jobs
@@ -30,15 +30,19 @@ RETRY_S = 1.0
 HEARTBEAT = ": hb\n\n"
 
 
-@require_GET
+@csrf_exempt
 async def job_events(request: HttpRequest, job_id: UUID) -> HttpResponseBase:
+    if request.method != "GET":
+        return error_response(UserError("method_not_allowed", method=str(request.method)))
     try:
         user = await sync_to_async(_authorise)(request, job_id)
     except UserError as error:
         return error_response(error)
     asked = request.headers.get("Last-Event-ID", FIRST_ID)
     if not EVENT_ID.match(asked):
-        return error_response(UserError("invalid"))
+        return error_response(
+            UserError("invalid", **{"Last-Event-ID": ["It is no id of an event."]})
+        )
     body = _print(_follow(job_id, user, last_id=asked))
     response = StreamingHttpResponse(body, content_type="text/event-stream")
     response.headers["Cache-Control"] = "no-cache"

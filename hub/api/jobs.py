@@ -30,7 +30,7 @@ class Jobs(APIView):
         found = Job.objects.visible_to(request.user)
         state = query(request, "state")
         if state not in {"", *Job.State.values}:
-            raise UserError("invalid")
+            raise UserError("invalid", state=["It is not a state of a job."])
         if state:
             found = found.filter(state=state)
         found = found.select_related("revision__repo__namespace").prefetch_related("steps")
@@ -86,5 +86,5 @@ def _wait_s(text: str) -> float:
     try:
         wanted = float(text or 0)
     except ValueError:
-        raise UserError("invalid") from None
+        raise UserError("invalid", wait=["It is not a number of seconds."]) from None
     return min(max(wanted, 0.0), MAX_WAIT_S) if wanted == wanted else 0.0  # noqa: PLR0124  NaN

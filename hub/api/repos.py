@@ -34,7 +34,7 @@ class Repos(APIView):
     def get(self, request: Request) -> Response:
         kind = query(request, "kind")
         if kind not in {"", *Repo.Kind.values}:
-            raise UserError("invalid")
+            raise UserError("invalid", kind=["It is not a kind of repo."])
         repos = catalog.list_repos(
             request.user, kind=kind, q=query(request, "q"), backbone=query(request, "backbone")
         )

@@ -1,5 +1,6 @@
 """What goes in and what comes out; serializers check and print, they never save."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from drf_spectacular.utils import extend_schema_field
@@ -9,7 +10,8 @@ from deltacome_core.recipe import DEFAULT_RECIPE
 from hub import jobs, messages
 from hub.models import ApiToken, Job, Repo, Revision, Upload, Vote
 from hub.recipes import list_recipes
-from hub.uploads import FileSpec, UploadSpec, upload_status
+from hub.upload_opening import FileSpec, UploadSpec
+from hub.uploads import upload_status
 
 MAX_TOKEN_DAYS = 365
 
@@ -61,6 +63,17 @@ class UploadSpecSerializer(serializers.Serializer[Any]):
         return UploadSpec(files=files, **fields)
 
 
+class EndErrorSerializer(serializers.Serializer[Any]):
+    code = serializers.CharField()
+    message = serializers.CharField()
+    do = serializers.CharField()
+
+
+def _explained(code: str, params: Mapping[str, Any]) -> dict[str, str]:
+    message = messages.explain(code, params)
+    return {"code": code, "message": f"{message.title}. {message.what}", "do": message.do}
+
+
 class FileStatusSerializer(serializers.Serializer[Any]):
     index = serializers.IntegerField()
     path = serializers.CharField()
@@ -78,11 +91,12 @@ class UploadSerializer(serializers.ModelSerializer[Upload]):
     layout = serializers.DictField(allow_null=True)
     files = serializers.SerializerMethodField()
     job = serializers.SerializerMethodField()
+    refusal = serializers.SerializerMethodField()
 
     class Meta:
         model = Upload
         fields = ["id", "repo", "state", "part_size_bytes", "backbone", "layout", "files"]
-        fields += ["job", "created_at", "expires_at"]
+        fields += ["job", "refusal", "created_at", "expires_at"]
 
     def get_backbone(self, upload: Upload) -> str | None:
         return str(upload.backbone) if upload.backbone else None
@@ -94,6 +108,12 @@ class UploadSerializer(serializers.ModelSerializer[Upload]):
     def get_job(self, upload: Upload) -> str | None:
         job = Job.objects.filter(upload=upload).first()
         return str(job.pk) if job else None
+
+    @extend_schema_field(EndErrorSerializer(allow_null=True))
+    def get_refusal(self, upload: Upload) -> Any:
+        if upload.refusal is None:
+            return None
+        return _explained(upload.refusal["code"], upload.refusal["params"])
 
 
 class HeaderCheckedSerializer(serializers.Serializer[Any]):
@@ -223,12 +243,6 @@ class StepSerializer(serializers.Serializer[Any]):
     finished_at = serializers.DateTimeField()
 
 
-class JobErrorSerializer(serializers.Serializer[Any]):
-    code = serializers.CharField()
-    message = serializers.CharField()
-    do = serializers.CharField()
-
-
 class JobSerializer(serializers.ModelSerializer[Job]):
     repo = serializers.CharField()
     revision = serializers.SerializerMethodField()
@@ -252,13 +266,9 @@ class JobSerializer(serializers.ModelSerializer[Job]):
     def get_steps(self, job: Job) -> tuple[str, ...]:
         return jobs.STEPS[job.kind]
 
-    @extend_schema_field(JobErrorSerializer(allow_null=True))
+    @extend_schema_field(EndErrorSerializer(allow_null=True))
     def get_error(self, job: Job) -> Any:
-        if not job.error_code:
-            return None
-        message = messages.explain(job.error_code, job.error_params)
-        text = f"{message.title}. {message.what}"
-        return {"code": job.error_code, "message": text, "do": message.do}
+        return _explained(job.error_code, job.error_params) if job.error_code else None
 
 
 class TokenRequestSerializer(serializers.Serializer[Any]):

@@ -24,6 +24,7 @@ from hub.api.serializers import (
 )
 from hub.api.views import errors
 from hub.storage import CHUNK_BYTES
+from hub.upload_opening import open_upload
 
 SHA256_DIGEST = re.compile(r"(?:\A|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):\s*(?:,|\Z)")
 MAX_DIGEST_CHARS = 400
@@ -58,8 +59,9 @@ class Uploads(APIView):
         asked.is_valid(raise_exception=True)
         key = request.headers.get("Idempotency-Key")
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARS:
-            raise UserError("invalid")
-        upload = uploads.open_upload(current_user(request), asked.spec(), idempotency_key=key)
+            reason = f"It has 1 to {MAX_KEY_CHARS} characters."
+            raise UserError("invalid", **{"Idempotency-Key": [reason]})
+        upload = open_upload(current_user(request), asked.spec(), idempotency_key=key)
         return Response(UploadSerializer(upload).data, status=201)
 
 

@@ -11,6 +11,7 @@ class Upload(UUIDModel):
         OPEN = "OPEN"
         SEALED = "SEALED"
         ABORTED = "ABORTED"
+        REFUSED = "REFUSED"
 
     repo = models.ForeignKey(Repo, models.PROTECT, related_name="uploads")
     owner = models.ForeignKey(User, models.PROTECT, related_name="uploads")
@@ -22,6 +23,8 @@ class Upload(UUIDModel):
     backbone = models.ForeignKey(Revision, models.PROTECT, null=True, related_name="+")
     # Counts of the layout comparison once every header is in and fits the backbone.
     layout = models.JSONField(null=True)
+    # code, params of the error that ended it: a header, or the layout, was not accepted.
+    refusal = models.JSONField(null=True)
     idempotency_key = models.CharField(max_length=100, null=True)  # noqa: DJ001  NULL = not given
     request_sha256 = models.CharField(max_length=64)
     created_at = models.DateTimeField(db_default=Now(), editable=False)

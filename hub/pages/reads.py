@@ -46,12 +46,7 @@ class Choice:
 
 def list_entries(user: AnyUser, repos: Sequence[Repo]) -> list[Entry]:
     latest = catalog.latest_revisions(repos)
-    backbone_ids = {
-        revision.backbone.repo_id for revision in latest.values() if revision.backbone is not None
-    }
-    visible = set(
-        Repo.objects.visible_to(user).filter(pk__in=backbone_ids).values_list("pk", flat=True)
-    )
+    readable = catalog.readable_backbones(user, latest.values())
     checked = {
         found.revision_id: found
         for found in Verification.objects.filter(revision__in=latest.values())
@@ -65,7 +60,7 @@ def list_entries(user: AnyUser, repos: Sequence[Repo]) -> list[Entry]:
                 repo=repo,
                 revision=revision,
                 verification=checked.get(revision.pk) if revision else None,
-                backbone=str(backbone.repo) if backbone and backbone.repo_id in visible else "",
+                backbone=str(backbone.repo) if backbone and backbone.repo_id in readable else "",
             )
         )
     return entries

@@ -286,7 +286,8 @@ def visibility(request: HttpRequest, namespace: str, name: str) -> HttpResponseB
     repo = access.get_repo(request.user, namespace, name)
     access.require(request.user, repo, access.Right.ADMIN)
     wanted = request.POST.get("visibility", "")
-    if wanted in Repo.Visibility.values:
-        publishing.update_repo(repo, current_user(request), visibility=wanted)
-        flash_good(request, f"{repo} is {wanted} now.")
+    if wanted not in Repo.Visibility.values:
+        raise UserError("invalid", visibility=["It is public or private."])
+    publishing.update_repo(repo, current_user(request), visibility=wanted)
+    flash_good(request, f"{repo} is {wanted} now.")
     return redirect("repo", repo.namespace.name, repo.name)

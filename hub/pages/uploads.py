@@ -11,7 +11,7 @@ from deltacome_core.errors import UserError
 from deltacome_core.plan import DeltaPlan, Subject, plan_delta
 from deltacome_core.recipe import DEFAULT_RECIPE, get_recipe
 from deltacome_core.shards import tensor_size
-from hub import access, backbones, catalog, uploads
+from hub import access, backbones, catalog, messages, uploads
 from hub.access import page_access, signed_in
 from hub.models import Job, Repo, Upload
 from hub.recipes import list_recipes
@@ -112,6 +112,7 @@ def resume(request: HttpRequest, upload_id: UUID) -> HttpResponseBase:
         "files": files,
         "total_bytes": sum(file.size_bytes for file in files),
         "held_bytes": sum(min(file.n_held * part, file.size_bytes) for file in files),
+        "refusal": messages.explain(**upload.refusal) if upload.refusal else None,
         "job": Job.objects.filter(upload=upload).first(),
     }
     return page(request, "uploads/resume.html", context)

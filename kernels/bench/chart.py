@@ -1,11 +1,11 @@
 """The bars of a report as a drawing: `python -m kernels.bench.chart REPORT SVG`."""
 
-import argparse
 import html
 import json
 import sys
-from pathlib import Path
 from typing import Any, Final
+
+from kernels.bench import svg
 
 _ROW_HEIGHT: Final = 24
 _LABEL_WIDTH: Final = 400
@@ -14,7 +14,7 @@ _VALUE_WIDTH: Final = 200
 _TOP: Final = 44
 # Twice the target fills the plot: what is far beyond a bar needs no more room.
 _FULL: Final = 2.0
-_MET, _MISSED, _INK, _RULE = "#1a7f5a", "#b4552d", "#333333", "#999999"
+_RULE: Final = "#999999"
 
 
 def measure_reach(bar: dict[str, Any], *, more_is_better: bool) -> float:
@@ -40,7 +40,7 @@ def _draw_row(number: int, bar: dict[str, Any], *, more_is_better: bool) -> list
     if bar["measured"] is not None:
         shown = f"{bar['measured']:.4g}"
         width = min(measure_reach(bar, more_is_better=more_is_better), _FULL) / _FULL * _PLOT_WIDTH
-        colour = _MET if bar["met"] else _MISSED
+        colour = svg.GREEN if bar["met"] else svg.RUST
         lines.append(
             f'<rect x="{_LABEL_WIDTH}" y="{y + 3}" width="{width:.1f}" height="16" '
             f'fill="{colour}"/>'
@@ -66,29 +66,19 @@ def draw(report: dict[str, Any]) -> str:
     width = _LABEL_WIDTH + _PLOT_WIDTH + _VALUE_WIDTH
     target_x = _LABEL_WIDTH + _PLOT_WIDTH / _FULL
     title = f"Arena kernels on {report['device']}: how far each bar was reached"
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
-        f' font-family="sans-serif" font-size="12" fill="{_INK}" role="img">',
-        f"<title>{html.escape(title)}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="8" y="20" font-size="14">{html.escape(title)}</text>',
-        f'<text x="{target_x}" y="38" text-anchor="middle">bar</text>',
-    ]
+    lines = [f'<text x="{target_x}" y="38" text-anchor="middle">bar</text>']
     for number, bar in enumerate(bars):
         lines += _draw_row(number, bar, more_is_better=TARGETS[bar["name"]][1])
     lines.append(
         f'<path d="M{target_x} {_TOP} V{height - 8}" stroke="{_RULE}" stroke-dasharray="3 3"/>'
     )
-    return "\n".join([*lines, "</svg>"]) + "\n"
+    return svg.compose(lines, title=title, width=width, height=height)
 
 
 def main() -> int:
     """Draw a report."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench.chart")
-    parser.add_argument("report", type=Path)
-    parser.add_argument("svg", type=Path)
-    arguments = parser.parse_args()
-    arguments.svg.write_text(draw(json.loads(arguments.report.read_text())))
+    report, drawing = svg.read_paths("python -m kernels.bench.chart", "report")
+    drawing.write_text(draw(json.loads(report.read_text())))
     return 0
 
 

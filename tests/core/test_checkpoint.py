@@ -7,7 +7,6 @@ from factories_core import llama_tensors, write_checkpoint
 
 from deltacome_core.checkpoint import (
     checkpoint_digest,
-    compare_layout,
     find_sidecars,
     hash_tensor,
     hash_tensors,
@@ -16,6 +15,7 @@ from deltacome_core.checkpoint import (
     open_checkpoint,
 )
 from deltacome_core.errors import UserError
+from deltacome_core.fit import compare_layout
 from deltacome_core.tensors import load_tensor, tensor_bytes
 
 

@@ -5,6 +5,12 @@ import finetunes
 import pytest
 import torch
 
+from deltacome_core.comparison import (
+    ScoredText,
+    agreed_share,
+    compare_models,
+    read_scored_texts,
+)
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
@@ -12,13 +18,9 @@ from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.texts import DEFAULT_PROMPTS
 from deltacome_core.verify import (
-    ScoredText,
-    agreed_share,
-    compare_models,
     find_prompts,
     grade_delta,
     measure_recovery,
-    read_scored_texts,
     save_report,
     verify_delta,
 )

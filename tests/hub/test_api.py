@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from uuid import UUID
 
+import factories
 import pytest
 import yaml
 from django.conf import settings as django_settings
@@ -91,6 +93,9 @@ def test_a_mistake_of_ours_on_the_short_way_is_an_error_without_its_reason(
         ("get", "/api/v1/whoami", "not_signed_in"),
         ("delete", "/api/v1/repos", "method_not_allowed"),
         ("get", "/api/v1/repos/a/b", "not_found"),
+        ("post", "/api/v1/none", "not_found"),
+        ("post", "/api/v1/schema", "method_not_allowed"),
+        ("post", f"/api/v1/jobs/{UUID(int=1)}/events", "method_not_allowed"),
     ],
 )
 def test_errors_have_one_shape(client, method, url, code):
@@ -103,6 +108,46 @@ def test_errors_have_one_shape(client, method, url, code):
 def test_a_body_that_is_no_request_is_invalid(sign_in, alice, body):
     answer = sign_in(alice).post("/api/v1/uploads", body, content_type="application/json")
     assert (answer.status_code, answer.json()["code"]) == (400, "invalid")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+        b'{"kind": "\\ud800"}',
+        b'{"description": "\\uDC00"}',
+        b'{"bits_per_param": NaN}',
+    ],
+    ids=["deep list", "deep object", "half a pair", "other half", "no number"],
+)
+def test_json_that_no_database_holds_is_invalid(bearer, ci_bot, body):
+    browser = bearer(ci_bot)
+    answer = browser.post("/api/v1/uploads", body, content_type="application/json")
+    assert (answer.status_code, answer.json()["code"]) == (400, "invalid")
+    assert answer.json()["fields"]["non_field_errors"][0].startswith("The body is not JSON: ")
+    asked = browser.post("/v1/completions", body, content_type="application/json")
+    assert (asked.status_code, asked.json()["error"]["code"]) == (400, "invalid_json")
+
+
+def test_a_whole_pair_is_text(bearer, ci_bot, acme):
+    body = b'{"description": "\\ud83d\\ude00"}'
+    factories.make_repo(acme, "math")
+    answer = bearer(ci_bot).patch("/api/v1/repos/acme/math", body, content_type="application/json")
+    assert answer.json()["description"] == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize(
+    ("url", "field"),
+    [
+        ("/api/v1/repos?after=x", "after"),
+        ("/api/v1/repos?kind=x", "kind"),
+        ("/api/v1/jobs?state=x", "state"),
+        ("/api/v1/repos?q=%00", "address"),
+    ],
+)
+def test_a_parameter_that_is_refused_is_named(bearer, ci_bot, url, field):
+    assert list(bearer(ci_bot).get(url).json()["fields"]) == [field]
 
 
 def test_field_errors_are_named(sign_in, alice):

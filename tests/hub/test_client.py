@@ -89,6 +89,8 @@ def test_a_wrong_backbone_is_told_in_the_hubs_words(hub, acme, checkpoint):
     assert (caught.value.code, caught.value.status) == ("backbone_mismatch", 422)
     assert "does not fit" in str(caught.value)
     assert caught.value.fields["count"] == 4
+    factories.make_backbone(acme, "base")
+    assert hub.push(checkpoint, "acme/math").state == "QUEUED"
 
 
 def test_a_folder_without_weights_is_no_checkpoint(hub, tmp_path):

@@ -229,6 +229,13 @@ def test_a_second_yank_is_explained(sign_in, delta, alice):
     assert "Only published revisions can be yanked" in answer.text
 
 
+def test_a_visibility_that_does_not_exist_is_refused(sign_in, delta, alice):
+    answer = sign_in(alice).post("/acme/math/visibility", {"visibility": "secret"})
+    assert answer.status_code == 400
+    delta.repo.refresh_from_db()
+    assert delta.repo.visibility == "public"
+
+
 @pytest.mark.parametrize("action", ["yank", "visibility"])
 def test_only_those_with_the_right_change_a_model(client, sign_in, delta, bob, charlie, action):
     form = {"rev": "v1", "reason": "x", "visibility": "private"}

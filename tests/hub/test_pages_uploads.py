@@ -3,7 +3,7 @@ import pytest
 
 from deltacome_core.recipe import PRESETS
 from hub.demo.stack import ROOT
-from hub.models import Part, UploadFile
+from hub.models import Part, Upload, UploadFile
 
 pytestmark = pytest.mark.django_db
 EXAMPLES = ROOT / "examples/tiny-llama"
@@ -41,6 +41,16 @@ def test_without_scripts_the_command_line_is_named(sign_in, bob):
 def test_open_uploads_are_offered_to_their_owner(sign_in, upload, ci_bot, alice):
     assert f"/new/{upload.pk}" in sign_in(ci_bot).get("/new").text
     assert f"/new/{upload.pk}" not in sign_in(alice).get("/new").text
+
+
+def test_a_refused_upload_leaves_the_list_and_its_page_says_why(sign_in, upload, ci_bot):
+    refusal = {"code": "backbone_mismatch", "params": {"tensors": ["a.weight: missing"]}}
+    Upload.objects.filter(pk=upload.pk).update(state="REFUSED", refusal=refusal)
+    browser = sign_in(ci_bot)
+    assert f"/new/{upload.pk}" not in browser.get("/new").text
+    page = browser.get(f"/new/{upload.pk}").text
+    assert "does not fit this backbone" in page
+    assert "a.weight: missing" in page
 
 
 def test_a_broken_upload_shows_what_is_held(sign_in, upload, ci_bot):

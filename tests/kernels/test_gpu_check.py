@@ -7,7 +7,8 @@ import torch
 import kernels
 from deltacome_core.layout import PLANES
 from kernels import gpu_check
-from kernels.cases import CASES, DIRECT_OPS, LARGE_CASES, LOWRANK_OPS, OPS, Case, RankBand
+from kernels.case_list import CASES, LARGE_CASES
+from kernels.cases import DIRECT_OPS, LOWRANK_OPS, OPS, Case, RankBand
 
 SMALL = [next(case for case in CASES if case.op == op) for op in OPS]
 

@@ -11,9 +11,8 @@ from deltacome_core.errors import InternalError
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import PackedDirect, PackedFactor
 from kernels import reference, triton_ops
+from kernels.case_list import CASES, MIXED
 from kernels.cases import (
-    CASES,
-    MIXED,
     OPS,
     Case,
     make_direct,
@@ -214,8 +213,9 @@ def test_ops_refuse_what_does_not_fit(matrix, direct):
 def test_ops_on_a_cpu_do_not_import_triton():
     program = (
         "import sys, kernels, kernels.cases as cases\n"
+        "from kernels.case_list import CASES\n"
         "for op in cases.OPS:\n"
-        "    case = next(case for case in cases.CASES if case.op == op)\n"
+        "    case = next(case for case in CASES if case.op == op)\n"
         "    assert cases.measure(case, kernels).is_correct\n"
         "print('triton' in sys.modules)"
     )

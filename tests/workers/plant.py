@@ -16,7 +16,7 @@ from deltacome_core.safetensors_file import read_header
 from hub import backbones, uploads
 from hub.models import Job
 from hub.storage import get_store
-from hub.uploads import FileSpec, UploadSpec
+from hub.upload_opening import FileSpec, UploadSpec, open_upload
 
 SHORT_LEASES = {
     "LEASE_TTL_S": "3",
@@ -45,7 +45,7 @@ def upload(owner, folder, repo, *, kind="delta", **fields):
     """Upload a folder part by part and seal it; return the job."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     listed = tuple(FileSpec(path=p.name, size_bytes=p.stat().st_size) for p in paths)
-    found = uploads.open_upload(owner, UploadSpec(repo=repo, kind=kind, files=listed, **fields))
+    found = open_upload(owner, UploadSpec(repo=repo, kind=kind, files=listed, **fields))
     for index, path in enumerate(paths):
         if path.suffix == ".safetensors":
             with path.open("rb") as file:

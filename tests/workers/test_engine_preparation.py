@@ -4,7 +4,7 @@ import sys
 import threading
 
 import pytest
-from test_engine_sharing import run_here
+from interpreters import run_here
 
 from deltacome_core.errors import UserError
 from kernels.vocabulary import RowKind
