@@ -33,11 +33,9 @@ import triton
 from benchmarks.engine import tokens
 from benchmarks.engine.bars import judge
 from benchmarks.engine.large import SEVEN_B, TRIAL
-from benchmarks.engine.session import Session, warm
+from benchmarks.engine.session import Session
 
-# Sizes of steps, shared out among processes that compile kernels before anything is timed.
-WARM = ((1,), (8,), (32,))
-WARM_LIMIT_S = 90
+HELPERS_LIMIT_S = 90
 TOKENS_LIMIT_S = 100
 # A part with less time than this is not begun.
 LEAST_S = 5
@@ -149,11 +147,6 @@ def measure_tokens(args: argparse.Namespace, report: Report, made: Path) -> None
 def measure_large(args: argparse.Namespace, report: Report, scratch: Path) -> None:
     started = time.perf_counter()
     helpers = [] if args.skip_tokens else [Helper(args, scratch, "tokens", "--part", "tokens")]
-    if args.device == "cuda":
-        helpers += [
-            Helper(args, scratch, f"warm{sizes[0]}", "--part", "warm", "--sizes", *map(str, sizes))
-            for sizes in WARM
-        ]
     size = replace(TRIAL if args.trial else SEVEN_B, changes_vocabulary=not args.same_vocabulary)
     session = Session(size, args.device, scratch)
     report.measure("setup", 120, session.set_up)
@@ -179,12 +172,11 @@ def main() -> None:
     parser.add_argument("--made", type=Path, help="where the tiny deltas are, or will be, kept")
     parser.add_argument("--items", type=int, default=12, help="prompts of each tiny fine-tune")
     parser.add_argument("--trial", action="store_true", help="small shapes, to try the benchmark")
-    parser.add_argument("--part", choices=("all", "tokens", "warm"), default="all")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="steps to compile for")
+    parser.add_argument("--part", choices=("all", "tokens"), default="all")
     parser.add_argument("--skip-tokens", action="store_true", help="compare no tokens")
     parser.add_argument("--limit", type=float, default=900, help="seconds for everything")
     parser.add_argument(
-        "--warm-limit", type=float, default=WARM_LIMIT_S, help="of them, to compile"
+        "--warm-limit", type=float, default=HELPERS_LIMIT_S, help="of them, to compare tokens"
     )
     parser.add_argument("--only", nargs="*", help="parts of the large model to measure")
     parser.add_argument("--same-vocabulary", action="store_true", help="leave vocabularies alone")
@@ -196,13 +188,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.part == "tokens":
             measure_tokens(args, report, args.made or Path(scratch))
-        elif args.part == "warm":
-            size = replace(
-                TRIAL if args.trial else SEVEN_B, n_layers=1, n_tenants=2, kv_bytes=10**8
-            )
-            report.measure(
-                "warm", WARM_LIMIT_S, lambda: warm(size, args.device, Path(scratch), args.sizes)
-            )
         else:
             measure_large(args, report, Path(scratch))
 

@@ -25,10 +25,12 @@ from deltacome_core.parts import write_delta, write_part
 from deltacome_core.recipe import get_recipe
 from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank
 from kernels.bench.models import HUB, Layout, Pool
-from workers.engine import shared
+from workers.engine import probes
 from workers.engine.executor import PlainExecutor
+from workers.engine.metrics import EngineMetrics
 from workers.engine.model import LoadedModel, settle_memory
 from workers.engine.parts import TenantParts, read_parts
+from workers.engine.preparation import KernelPreparation
 from workers.engine.shared import SharedExecutor
 
 # A fine-tune moves weights by far less than random codes would.
@@ -124,13 +126,17 @@ def make_module(folder: Path, size: Size, device: str) -> Any:
 
 
 def open_large(scratch: Path, size: Size, device: str) -> tuple[Large, str]:
-    """The model, and what the check of the shared model said to it."""
+    """The model, and what the check of the shared model said to it.
+
+    As in the engine, processes of their own compile its kernels while the first delta is loaded.
+    """
     base = scratch / "base"
     module = make_module(base, size, device)
     size_bytes = sum(p.numel() * p.element_size() for p in module.parameters())
     options: dict[str, Any] = {
         "device": device, "kv_bytes": size.kv_bytes, "n_slots": size.n_tenants,
         "delta_bytes": 60 << 30, "arena": True,
+        "prepare": KernelPreparation(EngineMetrics()).prepare,
     }  # fmt: skip
     check = "passed"
     try:
@@ -138,7 +144,7 @@ def open_large(scratch: Path, size: Size, device: str) -> tuple[Large, str]:
     except UserError as error:
         # Random weights round worse than trained ones; how much worse stands in the report.
         check = str(error)
-        shared._CHECK_TOLERANCE[torch.bfloat16] = 1.0  # noqa: SLF001
+        probes.CHECK_TOLERANCE[torch.bfloat16] = 1.0
         executor = SharedExecutor(module, base, **options)
     plain = LoadedModel(
         module=module, tokenizer=load_tokenizer(base), eos_ids=frozenset(), device=device,

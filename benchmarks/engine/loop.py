@@ -64,6 +64,14 @@ class Loop:
     def __exit__(self, *_: object) -> None:
         self.scheduler.stop()
 
+    def settle(self) -> None:
+        """Wait until it has prepared what it prepares in quiet: nothing else runs then."""
+        ends = time.perf_counter() + PATIENCE_S
+        while not self.scheduler.is_prepared:
+            if time.perf_counter() > ends:
+                raise RuntimeError(f"steps are still being prepared after {PATIENCE_S} s")
+            time.sleep(0.01)
+
     def submit(self, asked: Many[tuple[LoadedModel, Many[int]]], max_tokens: int) -> list[Heard]:
         """Ask greedily; (model, prompt) each."""
         heard = [Heard(submitted_s=time.perf_counter()) for _ in asked]

@@ -87,6 +87,8 @@ class AdapterSlots:
     """bf16 factors of as many ranks as the deltas have; a tenant's rows lie side by side."""
 
     graph_key = ("adapters", True)
+    # No step is prepared.
+    example_slot = None
 
     def __init__(self, large: Large, n_tenants: int) -> None:
         self.n_tenants = n_tenants

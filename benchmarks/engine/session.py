@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine.cold import time_cold, time_colds
+from benchmarks.engine.cold import time_colds
 from benchmarks.engine.decode import spread, time_decode, time_flatness, time_layers, time_prompt
 from benchmarks.engine.large import Large, Size, fill, open_large, write_files
 from benchmarks.engine.library import put_delta_in_library, time_library
@@ -68,7 +68,7 @@ class Session:
     def parts(self) -> list[Part]:
         few, batch = min(8, self._size.n_tenants), self._size.batch
         return [
-            ("cold", 60, lambda: time_colds(self.large, self.loop)),
+            ("cold", 160, lambda: time_colds(self.large, self.loop)),
             ("fill", 40, self.fill),
             *[
                 (f"decode_{n}", 60, lambda n=n: self.decode(n))
@@ -202,16 +202,3 @@ def warm_up(large: Large, loop: Loop, sizes: Many[int], *, slots: Many[int] | No
         models = [endless(large.model, slots[at % len(slots)]) for at in range(size)]
         prompts = draw_prompts(size, large.size.vocabulary, 17, seed=-size)
         loop.answer(list(zip(models, prompts, strict=True)), 4)
-
-
-def warm(size: Size, device: str, scratch: Path, sizes: Many[int]) -> dict[str, Any]:
-    """Fill the cache of compiled kernels for steps of these sizes, on one layer."""
-    large, _ = open_large(scratch, size, device)
-    write_files(large)
-    with Loop() as loop:
-        first = time_cold(large, loop, from_disk=False)
-        model = load_shared(large.model, large.base, large.delta, factor_bytes=0)
-        if model is not None:
-            fill(large, model.slot)
-        warm_up(large, loop, sizes)
-    return first

@@ -17,6 +17,7 @@ from workers.engine.arena_slots import ArenaSlots
 from workers.engine.graphs import DecodeGraphs
 from workers.engine.layers import RowTables
 from workers.engine.packed_vocabulary import PackedVocabulary
+from workers.engine.preparation import KernelPreparation
 from workers.engine.shared import SharedExecutor
 
 # Owner and name of a function, and what it does in a load.
@@ -29,6 +30,7 @@ _PLACES: tuple[tuple[Any, str, str], ...] = (
     (model, "read_parts", "read_vocabulary"),
     (arena_slots, "build_image", "describe_matrices"),
     (ArenaSlots, "_find_spec", "find_spec"),
+    (KernelPreparation, "compile", "compile_kernels"),
     (ArenaSlots, "_fit", "make_arena"),
     (DeltaArena, "load", "queue_copies"),
     # Returns when the last copy has ended and the codes are in order.

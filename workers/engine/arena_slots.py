@@ -98,6 +98,12 @@ class ArenaSlots:
         """Graphs of a step live as long as the arena, and leave deltas out where there is none."""
         return self._generation, self._plan is not None
 
+    @property
+    def example_slot(self) -> int | None:
+        if self._generation == 0:
+            return -1
+        return next(iter(self._arena.resident_slots), None) if self._arena else None
+
     def size_bytes(self, slot: int) -> int:
         del slot
         return 0 if self._arena is None else self._arena.spec.slab_bytes

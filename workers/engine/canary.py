@@ -8,11 +8,14 @@ import torch
 
 from deltacome_core.canary import Canary, read_canary
 from deltacome_core.verify import REPORT_NAME
-from workers.engine.errors import broken
+from workers.engine.errors import broken, too_busy
+from workers.engine.executor import Work
+from workers.engine.paging import pages_for
 
 # Rounding of a served model beside the one that was verified, relative to the logits' size: the
 # largest seen on the tiny models was a fifth of these.
 _NOISE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+_RETRY_S = 5
 # A served model must be this much nearer to the reconstruction than the backbone is.
 _NEARER = 0.3
 
@@ -93,3 +96,29 @@ class CanarySequence:
         self.tokens = list(tokens)
         self.pages: list[int] = []
         self.cache: Any = None
+
+
+def prove(model: Any, folder: Path) -> CanaryResult:
+    """Ask the loaded model for the logits that its verification stored.
+
+    Raises:
+        ApiError: canary_failed, canary_damaged; 503 when the cache has no page free.
+    """
+    canary = find_canary(folder)
+    if canary is None:
+        return UNTESTED
+    pages = model.executor.pages.take(pages_for(len(canary.tokens)))
+    if pages is None:
+        raise too_busy(
+            "There is no memory to check this model now; try again in a moment.",
+            code="engine_full",
+            retry_after_s=_RETRY_S,
+        )
+    try:
+        sequence = CanarySequence(model, canary.tokens)
+        sequence.pages = pages
+        work = Work(sequence=sequence, start=0, count=len(canary.tokens), rows=1)
+        logits = model.executor.forward([work])
+    finally:
+        model.executor.pages.give_back(pages)
+    return judge(canary, logits[0].float().cpu(), dtype=model.module.dtype)

@@ -59,3 +59,7 @@ def too_many(message: str, *, code: str, retry_after_s: int) -> ApiError:
 
 def broken(message: str, *, code: str) -> ApiError:
     return ApiError(500, code, message, kind="server_error")
+
+
+def stopping() -> ApiError:
+    return too_busy("The engine is stopping.", code="engine_stopping", retry_after_s=5)

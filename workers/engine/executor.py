@@ -39,7 +39,9 @@ class Executor(Protocol):
     Where vocabularies differ the smaller ones are filled up with minus infinity. `is_async` says
     that the result is still being computed when `forward` returns; then `tokens`, int64 [work] on
     the device, may be given instead of those of the sequences, one for each item. `reads_pages`
-    says that keys and values lie on the pages, where other sequences can read them.
+    says that keys and values lie on the pages, where other sequences can read them. `prepare_step`
+    makes one kind of step ready before it is asked for, in less than a second, and says whether it
+    did: otherwise there is none left, or now is not the time.
     """
 
     pages: PagePool
@@ -49,6 +51,8 @@ class Executor(Protocol):
     def forward(self, work: Many[Work], tokens: torch.Tensor | None = None) -> torch.Tensor: ...
 
     def evict(self, slot: int) -> None: ...
+
+    def prepare_step(self) -> bool: ...
 
 
 class PlainExecutor:
@@ -64,6 +68,9 @@ class PlainExecutor:
 
     def evict(self, slot: int) -> None:
         """It has no slots: its one model goes with it."""
+
+    def prepare_step(self) -> bool:
+        return False
 
     @torch.inference_mode()
     def forward(self, work: Many[Work], tokens: torch.Tensor | None = None) -> torch.Tensor:

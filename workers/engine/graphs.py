@@ -34,7 +34,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captures a step the first time its size comes; who the tenants are is data, not shape."""
+    """Captures a step when its size first comes; who the tenants are is data, not shape."""
 
     def __init__(self, run: Callable[[StepInputs], torch.Tensor], *, n_pages: int) -> None:
         self._run = run
@@ -64,6 +64,11 @@ class DecodeGraphs:
         _copy(captured.inputs, inputs)
         captured.graph.replay()
         return captured.hidden
+
+    def lacks(self, n_rows: int, *, key: tuple[Hashable, Hashable]) -> bool:
+        """Whether the first step of so many rows, with a key as `run` takes it, would wait."""
+        is_there = key[0] == self._generation and (n_rows, key[1]) in self._captured
+        return not self._is_refused and not is_there
 
     def forget(self) -> None:
         """Let all graphs go. Their pool of memory dies with the last one: the next is another."""

@@ -15,10 +15,9 @@ import torch
 
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.errors import UserError
-from workers.engine.canary import UNTESTED, CanaryResult, CanarySequence, find_canary, judge
+from workers.engine.canary import prove
 from workers.engine.config import EngineConfig
 from workers.engine.errors import ApiError, broken, too_busy
-from workers.engine.executor import Work
 from workers.engine.metrics import EngineMetrics
 from workers.engine.model import (
     LoadedModel,
@@ -29,7 +28,6 @@ from workers.engine.model import (
     settle_memory,
     share_backbone,
 )
-from workers.engine.paging import pages_for
 from workers.engine.preparation import KernelPreparation
 from workers.engine.snapshots import Snapshot, SnapshotCache, Target
 
@@ -360,29 +358,3 @@ def _key(target: Target) -> Key:
 def _leave(model: LoadedModel) -> None:
     if model.slot >= 0:
         model.executor.evict(model.slot)
-
-
-def prove(model: LoadedModel, folder: Path) -> CanaryResult:
-    """Ask the loaded model for the logits that its verification stored.
-
-    Raises:
-        ApiError: canary_failed, canary_damaged; 503 when the cache has no page free.
-    """
-    canary = find_canary(folder)
-    if canary is None:
-        return UNTESTED
-    pages = model.executor.pages.take(pages_for(len(canary.tokens)))
-    if pages is None:
-        raise too_busy(
-            "There is no memory to check this model now; try again in a moment.",
-            code="engine_full",
-            retry_after_s=_SETTLE_S,
-        )
-    try:
-        sequence = CanarySequence(model, canary.tokens)
-        sequence.pages = pages
-        work = Work(sequence=sequence, start=0, count=len(canary.tokens), rows=1)
-        logits = model.executor.forward([work])
-    finally:
-        model.executor.pages.give_back(pages)
-    return judge(canary, logits[0].float().cpu(), dtype=model.module.dtype)

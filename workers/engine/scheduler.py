@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from workers.engine.errors import ApiError, too_busy, too_many
+from workers.engine.errors import ApiError, stopping, too_many
 from workers.engine.fairness import DeficitRoundRobin
 from workers.engine.generate import Sequence
 from workers.engine.lanes import Due, Lane, Limits
 from workers.engine.metrics import EngineMetrics
 from workers.engine.paging import PAGE_TOKENS, pages_for
+from workers.engine.quiet import QuietWork
 from workers.engine.steps import Chosen, choose_next, step_ahead
 
 __all__ = ["Limits", "Scheduler"]
@@ -21,6 +22,8 @@ __all__ = ["Limits", "Scheduler"]
 log = logging.getLogger(__name__)
 
 _IDLE_S = 0.02
+# Without anything to do for so long, a step is prepared that may come later.
+_QUIET_S = 0.05
 _MIN_RETRY_S, _MAX_RETRY_S = 1, 60
 
 
@@ -36,6 +39,7 @@ class Scheduler:
         self._admit_turns = DeficitRoundRobin(quantum=1)
         self._closing = False
         self._draining = False
+        self._quiet = QuietWork()
         self._thread = threading.Thread(target=self._run, name="engine-compute", daemon=True)
         # Deliveries of the step before, done while the device works on the next one.
         self._undelivered: list[tuple[Sequence, Callable[[], None]]] = []
@@ -51,7 +55,7 @@ class Scheduler:
         self._thread.join()
         with self._changed:
             for sequence in self._everyone():
-                sequence.fail(_stopping())
+                sequence.fail(stopping())
             self._waiting = {}
             self._collect_finished()
 
@@ -75,6 +79,12 @@ class Scheduler:
     @property
     def is_draining(self) -> bool:
         return self._draining
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether nothing runs, and nothing is left to prepare for what may come."""
+        with self._changed:
+            return not self._count() and not self._quiet
 
     @property
     def is_alive(self) -> bool:
@@ -102,7 +112,7 @@ class Scheduler:
             self._check_size(sequence)
         with self._changed:
             if self._draining:
-                raise _stopping()
+                raise stopping()
             self._check_queue(sequences)
             for sequence in sequences:
                 self._waiting.setdefault(sequence.tenant, deque()).append(sequence)
@@ -154,10 +164,10 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
+            if self._is_quiet():
+                self._quiet.do_one()
+                continue
             with self._changed:
-                while not self._count() and not self._undelivered and not self._closing:
-                    self._changed.notify_all()
-                    self._changed.wait()
                 if self._closing:
                     return
                 self._drop_cancelled()
@@ -175,6 +185,16 @@ class Scheduler:
                 self._collect_finished()
                 self._update_gauges()
                 self._changed.notify_all()
+
+    def _is_quiet(self) -> bool:
+        """Wait for something to do; True when there is none, and time to prepare a step."""
+        with self._changed:
+            while not (self._count() or self._undelivered or self._closing):
+                self._changed.notify_all()
+                may_prepare = bool(self._quiet) and not self._draining
+                if not self._changed.wait(_QUIET_S if may_prepare else None):
+                    return True
+        return False
 
     def _drop_cancelled(self) -> None:
         for queue in self._waiting.values():
@@ -250,6 +270,7 @@ class Scheduler:
 
     def _lane(self, sequence: Sequence) -> Lane:
         executor = sequence.model.executor
+        self._quiet.expect(executor)
         return self._lanes.setdefault(id(executor), Lane(executor))
 
     def _step(self, lane: Lane) -> None:
@@ -376,7 +397,3 @@ class Scheduler:
         self._metrics.waiting.set(sum(map(len, self._waiting.values())))
         used = sum(lane.executor.pages.used for lane in self._lanes.values())
         self._metrics.kv_pages_used.set(used)
-
-
-def _stopping() -> ApiError:
-    return too_busy("The engine is stopping.", code="engine_stopping", retry_after_s=5)

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from deltacome_core.errors import UserError
 from kernels.streams import send
 from kernels.wanted import Wanted
 from workers.engine.arena_slots import ArenaSlots
@@ -22,7 +21,8 @@ from workers.engine.layers import Link, RowTables
 from workers.engine.packed_vocabulary import PackedVocabulary
 from workers.engine.paging import PAGE_TOKENS, PagedCache, PagePool, pages_for
 from workers.engine.parts import Places, TenantParts
-from workers.engine.rooms import BUCKETS
+from workers.engine.probes import Probe, check_against
+from workers.engine.rooms import BUCKETS, PROMPT_ROWS
 from workers.engine.sharing import (
     list_sites,
     list_vectors,
@@ -37,11 +37,6 @@ from workers.engine.vocabulary import DenseVocabulary, Vocabulary
 # Keys that all rows of the prompts in a step may read together and still stand alone: 256 rows of
 # 256 tokens. A layer of a 7B model reads 16 KB for each of them, mostly from the L2 cache.
 _MOST_READ = 1 << 16
-# Two prompts of different length, cut in different places, show that rows do not mix.
-_CHECK_TOKENS = (21, 13)
-_CHECK_CHUNKS = (16, 5)
-# Largest error of the logits against the model's own code, relative to their norm.
-_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +57,7 @@ class SharedExecutor:
     """Runs rows of many tenants through the backbone's layers, each with its own delta."""
 
     reads_pages = True
+    _is_loading = False
 
     def __init__(
         self,
@@ -122,7 +118,7 @@ class SharedExecutor:
         self._decoder = twin.get_decoder()
         if self.is_async:
             self._graphs = DecodeGraphs(self._run, n_pages=self._longest_pages(module))
-        self._check(module)
+        check_against(module, self)
 
     def _longest_pages(self, module: Any) -> int:
         positions = int(module.config.get_text_config().max_position_embeddings)
@@ -134,13 +130,17 @@ class SharedExecutor:
         Raises:
             UserError: arena_full, arena_recipe_unknown.
         """
-        slot = self.slots.load(parts, lock=self.lock, factor_bytes=factor_bytes)
+        self._is_loading = True
         try:
-            self.tables.put(slot, parts.vectors)
-            self.vocabulary.load(slot, parts)
-        except BaseException:
-            self.slots.evict(slot)
-            raise
+            slot = self.slots.load(parts, lock=self.lock, factor_bytes=factor_bytes)
+            try:
+                self.tables.put(slot, parts.vectors)
+                self.vocabulary.load(slot, parts)
+            except BaseException:
+                self.slots.evict(slot)
+                raise
+        finally:
+            self._is_loading = False
         return slot
 
     def evict(self, slot: int) -> None:
@@ -150,6 +150,26 @@ class SharedExecutor:
 
     def size_bytes(self, slot: int) -> int:
         return self.slots.size_bytes(slot) + self.vocabulary.size_bytes(slot)
+
+    def prepare_step(self) -> bool:
+        if self._graphs is None:
+            return False
+        with self.lock:
+            slot = self.slots.example_slot
+            # A delta on its way shall not wait, and who asked for it ends the quiet anyway.
+            if slot is None or self._is_loading:
+                return False
+            key = (self.slots.graph_key[0], slot >= 0)
+            # The largest first: smaller ones find room in the memory that it needed.
+            missing = (n for n in reversed(BUCKETS) if self._graphs.lacks(n, key=key))
+            n_rows = next(missing, None)
+            if n_rows is None:
+                return False
+            # They write to page 0, as rows that fill up do.
+            probe = Probe([0], slot=slot, pages=[0])
+            heads = [int(at < PROMPT_ROWS) for at in range(n_rows)]
+            self.forward([Work(sequence=probe, start=0, count=1, rows=rows) for rows in heads])
+        return True
 
     @torch.inference_mode()
     def forward(self, work: Sequence[Work], tokens: torch.Tensor | None = None) -> torch.Tensor:
@@ -294,73 +314,6 @@ class SharedExecutor:
         else:
             wanted = hidden[send(np.array(rows), self._device)]
         return self.vocabulary.logits(wanted, spans)
-
-    @torch.inference_mode()
-    def _check(self, reference: Any) -> None:
-        """Hold the shared model against the model's own code.
-
-        Raises:
-            UserError: architecture_unknown; this architecture needs what the shared model lacks.
-        """
-        width = int(reference.config.get_text_config().vocab_size)
-        probes, truth = [], []
-        for number, length in enumerate(_CHECK_TOKENS):
-            ids = [(17 * (number + 1) * at + 5 * at * at + number) % width for at in range(length)]
-            probes.append(_Probe(ids))
-            with_own = reference(input_ids=torch.tensor([ids], device=self._device))
-            truth.append(with_own.logits[0].float())
-        try:
-            ours = self._read_probes(probes)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            reason = f"the shared model cannot run it: {str(error)[:200]}"
-            raise UserError("architecture_unknown", reason=reason) from error
-        for own, expected in zip(ours, truth, strict=True):
-            apart = float((own - expected).norm() / expected.norm())
-            if not apart <= _CHECK_TOLERANCE[reference.dtype]:
-                reason = f"the shared model departs from its own code by {apart:.1e}"
-                raise UserError("architecture_unknown", reason=reason)
-
-    def _read_probes(self, probes: "list[_Probe]") -> list[torch.Tensor]:
-        """Logits of each probe, read in chunks that share their steps."""
-        for one in probes:
-            pages = self.pages.take(pages_for(len(one.tokens)))
-            if pages is None:
-                raise UserError("architecture_unknown", reason="the cache holds no two answers")
-            one.pages = pages
-        found: list[list[torch.Tensor]] = [[] for _ in probes]
-        while any(one.fed < len(one.tokens) for one in probes):
-            work: list[Work] = []
-            whose: list[int] = []
-            for number, (one, chunk) in enumerate(zip(probes, _CHECK_CHUNKS, strict=True)):
-                # The last two tokens come one by one, as in decoding.
-                left = len(one.tokens) - one.fed
-                count = min(chunk, max(1, left - 2)) if left else 0
-                if count:
-                    work.append(Work(sequence=one, start=one.fed, count=count, rows=count))
-                    whose.append(number)
-            logits = self.forward(work)
-            ends = accumulate(item.rows for item in work)
-            for number, item, end in zip(whose, work, ends, strict=True):
-                found[number].append(logits[end - item.rows : end])
-                probes[number].fed += item.count
-        for one in probes:
-            self.pages.give_back(one.pages)
-        return [torch.cat(rows) for rows in found]
-
-
-class _Backbone:
-    slot = -1
-
-
-class _Probe:
-    """Tokens of the backbone that nobody asked for."""
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.model: Any = _Backbone
-        self.tokens = tokens
-        self.fed = 0
-        self.pages: list[int] = []
-        self.cache: Any = None
 
 
 def _slot(item: Work) -> int:

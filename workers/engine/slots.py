@@ -40,6 +40,11 @@ class Slots(Protocol):
     @property
     def graph_key(self) -> tuple[int, bool]: ...
 
+    @property
+    def example_slot(self) -> int | None:
+        """A slot whose rows the next steps may be like; -1 while no delta was ever resident."""
+        ...
+
     def begin(self, spans: Sequence["Span"], *, n_rows: int, n_single: int) -> None:
         """Say whose the rows of the next step are; the first `n_single` are single tokens."""
         ...
@@ -114,6 +119,10 @@ class FactorSlots:
     @property
     def graph_key(self) -> tuple[int, bool]:
         return 0, True
+
+    @property
+    def example_slot(self) -> int | None:
+        return next((at for at, held in enumerate(self._held) if held is not None), -1)
 
     def begin(self, spans: Sequence[Span], *, n_rows: int, n_single: int) -> None:
         del n_rows, n_single
