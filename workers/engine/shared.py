@@ -57,6 +57,7 @@ class SharedExecutor:
     """Runs rows of many tenants through the backbone's layers, each with its own delta."""
 
     reads_pages = True
+    _is_loading = False
 
     def __init__(
         self,
@@ -117,7 +118,6 @@ class SharedExecutor:
         self._decoder = twin.get_decoder()
         if self.is_async:
             self._graphs = DecodeGraphs(self._run, n_pages=self._longest_pages(module))
-        self._is_loading = False
         check_against(module, self)
 
     def _longest_pages(self, module: Any) -> int:
