@@ -51,6 +51,7 @@ _EXIT_CODES = {
     "shape_mismatch": EXIT_INCOMPATIBLE,
 }
 _BYTES_PER_MIB = 1 << 20
+_STEPS_TOLD = 10
 
 # Rich is left out of help and tracebacks: importing it takes longer than all the rest.
 app = typer.Typer(
@@ -100,6 +101,7 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         backbone_precision=backbone_precision,
         force=force,
         on_layer=_tell_layer,
+        on_step=_tell_step,
     )
     _tell(
         f"{out}: {report.total_bytes / _BYTES_PER_MIB:.2f} MiB, {report.ratio:.2f}x smaller, "
@@ -130,6 +132,11 @@ def _tell_layer(done: "LayerDone") -> None:
         _tell(f"{where}: already done")
     else:
         _tell(f"{where}: {done.n_matrices} matrices, {done.seconds:.2f} s")
+
+
+def _tell_step(done: int, total: int) -> None:
+    if done % _STEPS_TOLD == 0:
+        _tell(f"training step {done}/{total}")
 
 
 @app.command()

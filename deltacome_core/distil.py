@@ -11,7 +11,7 @@ leaves only its last states and its output head; then backbone and factors take 
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,6 +45,8 @@ _LEAST_KL = 1e-9
 # Up to here matrices are held as float32 and no layer runs twice.
 _SMALL_PARAMS = 1_000_000_000
 NOTHING_TO_TRAIN, NOT_BETTER = "nothing_to_train", "not_better"
+OnStep = Callable[[int, int], None]
+"""Told after each step how many are done, and how many there are."""
 _UNTRAINABLE = {"architecture_unknown", "model_not_runnable", "activations_not_finite"}
 
 
@@ -106,6 +108,7 @@ def distil_delta(
     rows: Sequence[Row],
     *,
     device: torch.device,
+    on_step: OnStep,
 ) -> Distilled:
     """Train the floats of a delta on the fine-tune's own distributions.
 
@@ -115,6 +118,7 @@ def distil_delta(
         delta: of both; not changed.
         rows: text, a tenth of which judges. On a GPU backbone and factors must fit the device.
         device: where the models run, one after the other.
+        on_step: told about each step.
 
     Returns:
         New tensors for the delta; none, with the reason, where the model cannot run here or the
@@ -125,7 +129,7 @@ def distil_delta(
         return Distilled(tensors={}, report=_report(delta, started, reason=NOTHING_TO_TRAIN))
     try:
         with _arithmetic():
-            tensors, found = _Distiller(backbone, tuned, delta, rows, device).run()
+            tensors, found = _Distiller(backbone, tuned, delta, rows, device).run(on_step)
     except UserError as error:
         if error.code not in _UNTRAINABLE:
             raise
@@ -310,7 +314,7 @@ class _Distiller:
             return [chosen + beside[: max(1, room)]]
         return [chosen, beside] if beside else [chosen]
 
-    def run(self) -> tuple[dict[str, PackedTensor], dict[str, Any]]:
+    def run(self, on_step: OnStep) -> tuple[dict[str, PackedTensor], dict[str, Any]]:
         """Train; return the tensors of the best check and what the report says."""
         changes = {
             kind: torch.zeros(sum(math.prod(shape) for _, shape in sets), device=self._device)
@@ -320,7 +324,7 @@ class _Distiller:
         first = self._judge()
         if not self._sets:
             return {}, {"reason": NOTHING_TO_TRAIN, "kl_before": first, "kl_after": first}
-        best, best_kl = self._train(changes, first)
+        best, best_kl = self._train(changes, first, on_step)
         found = {"steps": STEPS, "kl_before": first, "kl_after": best_kl} | self._count()
         if best is None:
             return {}, found | {"reason": NOT_BETTER}
@@ -328,7 +332,7 @@ class _Distiller:
         return {name: self._student.trainable[name].pack(split[name]) for name in split}, found
 
     def _train(
-        self, changes: dict[str, torch.Tensor], first: dict[str, float]
+        self, changes: dict[str, torch.Tensor], first: dict[str, float], on_step: OnStep
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, float]]:
         """Warm up, then let the rate fall to 0; give the changes that judged best, if any did."""
         generator = torch.Generator().manual_seed(_SEED)
@@ -349,6 +353,7 @@ class _Distiller:
                 dict(zip(free, gradients, strict=True)),
                 RATE * min(step / _WARM_STEPS, 1 - (step - 1) / STEPS),
             )
+            on_step(step, STEPS)
             if step % _CHECK_EVERY == 0:
                 self._use(changes)
                 now = self._judge()

@@ -56,6 +56,10 @@ def made(pair, tmp_path_factory):
     return folder, reports[0]
 
 
+def nobody(_done, _total):
+    """Whom the tests here tell of steps."""
+
+
 def diverge(pair, delta, folder):
     """KL to the fine-tune on the trained sentences, past everything that the trainer uses."""
     reconstruct_checkpoint(pair[0], delta, folder, dtype=torch.float32)
@@ -130,7 +134,7 @@ def test_what_was_counted_before_training_is_the_delta_of_hub(pair, made):
         pair[1] / "calibration.jsonl", finetunes.make_tokenizer(), max_tokens=600, longest=256
     )
     again = distil.distil_delta(
-        open_checkpoint(pair[0]), tuned, delta, rows, device=torch.device("cpu")
+        open_checkpoint(pair[0]), tuned, delta, rows, device=torch.device("cpu"), on_step=nobody
     )
     assert again.report.kl_before[ANSWERS] == pytest.approx(
         report.distilled.kl_before[ANSWERS], rel=0.2
@@ -209,7 +213,17 @@ def test_without_text_of_the_users_general_text_is_all_there_is(tmp_path, monkey
     monkeypatch.setattr(distil, "_CHECK_EVERY", 20)
     base, tuned = finetunes.save_pair(tmp_path)
     (tuned / "calibration.txt").unlink()
-    report = compress_checkpoint(base, tuned, tmp_path / "delta", DISTILLED)
+    told = []
+    report = compress_checkpoint(
+        base,
+        tuned,
+        tmp_path / "delta",
+        DISTILLED,
+        on_layer=told.append,
+        on_step=lambda done, total: told.append((done, total)),
+    )
+    # Steps come after the last layer, each once.
+    assert told[3:] == [(step, 20) for step in range(1, 21)]
     assert set(report.distilled.kl_before) == {GENERAL}
     assert report.calibration.source == "calibration.txt"
 
