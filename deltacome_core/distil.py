@@ -1,7 +1,8 @@
-"""Train the floats that a delta stores anyway, all codes fixed, so that it answers like its source.
+"""Train what a delta stores, the codes of matrices fixed, so that it answers like its source.
 
-With s the strength of each direction of a matrix, n the weights of norms, and scales, basis and
-base scale of a vocabulary, all written as relative changes x that start at 0, this minimises
+With s the strength of each direction of a matrix, n the weights of norms, and coordinates, their
+scales, basis and base scale of a vocabulary, all written as relative changes x that start at 0,
+this minimises
 
     sum over parts p of  KL_p(x) / KL_p(0),   KL_p = mean over places of KL(fine-tune || delta)
 
@@ -72,7 +73,7 @@ _CPU_STEP = _Step(rows=3, max_tokens=1024, beside=1, max_places=256, is_joined=F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistilReport:
-    """What training the floats of a delta gave.
+    """What training a delta gave.
 
     kl_before and kl_after: nats per token on text that was held out, by part; of the delta as it
     was and as it is. is_kept: whether the trained numbers are in the delta; reason: why not.
@@ -110,7 +111,7 @@ def distil_delta(
     device: torch.device,
     on_step: OnStep,
 ) -> Distilled:
-    """Train the floats of a delta on the fine-tune's own distributions.
+    """Train a delta on the fine-tune's own distributions.
 
     Args:
         backbone: at the precision that it is served with.

@@ -1,4 +1,4 @@
-"""The last step of a recipe that trains: finished parts in, parts with trained floats out."""
+"""The last step of a recipe that trains: finished parts in, trained parts out."""
 
 import shutil
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def distil_parts(
     own: Path | None,
     on_step: OnStep,
 ) -> tuple[list[Path], DistilReport]:
-    """Train the floats of finished parts; a run that is killed here trains again.
+    """Train finished parts; a run that is killed here trains again.
 
     Args:
         work: what the parts were made from, and the device.
