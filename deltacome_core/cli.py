@@ -48,6 +48,7 @@ _EXIT_CODES = {
     "residual_mismatch": EXIT_INCOMPATIBLE,
     "shape_mismatch": EXIT_INCOMPATIBLE,
 }
+_STEPS_TOLD = 10
 
 # Rich is left out of help and tracebacks: importing it takes longer than all the rest.
 app = typer.Typer(
@@ -97,6 +98,7 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         backbone_precision=backbone_precision,
         force=force,
         on_layer=_tell_layer,
+        on_step=_tell_step,
     )
     tell(
         f"{out}: {report.total_bytes / BYTES_PER_MIB:.2f} MiB, {report.ratio:.2f}x smaller, "
@@ -127,6 +129,11 @@ def _tell_layer(done: "LayerDone") -> None:
         tell(f"{where}: already done")
     else:
         tell(f"{where}: {done.n_matrices} matrices, {done.seconds:.2f} s")
+
+
+def _tell_step(done: int, total: int) -> None:
+    if done % _STEPS_TOLD == 0:
+        tell(f"training step {done}/{total}")
 
 
 @app.command()

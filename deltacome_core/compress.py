@@ -27,7 +27,7 @@ from deltacome_core.delta import (
     scan_checkpoint,
 )
 from deltacome_core.distance import check_related
-from deltacome_core.distil import DistilReport
+from deltacome_core.distil import DistilReport, OnStep
 from deltacome_core.distil_parts import distil_parts
 from deltacome_core.errors import UserError
 from deltacome_core.lossless import ZSTD_VERSION
@@ -89,6 +89,14 @@ class _Asked:
     force: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """Who is told how far a run is."""
+
+    on_layer: Callable[[LayerDone], None]
+    on_step: OnStep
+
+
 def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by name
     base_dir: Path,
     tuned_dir: Path,
@@ -101,6 +109,7 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
     backbone_precision: str = NATIVE,
     force: bool = False,
     on_layer: Callable[[LayerDone], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> CompressReport:
     """Compress a fine-tune into a delta folder.
 
@@ -121,6 +130,7 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
         backbone_precision: one of PRECISIONS; the delta is fine-tune minus what is served.
         force: go on where the weights say that the fine-tune comes from another backbone.
         on_layer: told about each layer once it is on disk, by one thread at a time.
+        on_step: told about each step of a recipe that trains, once all layers are on disk.
 
     Returns:
         Sizes, time and peak memory.
@@ -141,7 +151,10 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
     with meter.measuring(devices):
         pair = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
         work = _open_work(*pair, recipe, asked, devices[0], meter.stages)
-        told = on_layer or (lambda _done: None)
+        told = _Told(
+            on_layer=on_layer or (lambda _done: None),
+            on_step=on_step or (lambda _done, _total: None),
+        )
         resumed, distilled = _write(work, out_dir, devices, told, asked)
     return make_report(
         out_dir, meter, mode=work.recipe.mode, resumed_layers=resumed, distilled=distilled
@@ -182,7 +195,7 @@ def _write(
     work: Work,
     out_dir: Path,
     devices: Sequence[torch.device],
-    on_layer: Callable[[LayerDone], None],
+    told: _Told,
     asked: _Asked,
 ) -> tuple[int, DistilReport | None]:
     """Write the parts that are missing, train if asked to, and join all.
@@ -193,13 +206,13 @@ def _write(
     folder, tuned = parts_folder(out_dir), work.tuned.checkpoint
     units = plan_units(tuned, _open_parts(folder, work.fingerprint))
     makers = Makers(compress=compress_unit, code=code_unit)
-    resumed = write_parts(work, units, devices=devices, makers=makers, on_layer=on_layer)
+    resumed = write_parts(work, units, devices=devices, makers=makers, on_layer=told.on_layer)
     parts, report = [unit.path for unit in units], None
     head = _head(work, sum(read_part(path).with_feedback for path in parts))
     if work.recipe.distilled:
         with work.stages.measure("distil"):
             own = _find_own(tuned, asked.calibration)
-            parts, report = distil_parts(work, units, head=head, own=own)
+            parts, report = distil_parts(work, units, head=head, own=own, on_step=told.on_step)
     with work.stages.measure("join"):
         write_delta(out_dir, parts, head=head, sidecars=tuned.sidecars)
         shutil.rmtree(folder)

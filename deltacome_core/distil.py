@@ -1,7 +1,8 @@
-"""Train the floats that a delta stores anyway, all codes fixed, so that it answers like its source.
+"""Train what a delta stores, the codes of matrices fixed, so that it answers like its source.
 
-With s the strength of each direction of a matrix, n the weights of norms, and scales, basis and
-base scale of a vocabulary, all written as relative changes x that start at 0, this minimises
+With s the strength of each direction of a matrix, n the weights of norms, and coordinates, their
+scales, basis and base scale of a vocabulary, all written as relative changes x that start at 0,
+this minimises
 
     sum over parts p of  KL_p(x) / KL_p(0),   KL_p = mean over places of KL(fine-tune || delta)
 
@@ -11,7 +12,7 @@ leaves only its last states and its output head; then backbone and factors take 
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,10 +31,9 @@ from deltacome_core.models import compute_dtype
 from deltacome_core.packed import PackedTensor
 from deltacome_core.student import CheckpointWeights, DeltaWeights, TextModel
 
-STEPS = 100
+GPU_STEPS, CPU_STEPS = 300, 100
 RATE = 3e-3
-_WARM_STEPS = STEPS // 10
-_CHECK_EVERY = STEPS // 5
+_WARM_SHARE, _N_CHECKS = 0.1, 5
 # Places whose logits are in memory at once: each takes a row of the vocabulary's length, twice.
 _PLACES_AT_ONCE = 2048
 _SEED = 7
@@ -45,6 +45,8 @@ _LEAST_KL = 1e-9
 # Up to here matrices are held as float32 and no layer runs twice.
 _SMALL_PARAMS = 1_000_000_000
 NOTHING_TO_TRAIN, NOT_BETTER = "nothing_to_train", "not_better"
+OnStep = Callable[[int, int], None]
+"""Told after each step how many are done, and how many there are."""
 _UNTRAINABLE = {"architecture_unknown", "model_not_runnable", "activations_not_finite"}
 
 
@@ -70,7 +72,7 @@ _CPU_STEP = _Step(rows=3, max_tokens=1024, beside=1, max_places=256, is_joined=F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistilReport:
-    """What training the floats of a delta gave.
+    """What training a delta gave.
 
     kl_before and kl_after: nats per token on text that was held out, by part; of the delta as it
     was and as it is. is_kept: whether the trained numbers are in the delta; reason: why not.
@@ -106,8 +108,9 @@ def distil_delta(
     rows: Sequence[Row],
     *,
     device: torch.device,
+    on_step: OnStep,
 ) -> Distilled:
-    """Train the floats of a delta on the fine-tune's own distributions.
+    """Train a delta on the fine-tune's own distributions.
 
     Args:
         backbone: at the precision that it is served with.
@@ -115,6 +118,7 @@ def distil_delta(
         delta: of both; not changed.
         rows: text, a tenth of which judges. On a GPU backbone and factors must fit the device.
         device: where the models run, one after the other.
+        on_step: told about each step.
 
     Returns:
         New tensors for the delta; none, with the reason, where the model cannot run here or the
@@ -125,7 +129,7 @@ def distil_delta(
         return Distilled(tensors={}, report=_report(delta, started, reason=NOTHING_TO_TRAIN))
     try:
         with _arithmetic():
-            tensors, found = _Distiller(backbone, tuned, delta, rows, device).run()
+            tensors, found = _Distiller(backbone, tuned, delta, rows, device).run(on_step)
     except UserError as error:
         if error.code not in _UNTRAINABLE:
             raise
@@ -201,7 +205,9 @@ class _Distiller:
         device: torch.device,
     ) -> None:
         self._rows, self._device, self._delta = rows, device, delta
-        self._step = _CPU_STEP if device.type == "cpu" else _GPU_STEP
+        is_cpu = device.type == "cpu"
+        self._step = _CPU_STEP if is_cpu else _GPU_STEP
+        self._n_steps = CPU_STEPS if is_cpu else GPU_STEPS
         self._starts = [0]
         for row in rows:
             self._starts.append(self._starts[-1] + len(row.tokens))
@@ -310,7 +316,7 @@ class _Distiller:
             return [chosen + beside[: max(1, room)]]
         return [chosen, beside] if beside else [chosen]
 
-    def run(self) -> tuple[dict[str, PackedTensor], dict[str, Any]]:
+    def run(self, on_step: OnStep) -> tuple[dict[str, PackedTensor], dict[str, Any]]:
         """Train; return the tensors of the best check and what the report says."""
         changes = {
             kind: torch.zeros(sum(math.prod(shape) for _, shape in sets), device=self._device)
@@ -320,21 +326,22 @@ class _Distiller:
         first = self._judge()
         if not self._sets:
             return {}, {"reason": NOTHING_TO_TRAIN, "kl_before": first, "kl_after": first}
-        best, best_kl = self._train(changes, first)
-        found = {"steps": STEPS, "kl_before": first, "kl_after": best_kl} | self._count()
+        best, best_kl = self._train(changes, first, on_step)
+        found = {"steps": self._n_steps, "kl_before": first, "kl_after": best_kl} | self._count()
         if best is None:
             return {}, found | {"reason": NOT_BETTER}
         split = self._split(best)
         return {name: self._student.trainable[name].pack(split[name]) for name in split}, found
 
     def _train(
-        self, changes: dict[str, torch.Tensor], first: dict[str, float]
+        self, changes: dict[str, torch.Tensor], first: dict[str, float], on_step: OnStep
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, float]]:
         """Warm up, then let the rate fall to 0; give the changes that judged best, if any did."""
         generator = torch.Generator().manual_seed(_SEED)
-        adam = _Adam(changes)
+        adam, n_steps = _Adam(changes), self._n_steps
+        checks = {n_steps * check // _N_CHECKS for check in range(1, _N_CHECKS + 1)}
         best, best_kl, least = None, first, float(len(first))
-        for step in range(1, STEPS + 1):
+        for step in range(1, n_steps + 1):
             free = {kind: each.detach().requires_grad_() for kind, each in changes.items()}
             self._use(free)
             loss = torch.zeros((), device=self._device)
@@ -347,9 +354,10 @@ class _Distiller:
             )
             adam.step(
                 dict(zip(free, gradients, strict=True)),
-                RATE * min(step / _WARM_STEPS, 1 - (step - 1) / STEPS),
+                RATE * min(step / (_WARM_SHARE * n_steps), 1 - (step - 1) / n_steps),
             )
-            if step % _CHECK_EVERY == 0:
+            on_step(step, n_steps)
+            if step in checks:
                 self._use(changes)
                 now = self._judge()
                 value = sum(kl / max(first[part], _LEAST_KL) for part, kl in now.items())

@@ -1,11 +1,11 @@
-"""The last step of a recipe that trains: finished parts in, parts with trained floats out."""
+"""The last step of a recipe that trains: finished parts in, trained parts out."""
 
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from deltacome_core.container import Delta, open_delta
-from deltacome_core.distil import DistilReport, distil_delta
+from deltacome_core.distil import DistilReport, OnStep, distil_delta
 from deltacome_core.distil_texts import Row, read_rows
 from deltacome_core.entries import UnchangedEntry
 from deltacome_core.errors import InternalError
@@ -52,15 +52,21 @@ def read_distil_rows(work: Work, own: Path | None) -> list[Row]:
 
 
 def distil_parts(
-    work: Work, units: Sequence[Unit], *, head: DeltaManifest, own: Path | None
+    work: Work,
+    units: Sequence[Unit],
+    *,
+    head: DeltaManifest,
+    own: Path | None,
+    on_step: OnStep,
 ) -> tuple[list[Path], DistilReport]:
-    """Train the floats of finished parts; a run that is killed here trains again.
+    """Train finished parts; a run that is killed here trains again.
 
     Args:
         work: what the parts were made from, and the device.
         units: all parts, on disk.
         head: as for write_delta.
         own: the user's text, if there is any.
+        on_step: told about each step of the training.
 
     Returns:
         The parts to join, and what training gave.
@@ -80,6 +86,7 @@ def distil_parts(
         delta,
         read_distil_rows(work, own),
         device=work.device,
+        on_step=on_step,
     )
     if not found.tensors:
         return parts, found.report

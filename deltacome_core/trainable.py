@@ -1,7 +1,8 @@
-"""Modules that apply packed tensors to activations, with the stored floats free to move.
+"""Modules that apply packed tensors to activations, with some of what they store free to move.
 
-What can move is written as a relative change that starts at 0; codes never move. Every number is
-rounded to its stored type in the forward pass, and gradients pass the rounding unchanged.
+What can move is written as a relative change that starts at 0: floats, and the codes of a
+vocabulary's coordinates; those of matrices never move. Every number is rounded to its stored type
+in the forward pass, and gradients pass the rounding unchanged.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import embedding, linear, pad
 
-from deltacome_core.bitpack import unpack_codes
+from deltacome_core.bitpack import pack_codes, unpack_codes
 from deltacome_core.errors import InternalError
 from deltacome_core.packed import (
     ExactTensor,
@@ -27,6 +28,9 @@ Numbers = Mapping[str, torch.Tensor]
 _MAX_NORM_CHANGE = 0.2
 # All rows at once move much further than one number of many.
 _BASE_SCALE_STEP = 0.1
+# A change of 1 moves a coordinate by so many times the range of its codes: training that takes
+# steps of some thousandths moves it by a few codes in each.
+_COORDINATE_STEP = 4.0
 
 
 class Trainable(Protocol):
@@ -56,6 +60,20 @@ def _whole_codes(factor: PackedFactor, dtype: torch.dtype) -> torch.Tensor:
     """Give 2 code - (2^bits - 1): odd numbers up to 255, which bfloat16 holds exactly."""
     codes = unpack_codes(factor.codes, factor.bits, factor.cols).to(dtype)
     return codes.mul_(2).sub_((1 << factor.bits) - 1)
+
+
+def _move_codes(codes: torch.Tensor, moves: torch.Tensor, bits: int) -> torch.Tensor:
+    """Add moves to whole codes, round to the nearest that exists, pass the gradient on."""
+    moved = codes.float() + moves
+    top = (1 << bits) - 1
+    nearest = (2 * torch.floor(moved / 2) + 1).clamp(-top, top)
+    return moved + (nearest - moved).detach()
+
+
+def _pack_whole_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Undo _whole_codes, of float32 whole codes; on the host."""
+    top = (1 << bits) - 1
+    return pack_codes(((codes + top) / 2).round().to(torch.uint8).cpu(), bits)
 
 
 def is_trained_norm(ours: torch.Tensor, truth: torch.Tensor) -> bool:
@@ -152,8 +170,8 @@ class MovingNorm:
 class MovingRows(nn.Module):
     """A vocabulary whose changed rows are coordinates in a basis: looked up, and multiplied with.
 
-    row = g base + (codes scale) basis; the scale of each group of coordinates, the basis and, where
-    there is one, the base scale g move. Rows that did not change and new rows are what they are.
+    row = g base + (codes scale) basis; the codes, the scale of each group of them, the basis and,
+    where there is one, the base scale g move. Rows that did not change and new rows stay.
     """
 
     base: torch.Tensor
@@ -183,6 +201,7 @@ class MovingRows(nn.Module):
         self._base_scale = None if packed.base_scale is None else packed.base_scale.to(device)
         self.numbers: dict[str, tuple[int, ...]] = {
             f"scales.{packed.name}": tuple(self._scale.shape),
+            f"codes.{packed.name}": (factor.rows, factor.cols),
             f"basis.{packed.name}": tuple(self._basis.shape),
         }
         if packed.base_scale is not None:
@@ -197,13 +216,19 @@ class MovingRows(nn.Module):
             return scale, basis, None
         return scale, basis, _move(self._base_scale, _BASE_SCALE_STEP * changes[f"base.{name}"])
 
+    def _moved_codes(self, changes: Numbers) -> torch.Tensor:
+        bits = self._factor.bits
+        # Whole codes are two apart.
+        moves = 2 * _COORDINATE_STEP * (1 << bits) * changes[f"codes.{self._packed.name}"]
+        return _move_codes(self.codes, moves, bits)
+
     def use(self, changes: Numbers) -> None:
         scale, basis, self._now_base = self._moved(changes)
         scale = _as_stored(scale, torch.float16)
         if scale.shape[1] > 1:
             scale = scale.repeat_interleave(self._factor.group[1], dim=1)
             scale = scale[:, : self.codes.shape[1]]
-        self._coordinates = self.codes.float() * (scale / 2)
+        self._coordinates = self._moved_codes(changes) * (scale / 2)
         self._now_basis = _as_stored(basis, torch.bfloat16)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -234,9 +259,10 @@ class MovingRows(nn.Module):
 
     def pack(self, changes: Numbers) -> PackedTensor:
         scale, basis, base_scale = self._moved(changes)
+        codes = _pack_whole_codes(self._moved_codes(changes), self._factor.bits)
         return replace(
             self._packed,
-            factor=replace(self._factor, scale=scale.half().cpu()),
+            factor=replace(self._factor, codes=codes, scale=scale.half().cpu()),
             basis=basis.to(torch.bfloat16).cpu(),
             base_scale=None if base_scale is None else base_scale.cpu(),
         )

@@ -26,6 +26,9 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
             detail = {"relative_error": layer.relative_error, "seconds": layer.seconds}
         report.progress(done=next(finished), total=layer.n_layers, layer=layer.group, **detail)
 
+    def on_step(done: int, total: int) -> None:
+        report.progress(done=done, total=total, stage="training")
+
     if not _is_whole(spec):
         shutil.rmtree(spec.delta, ignore_errors=True)
         compress_checkpoint(
@@ -36,6 +39,7 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
             budget=Budget.of_bits(spec.bits_per_param),
             device=pick_device(spec.device),
             on_layer=on_layer,
+            on_step=on_step,
         )
     return {"size": inspect_delta(spec.delta).to_json()}
 

@@ -34,6 +34,7 @@ from benchmarks.engine import tokens
 from benchmarks.engine.bars import judge
 from benchmarks.engine.large import SEVEN_B, TRIAL
 from benchmarks.engine.session import Session
+from benchmarks.engine.timing import used_bytes
 
 HELPERS_LIMIT_S = 90
 TOKENS_LIMIT_S = 100
@@ -48,6 +49,7 @@ class Report:
 
     def __init__(self, out: Path, device: str, limit_s: float) -> None:
         self._out = out
+        self._device = device
         self._ends_s = time.perf_counter() + limit_s
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         self.record: dict[str, Any] = {
@@ -60,6 +62,7 @@ class Report:
             "rows": {},
             "errors": {},
             "seconds": {},
+            "used_bytes": {},
             "left_out": [],
         }
 
@@ -80,6 +83,7 @@ class Report:
             traceback.print_exc()
             self.record["errors"][name] = repr(error)[:500]
         self.record["seconds"][name] = round(time.perf_counter() - started, 1)
+        self.record["used_bytes"][name] = used_bytes(self._device)
         print(f"{name}: {json.dumps(self.record['rows'].get(name))[:600]}", flush=True)
         self.write()
 
@@ -132,6 +136,8 @@ class Helper:
             self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            # Its memory on the device is not free before.
+            self._process.wait()
         found: dict[str, Any] = json.loads(self._out.read_text()) if self._out.exists() else {}
         return found
 

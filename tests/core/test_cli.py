@@ -6,7 +6,7 @@ import sys
 import finetunes
 import pytest
 
-from deltacome_core import cli
+from deltacome_core import cli, distil
 from deltacome_core.checkpoint import open_checkpoint
 
 CHECK_IMPORTS = """
@@ -71,6 +71,15 @@ def test_compress_prints_one_json_object_and_talks_on_stderr(run, trained_pair, 
     assert report["stages"].keys() == {"scan", "calibrate", "matrices", "wait", "write", "join"}
     assert all(0 < seconds < report["seconds"] for seconds in report["stages"].values())
     assert "layer 1/3 model.layers.0: 7 matrices" in err
+
+
+def test_a_recipe_that_trains_tells_its_steps(run, trained_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "CPU_STEPS", 20)
+    options = [*pair_options(trained_pair), "--out", tmp_path / "d", "--recipe", "distilled"]
+    code, _, err = run("compress", *options, "--bits-per-param", "4")
+    assert code == 0
+    told = [line for line in err.splitlines() if line.startswith("training step ")]
+    assert told == ["training step 10/20", "training step 20/20"]
 
 
 def test_devices_that_are_not_there_are_refused(run, trained_pair, tmp_path):

@@ -1,4 +1,4 @@
-"""Recipes that train the stored floats of a delta, on real fine-tunes of tiny models."""
+"""Recipes that train what a delta stores, on real fine-tunes of tiny models."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from deltacome_core import distil
+from deltacome_core.bitpack import unpack_codes
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.compress import compress_checkpoint, parts_folder
 from deltacome_core.container import open_delta
@@ -26,7 +27,8 @@ from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.packed import ExactTensor, PackedMatrix, PackedRows
 from deltacome_core.recipe import Recipe, get_recipe
-from deltacome_core.reconstruct import reconstruct_checkpoint
+from deltacome_core.reconstruct import apply_entry, reconstruct_checkpoint
+from deltacome_core.student import DeltaWeights, TextModel
 from deltacome_core.tensors import load_tensor
 from deltacome_core.verify import verify_delta
 
@@ -56,6 +58,10 @@ def made(pair, tmp_path_factory):
     return folder, reports[0]
 
 
+def nobody(_done, _total):
+    """Whom the tests here tell of steps."""
+
+
 def diverge(pair, delta, folder):
     """KL to the fine-tune on the trained sentences, past everything that the trainer uses."""
     reconstruct_checkpoint(pair[0], delta, folder, dtype=torch.float32)
@@ -75,7 +81,7 @@ def test_the_delta_answers_more_like_the_fine_tune_than_that_of_hub(pair, made, 
     found = report.distilled
     assert found.is_kept
     assert found.reason is None
-    assert found.steps == distil.STEPS
+    assert found.steps == distil.CPU_STEPS
     assert set(found.kl_after) == {ANSWERS, PROMPTS, GENERAL}
     ratios = [found.kl_after[part] / found.kl_before[part] for part in found.kl_before]
     assert sum(ratios) < 0.8 * len(ratios)
@@ -92,7 +98,7 @@ def test_the_same_inputs_give_the_same_bytes(made):
     assert not parts_folder(folder / "one").exists()
 
 
-def test_codes_and_sizes_stay_and_floats_move(made):
+def test_sizes_and_codes_of_matrices_stay_and_all_else_moves(made):
     folder, report = made
     ours, hub = open_delta(folder / "one"), open_delta(folder / "hub")
     assert ours.entries == hub.entries
@@ -107,7 +113,7 @@ def test_codes_and_sizes_stay_and_floats_move(made):
                 assert torch.equal(one.v.scale, other.v.scale)
             moved |= {"matrix"} if not torch.equal(new.sigma, old.sigma) else set()
         elif isinstance(old, PackedRows):
-            assert torch.equal(new.factor.codes, old.factor.codes)
+            assert not torch.equal(new.factor.codes, old.factor.codes)
             assert not torch.equal(new.factor.scale, old.factor.scale)
             assert not torch.equal(new.basis, old.basis)
             assert (new.base_scale is None) == (old.base_scale is None)
@@ -130,12 +136,40 @@ def test_what_was_counted_before_training_is_the_delta_of_hub(pair, made):
         pair[1] / "calibration.jsonl", finetunes.make_tokenizer(), max_tokens=600, longest=256
     )
     again = distil.distil_delta(
-        open_checkpoint(pair[0]), tuned, delta, rows, device=torch.device("cpu")
+        open_checkpoint(pair[0]), tuned, delta, rows, device=torch.device("cpu"), on_step=nobody
     )
     assert again.report.kl_before[ANSWERS] == pytest.approx(
         report.distilled.kl_before[ANSWERS], rel=0.2
     )
     assert GENERAL not in again.report.kl_before
+
+
+def test_what_is_packed_is_what_was_computed_with(pair, made):
+    """Changes small and so large that codes reach the ends of their range."""
+    base, delta = open_checkpoint(pair[0]), open_delta(made[0] / "hub")
+    student = make_student(base, open_checkpoint(pair[1]), delta)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.arange(finetunes.VOCABULARY)
+    for name, each in student.trainable.items():
+        changes = {
+            kind: 0.02 * torch.randn(shape, generator=generator)
+            for kind, shape in each.numbers.items()
+        }
+        for kind in changes.keys() & {f"codes.{name}"}:
+            changes[kind][0], changes[kind][1] = 0.5, -0.5
+        each.use(changes)
+        packed = each.pack(changes)
+        if isinstance(packed, PackedRows):
+            rebuilt = apply_entry(load_tensor(base, name), packed, dtype=torch.float32)
+            torch.testing.assert_close(each(ids), rebuilt, rtol=1e-5, atol=1e-5)
+            codes = unpack_codes(packed.factor.codes, packed.factor.bits, packed.factor.cols)
+            assert (codes[0].unique().tolist(), codes[1].unique().tolist()) == ([255], [0])
+        elif isinstance(packed, PackedMatrix):
+            rebuilt = apply_entry(load_tensor(base, name), packed, dtype=torch.float32)
+            states = torch.randn((5, packed.in_features), generator=generator)
+            ours = each(states) - each(torch.zeros_like(states))
+            torch.testing.assert_close(ours, states @ rebuilt.T, rtol=1e-4, atol=1e-4)
+    assert len(student.trainable) == 14 + 2 + 5
 
 
 def test_verification_lets_norms_move_and_nothing_else(pair, made, tmp_path):
@@ -205,11 +239,20 @@ def test_equal_checkpoints_need_no_training(tmp_path):
 
 
 def test_without_text_of_the_users_general_text_is_all_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "STEPS", 20)
-    monkeypatch.setattr(distil, "_CHECK_EVERY", 20)
+    monkeypatch.setattr(distil, "CPU_STEPS", 20)
     base, tuned = finetunes.save_pair(tmp_path)
     (tuned / "calibration.txt").unlink()
-    report = compress_checkpoint(base, tuned, tmp_path / "delta", DISTILLED)
+    told = []
+    report = compress_checkpoint(
+        base,
+        tuned,
+        tmp_path / "delta",
+        DISTILLED,
+        on_layer=told.append,
+        on_step=lambda done, total: told.append((done, total)),
+    )
+    # Steps come after the last layer, each once.
+    assert told[3:] == [(step, 20) for step in range(1, 21)]
     assert set(report.distilled.kl_before) == {GENERAL}
     assert report.calibration.source == "calibration.txt"
 
@@ -230,14 +273,14 @@ def test_a_grown_vocabulary_with_rows_that_did_not_change_is_read_as_rebuilt(tmp
     assert_student_answers_as(base, tuned, tmp_path / "delta", tmp_path / "back")
 
 
-def assert_student_answers_as(base, tuned, delta, back):
-    from deltacome_core.student import DeltaWeights, TextModel
-
+def make_student(base, tuned, delta):
     cpu = torch.device("cpu")
-    weights = DeltaWeights(backbone=open_checkpoint(base), delta=open_delta(delta), device=cpu)
-    student = TextModel(
-        open_checkpoint(tuned), weights, held=torch.float32, device=cpu, saves_memory=True
-    )
+    weights = DeltaWeights(backbone=base, delta=delta, device=cpu)
+    return TextModel(tuned, weights, held=torch.float32, device=cpu, saves_memory=True)
+
+
+def assert_student_answers_as(base, tuned, delta, back):
+    student = make_student(open_checkpoint(base), open_checkpoint(tuned), open_delta(delta))
     for each in student.trainable.values():
         each.use({kind: torch.zeros(shape) for kind, shape in each.numbers.items()})
     ids = torch.tensor([[40, 3, 42, 200, 7, finetunes.VOCABULARY - 1, 9]])

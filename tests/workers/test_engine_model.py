@@ -58,8 +58,7 @@ def test_a_served_delta_gives_the_logits_of_the_rebuilt_checkpoint(
 
 
 def test_a_trained_delta_is_served_as_the_rebuilt_checkpoint_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "STEPS", 10)
-    monkeypatch.setattr(distil, "_CHECK_EVERY", 5)
+    monkeypatch.setattr(distil, "CPU_STEPS", 10)
     folder = make_delta(tmp_path, new_rows=5, recipe=get_recipe("distilled", matrix_bits=3.0))
     manifest = json.loads((folder / "delta" / "delta.json").read_text())
     assert manifest["recipe"]["distilled"]

@@ -13,7 +13,9 @@ import plant
 import pytest
 import tiny
 
+from deltacome_core import distil
 from deltacome_core.errors import UserError
+from workers import compress
 from workers.spec import Candidate, StepSpec, read_spec, write_spec
 from workers.supervise import ChildDied, ChildHandle, child_env, run_child
 
@@ -22,6 +24,19 @@ def make_spec(workspace, **fields):
     defaults = {"step": "ingest", "kind": "backbone", "device": "cpu", "parent_pid": os.getpid()}
     (workspace / "reports").mkdir(parents=True, exist_ok=True)
     return StepSpec(workspace=workspace, **defaults | fields)
+
+
+class Told:
+    """A report that is kept instead of sent."""
+
+    def __init__(self):
+        self.progresses = []
+
+    def progress(self, **said):
+        self.progresses.append(said)
+
+    def log(self, text):
+        raise AssertionError(text)
 
 
 @pytest.fixture
@@ -59,6 +74,23 @@ def run_in_thread(spec, handle):
     process = plant.wait_for(lambda: handle._process, what="the child starts")
     wait_until_blocked(process.pid, spec.workspace)
     return thread, raised, process
+
+
+def test_layers_and_then_the_steps_of_training_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "CPU_STEPS", 2)
+    spec = make_spec(
+        tmp_path, step="compress", kind="delta", recipe="distilled", bits_per_param=4.0
+    )
+    model = tiny.make_model()
+    tiny.save(model, spec.backbone)
+    tiny.save(tiny.tune(model), spec.tuned)
+    told = Told()
+    compress.run(spec, told)
+    layers = [said["layer"] for said in told.progresses if "layer" in said]
+    assert layers[:2] == ["model.layers.0", "model.layers.1"]
+    assert told.progresses[len(layers) :] == [
+        {"done": step, "total": 2, "stage": "training"} for step in (1, 2)
+    ]
 
 
 def test_a_spec_crosses_the_border_unchanged(tmp_path):

@@ -199,6 +199,9 @@ class ArenaSlots:
         n_slots = min(self._n_slots, self._delta_bytes // spec.slab_bytes)
         if n_slots < 1:
             raise UserError("arena_full", n_slots=0)
+        if self._device.type == "cuda":
+            # What torch keeps for later would be missing beside an arena that fills the device.
+            torch.cuda.empty_cache()
         self._arena = DeltaArena(spec, n_slots=n_slots, device=self._device)
         self._generation += 1
         if self._device.type == "cuda":

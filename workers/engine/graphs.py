@@ -12,6 +12,7 @@ from workers.engine.attention import Chunk, DecodeRows
 log = logging.getLogger(__name__)
 
 _WARM_UPS = 2
+_NO_MEMORY = "ALLOC_FAILED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,14 @@ class DecodeGraphs:
             captured = self._captured[place] = self._capture(self._widen(inputs))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:
+        except RuntimeError as error:
+            if _NO_MEMORY in str(error):
+                # A library asks the device itself, and finds that torch keeps all that is free.
+                free = torch.cuda.mem_get_info()[0]
+                kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+                log.warning("step_not_captured: %d bytes free, %d kept for later", free, kept)
+                torch.cuda.empty_cache()
+                return None
             # Slower, and just as right; this model or this driver will not do otherwise later.
             log.exception("step_not_captured")
             self._is_refused = True
