@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import PurePath
 
 import factories
 import httpx
@@ -18,17 +19,57 @@ import pytest
 import uvicorn
 from django.conf import settings as django_settings
 from django.db import connections
+from xdist.scheduler import LoadScopeScheduling
 
 # Read when triton is first imported, which transformers does in other tests of this process.
 os.environ["TRITON_INTERPRET"] = "1"
 
+# Groups of minutes, longest first: what starts last leaves the other process idle.
+LONG = ("e2e", "test_compile_matrix", "test_demo", "test_arena_matrix", "test_lm_eval")
+# Hundreds of short tests without a shared fixture: they even out the end, one by one.
+LOOSE = "test_ops"
 
+
+def group_of(nodeid):
+    """Name what one process runs: a module, or all browser tests, which share one running hub."""
+    path = PurePath(nodeid.split("::", 1)[0])
+    return "e2e" if path.parent.name == "e2e" and path.stem != "test_demo" else path.stem
+
+
+def rank_of(item):
+    group = group_of(item.nodeid)
+    if group in LONG:
+        return LONG.index(group)
+    return len(LONG) + (group == LOOSE)
+
+
+class Groups(LoadScopeScheduling):
+    """Give a process whole groups, so that what a group shares is made once.
+
+    The scheduler of pytest-xdist for marked groups writes to an attribute that pytest 9.2 ignores.
+    """
+
+    def _split_scope(self, nodeid):
+        group = group_of(nodeid)
+        return nodeid if group == LOOSE else group
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log)
+
+
+# Around pytest-randomly, which shuffles modules and tests; only the groups are put in order here.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark what touches the database, so that it can be run again on another one."""
+    """Mark what touches the database, and start the longest groups first."""
     for item in items:
         uses = {"db", "transactional_db"} & set(getattr(item, "fixturenames", ()))
         if uses or item.get_closest_marker("django_db"):
             item.add_marker(pytest.mark.database)
+    result = yield
+    items.sort(key=rank_of)
+    return result
 
 
 @pytest.fixture
