@@ -75,7 +75,8 @@ class DistilReport:
     """What training a delta gave.
 
     kl_before and kl_after: nats per token on text that was held out, by part; of the delta as it
-    was and as it is. is_kept: whether the trained numbers are in the delta; reason: why not.
+    was and as it is, no part worse. is_kept: whether the trained numbers are in the delta; reason:
+    why not.
     """
 
     is_kept: bool
@@ -169,6 +170,15 @@ def _arithmetic() -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _compare(now: dict[str, float], first: dict[str, float]) -> float:
+    """Sum over parts of KL over its first value; infinite if any part got worse.
+
+    What prompts and general text gain must not pay for answers that were learnt by heart.
+    """
+    ratios = [kl / max(first[part], _LEAST_KL) for part, kl in now.items()]
+    return sum(ratios) if all(ratio <= 1 for ratio in ratios) else math.inf
 
 
 class _Adam:
@@ -360,8 +370,8 @@ class _Distiller:
             if step in checks:
                 self._use(changes)
                 now = self._judge()
-                value = sum(kl / max(first[part], _LEAST_KL) for part, kl in now.items())
-                if math.isfinite(value) and value < least:
+                value = _compare(now, first)
+                if value < least:
                     best = {kind: each.clone() for kind, each in changes.items()}
                     best_kl, least = now, value
         return best, best_kl

@@ -1,5 +1,6 @@
 """Recipes that train what a delta stores, on real fine-tunes of tiny models."""
 
+import math
 from dataclasses import replace
 
 import finetunes
@@ -228,6 +229,23 @@ def test_matrices_held_in_sixteen_bits_are_trained_too(tmp_path, monkeypatch):
     found = compress_checkpoint(base, tuned, tmp_path / "delta", DISTILLED).distilled
     assert found.is_kept
     assert sum(found.kl_after.values()) < 0.9 * sum(found.kl_before.values())
+
+
+@pytest.mark.parametrize(
+    ("after", "value"),
+    [
+        ((1.0, 1.0), 1.0),
+        ((0.2, 2.0), 1.1),
+        # Answers learnt by heart, which the gain on general text would hide.
+        ((2.1, 0.1), math.inf),
+        ((1.0, math.nan), math.inf),
+    ],
+)
+def test_no_part_may_get_worse(after, value):
+    now, first = (
+        dict(zip(("answers", GENERAL), each, strict=True)) for each in (after, (2.0, 2.0))
+    )
+    assert distil._compare(now, first) == pytest.approx(value)
 
 
 def test_equal_checkpoints_need_no_training(tmp_path):
