@@ -25,6 +25,8 @@ _COLOURS: Final = {
     "come": "#b4552d",
     "datafree": "#4a90c2",
     "hub": "#1a7f5a",
+    # Rows of `distilled` from when it trained floats alone, a third as long.
+    "distilled-100": "#6fae94",
     "distilled": "#0b3d2e",
 }
 # A calibration is told by the shape of its mark, and whether it is filled.
@@ -167,8 +169,9 @@ def _draw_panel(points: Sequence[Point], number: int, x_span: tuple[float, float
 def _draw_legend(points: Sequence[Point]) -> list[str]:
     methods = [name for name in _COLOURS if any(point.method == name for point in points)]
     lines = []
+    step = min(110, (_COLUMNS * _PANEL_WIDTH - _MARGIN_LEFT) // max(1, len(methods)))
     for number, name in enumerate(methods):
-        x = _MARGIN_LEFT + number * 110
+        x = _MARGIN_LEFT + number * step
         lines.append(_mark("circle", x, 42, _COLOURS[name], name))
         lines.append(f'<text x="{x + 9}" y="46">{html.escape(name)}</text>')
     note = "circle: own text or none; square: general text; diamond: sampled from the fine-tune"
