@@ -151,14 +151,15 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
     with meter.measuring(devices):
         pair = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
         work = _open_work(*pair, recipe, asked, devices[0], meter.stages)
-        told = _Told(
-            on_layer=on_layer or (lambda _done: None),
-            on_step=on_step or (lambda _done, _total: None),
-        )
+        told = _Told(on_layer=on_layer or _tell_nobody, on_step=on_step or _tell_nobody)
         resumed, distilled = _write(work, out_dir, devices, told, asked)
     return make_report(
         out_dir, meter, mode=work.recipe.mode, resumed_layers=resumed, distilled=distilled
     )
+
+
+def _tell_nobody(*_done: object) -> None:
+    pass
 
 
 def _open_work(

@@ -13,8 +13,8 @@ from deltacome_core.errors import UserError
 GIGABYTE = 10**9
 # Codes in operand order, room for deltas that differ a little, vocabularies filled up to one rank.
 _RESIDENT_SHARE = 1.04
-# A context, captured graphs, unfolded factors of two sites, activations of prompts: between what was
-# seen beyond the rest with 64 deltas on a backbone of 7B while they decoded, 3.2 GB, and after
+# A context, captured graphs, unfolded factors of two sites, activations of prompts: between what
+# was seen beyond the rest with 64 deltas on a backbone of 7B while they decoded, 3.2 GB, and after
 # prompts of 2,048 tokens, 5.3 GB (docs/benchmarks/engine.json).
 _WORKSPACE_BYTES = 4_500_000_000
 # Weights, keys and values are computed with in bf16 or fp16.

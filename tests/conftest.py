@@ -25,7 +25,15 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ["TRITON_INTERPRET"] = "1"
 
 # Groups of minutes, longest first: what starts last leaves the other process idle.
-LONG = ("e2e", "test_compile_matrix", "test_demo", "test_arena_matrix", "test_lm_eval")
+LONG = (
+    "test_demo",
+    "e2e",
+    "test_engine_sharing",
+    "test_compile_matrix",
+    "test_steps",
+    "test_arena",
+    "test_arena_matrix",
+)
 # Hundreds of short tests without a shared fixture: they even out the end, one by one.
 LOOSE = "test_ops"
 

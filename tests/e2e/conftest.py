@@ -46,12 +46,14 @@ def stack(tmp_path_factory):
         "ALLOWED_HOSTS": f"127.0.0.1,{INTRANET}",
         "OMP_NUM_THREADS": "1",
         "FREE_SPACE_FLOOR_BYTES": "0",
+        "ENGINE_KV_BYTES": str(256 << 20),
     }
     with Stack(data_dir=tmp_path_factory.mktemp("hub"), extra_env=extra_env) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+# While it lives, Django takes all of the process for asynchronous code.
+@pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
