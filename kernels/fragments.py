@@ -11,7 +11,6 @@ from typing import Final
 
 STEP_ROWS: Final = 16
 STEP_COLUMNS: Final = 32
-WARP_LANES: Final = 32
 # Sections of a slab begin where a warp's load of one word a lane is one memory transaction.
 UNIT_BYTES: Final = 128
 # Two tokens of four int8 planes fill the eight columns of one instruction.

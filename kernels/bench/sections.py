@@ -19,7 +19,6 @@ from kernels.plan import StepPlan
 
 MEMORY_BYTES: Final = 80 * 10**9
 KEY_VALUE_BYTES: Final = 16 * 10**9
-_CACHE_BYTES: Final = 256 << 20
 
 
 @dataclass(slots=True, kw_only=True)
