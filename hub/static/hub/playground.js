@@ -7,6 +7,7 @@ import * as departure from "./departure.js";
 
 // Servers refuse longer addresses; the part after # never leaves the browser.
 const MAX_QUERY_CHARS = 4000;
+const LEAST_MS_OF_A_RATE = 20;
 const byId = (id) => document.getElementById(id);
 const form = byId("playground");
 const columns = [...document.querySelectorAll("[data-column]")].map(bindColumn);
@@ -92,7 +93,8 @@ function showError(column, title, text) {
 function showStats(column, { started, first, last, tokens, finish, canary }) {
   const parts = [];
   if (first) parts.push(`first token ${Math.round(first - started)} ms`);
-  if (tokens > 1 && last > first) parts.push(`${((tokens - 1) / ((last - first) / 1000)).toFixed(1)} tokens/s`);
+  // Tokens that came in one piece have no rate.
+  if (tokens > 1 && last - first >= LEAST_MS_OF_A_RATE) parts.push(`${((tokens - 1) / ((last - first) / 1000)).toFixed(1)} tokens/s`);
   if (tokens) parts.push(`${tokens} tokens`);
   if (finish) parts.push(finish);
   if (canary === "applied") parts.push("delta proven applied");
