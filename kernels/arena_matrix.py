@@ -3,7 +3,8 @@
 `python -m kernels.arena_matrix` prints one object and exits with 1 if a kernel does not compile,
 does not fit the shared memory of its architecture, or does not keep one element a thread: that
 element i of a tensor is in thread i is what lets the matrix instruction be issued at all
-(docs/adr/0008). TRITON_INTERPRET must be unset.
+(docs/adr/0008). Unfolding must store 16 bytes at a time where rows allow it. TRITON_INTERPRET must
+be unset.
 """
 
 import argparse
@@ -44,6 +45,7 @@ KERNELS: Final[dict[str, Any]] = {
     "gather": gather_kernel,
     "project": project_kernel,
 }
+_WIDE_STORE: Final = "st.global.v4.b32"
 INSTRUCTION: Final = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
 ON_TENSOR_CORES: Final = ("shrink", "expand", "layer")
 _POINTERS: Final = {
@@ -94,12 +96,14 @@ class ArenaResult:
     variant: ArenaVariant
     shared_bytes: int
     keeps_one_element_a_thread: bool
+    keeps_wide_stores: bool
     error: str | None
 
     @property
     def is_fit(self) -> bool:
         fits = self.shared_bytes <= SHARED_LIMIT_BYTES[self.variant.arch]
-        return self.error is None and fits and self.keeps_one_element_a_thread
+        kept = self.keeps_one_element_a_thread and self.keeps_wide_stores
+        return self.error is None and fits and kept
 
 
 def list_variants() -> Iterator[ArenaVariant]:
@@ -212,7 +216,11 @@ def compile_variant(variant: ArenaVariant) -> ArenaResult:
         compiled = triton.compile(source, target=target, options={"num_warps": 4, "num_stages": 1})
     except (TritonError, RuntimeError) as error:
         return ArenaResult(
-            variant=variant, shared_bytes=0, keeps_one_element_a_thread=False, error=str(error)
+            variant=variant,
+            shared_bytes=0,
+            keeps_one_element_a_thread=False,
+            keeps_wide_stores=False,
+            error=str(error),
         )
     has_instruction = INSTRUCTION in compiled.asm["ptx"]
     return ArenaResult(
@@ -220,6 +228,9 @@ def compile_variant(variant: ArenaVariant) -> ArenaResult:
         shared_bytes=compiled.metadata.shared,
         keeps_one_element_a_thread=keeps_one_element(compiled.asm["ttgir"])
         and has_instruction == (variant.kernel in ON_TENSOR_CORES),
+        keeps_wide_stores=_WIDE_STORE in compiled.asm["ptx"]
+        or variant.kernel != "unfold"
+        or not constants["IS_ALIGNED"],
         error=None,
     )
 

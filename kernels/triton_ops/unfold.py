@@ -8,7 +8,7 @@ import triton.language as tl
 
 from kernels.triton_ops.codes import load_pair, locate_pair, unpack_step
 from kernels.triton_ops.keys import settle_keys
-from kernels.triton_ops.mma import double_sum
+from kernels.triton_ops.mma import spare_bits
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
@@ -22,6 +22,34 @@ from kernels.triton_ops.records import (
 # Programs that walk over one factor: the largest fill a device, the small ones end at once.
 _PROGRAMS = 264
 _WARPS = 4
+
+
+@triton.jit
+def double_codes(left, right, twice_zero, BITS: tl.constexpr):
+    """Twice the codes of eight columns less twice their zero point.
+
+    Args:
+        left: int32 [threads] of `unpack_step`, four columns.
+        right: int32 [threads], the four columns that follow.
+        twice_zero: int32 [threads], twice the zero point.
+        BITS: 1, 2, 3, 4 or 8.
+
+    Returns:
+        fp32 [threads, 8], whole numbers times 2^`spare_bits`.
+    """
+    # Signed bytes plus 128.
+    words = tl.join(left, right) ^ -0x7F7F7F80
+    even = tl.join(words & 0xFF, (words >> 16) & 0xFF)
+    odd = tl.join((words >> 8) & 0xFF, (words >> 24) & 0xFF)
+    codes = tl.reshape(tl.join(even, odd), (left.shape[0], 8))
+    # The lowest bits of 2^23 count ones: putting a byte there is cheaper than converting it.
+    floats = (codes | 0x4B000000).to(tl.float32, bitcast=True)
+    if BITS == 8:  # noqa: PLR2004 bits of a byte
+        doubles = (floats - (1 << 23)) * 2 - twice_zero.to(tl.float32)[:, None]
+    else:
+        zero = (twice_zero - ((1 << BITS) - 1)) << spare_bits(BITS)
+        doubles = floats - (zero + ((1 << 23) + 128)).to(tl.float32)[:, None]
+    return doubles
 
 
 @triton.jit
@@ -48,7 +76,7 @@ def unfold_record(
         n_out_cols: Columns to write; columns of a last step beyond the factor's hold any number.
         BITS: 1, 2, 3, 4 or 8.
         GROUPING: 0 where no factor has scales for tiles.
-        IS_ALIGNED: Elements of 16 bits, rows and columns at multiples of four.
+        IS_ALIGNED: Rows and columns begin and end at multiples of eight elements.
         WARPS: Of the program.
     """
     codes_ptr = load_pointer(slab, tl.load(record_ptr + 1), tl.int32)
@@ -64,6 +92,7 @@ def unfold_record(
     n_pairs = (n_steps + 1) // 2
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
+    eight = tl.arange(0, 8)[None, :]
     n_items = (n_out_rows + 15) // 16 * n_pairs
     for start in range(tl.program_id(0) * WARPS, n_items, tl.num_programs(0) * WARPS):
         item = start + thread // 32
@@ -82,26 +111,18 @@ def unfold_record(
                 scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                 twice_zero = tl.where(group > 0, (word >> 16) & 511, twice_zero)
                 factor *= tl.where(group > 0, scale, 1.0)
-            factor = tl.where(row < n_rows, factor, 0.0)
+            # Exact unless a factor is below 1e-36.
+            factor = tl.where(row < n_rows, factor, 0.0) * (1.0 / (1 << spare_bits(BITS)))
             row_at = out_ptr + row.to(tl.int64) * out_stride
             for step in tl.static_range(2):
                 codes = unpack_step(words, marker, step, BITS)
-                for side in tl.static_range(2):
-                    col = (2 * pair + step) * 32 + lane % 4 * 8 + 4 * side
-                    four = tl.zeros_like(lane).to(tl.int64)
-                    for byte in tl.static_range(4):
-                        code = (codes[half + 2 * side] << (24 - 8 * byte)) >> 24
-                        double = double_sum(code, 1, twice_zero, BITS, GROUPING > 0)
-                        value = (double.to(tl.float32) * factor).to(out_ptr.dtype.element_ty)
-                        if IS_ALIGNED:
-                            bits = value.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
-                            four |= bits << (16 * byte)
-                        else:
-                            inside = (row < n_out_rows) & (col + byte < n_out_cols)
-                            tl.store(row_at + col + byte, value, mask=inside)
-                    if IS_ALIGNED:
-                        at = (row_at + col).to(tl.pointer_type(tl.int64))
-                        tl.store(at, four, mask=(row < n_out_rows) & (col < n_out_cols))
+                doubles = double_codes(codes[half], codes[half + 2], twice_zero, BITS)
+                values = (doubles * factor[:, None]).to(out_ptr.dtype.element_ty)
+                col = ((2 * pair + step) * 32 + lane % 4 * 8)[:, None]
+                # A mask that is one for all eight leaves their store whole.
+                last = col if IS_ALIGNED else col + eight
+                inside = (row < n_out_rows)[:, None] & (last < n_out_cols)
+                tl.store(row_at[:, None] + col + eight, values, mask=inside)
 
 
 # Addresses of every second slot lie at no multiple of 16: one kernel serves all slots.
@@ -131,6 +152,11 @@ def unfold_kernel(
 ) -> None:
     """All factors of a tenant's delta at a site, one for each column of the grid."""
     slab = tl.load(table_ptr)
+    if IS_ALIGNED:
+        # What a compiler must know to make one store of a thread's eight values.
+        left_stride = left_stride // 8 * 8
+        right_stride = right_stride // 8 * 8
+        n_cols = n_cols // 8 * 8
     item = tl.program_id(1)
     if item < n_shrink:
         record_ptr = entry_ptr + SHRINK_RECORDS + item * RECORD_INTS
@@ -182,10 +208,10 @@ def unfold(
         widths: bits that may occur.
         grouping: scales for tiles, 0 in no delta.
     """
-    # Four values of 16 bits become one store.
+    # The eight values of a thread become one store of 16 bytes, or two.
     sizes = (right.shape[1], left.stride(0), right.stride(0))
     places = left.data_ptr() | right.data_ptr()
-    aligned = left.element_size() == 2 and not any(size % 4 for size in sizes) and not places % 8  # noqa: PLR2004 bytes
+    aligned = not any(size % 8 for size in sizes) and not places % 16
     unfold_kernel[(_PROGRAMS, n_shrink + n_parts * int(N_WIDTHS))](
         entry,
         address,

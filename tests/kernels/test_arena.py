@@ -188,21 +188,24 @@ def test_the_reference_has_the_signature_and_the_result_of_the_kernels():
     assert relative(y, expected_terms(deltas, [2, -1, 1, 0], x)) <= 2e-6
 
 
+# Of 72 columns a thread's eight values are one store.
+@pytest.mark.parametrize("width", [70, 72])
 @pytest.mark.parametrize("layout", [BY_VECTOR, BY_TILE, DIRECT], ids=str)
-def test_resident_factors_unfold_for_prompts_and_merging(layout, monkeypatch):
+def test_resident_factors_unfold_for_prompts_and_merging(layout, width, monkeypatch):
     monkeypatch.setattr("kernels.triton_ops.unfold._PROGRAMS", 1)
-    delta = draw(layout, without=("k",))
-    arena, (slot,) = build_arena([delta])
+    site = replace(SITE, in_features=width)
+    delta = draw(layout, site=site, without=("k",))
+    arena, (slot,) = build_arena([delta], site=site)
     unfolder = Unfolder(arena, dtype=torch.float16)
     generator = torch.Generator().manual_seed(6)
-    weight, x = (torch.randn(n, 70, generator=generator).half() for n in (33, 5))
+    weight, x = (torch.randn(n, width, generator=generator).half() for n in (33, 5))
     merged = merge_site(weight, unfolder, slot, 0, out=torch.full_like(weight, torch.nan))
     wanted = weight.double()
     wanted[:17] += exact_delta(delta["q"])
     assert relative(merged, wanted) <= 1e-3
     assert torch.equal(merged[17:], weight[17:])
     y = multiply_prompt(torch.zeros(5, 33).half(), x, unfolder, slot, 0)
-    assert relative(y, expected_terms([delta], [0] * 5, x)) <= 2e-3
+    assert relative(y, expected_terms([delta], [0] * 5, x, site)) <= 2e-3
     with pytest.raises(UserError, match="no delta"):
         multiply_prompt(y, x, unfolder, -1, 0)
 
