@@ -45,7 +45,7 @@ def room(page):
 def test_deltas_are_counted_at_the_sizes_they_have(client, backbone, add_delta):
     add_delta("maths")
     page = client.get("/planner?gpu=80&kv_tokens=0")
-    left = 80e9 - 2 * N_PARAMS - 3.7e9
+    left = 80e9 - 2 * N_PARAMS - 4.5e9
     assert room(page) == int(left // (1.04 * 800e6))
     assert "acme/maths@v1" in page.text
     assert 'role="alert"' not in page.text
@@ -55,7 +55,7 @@ def test_the_mean_of_all_deltas_is_planned_with(client, add_delta):
     add_delta("small", {"codes": 400_000_000})
     add_delta("large", {"codes": 1_200_000_000})
     page = client.get("/planner?kv_tokens=0")
-    assert room(page) == int((80e9 - 2 * N_PARAMS - 3.7e9) // (1.04 * 800e6))
+    assert room(page) == int((80e9 - 2 * N_PARAMS - 4.5e9) // (1.04 * 800e6))
 
 
 def test_chats_take_room_from_deltas(client, add_delta):
