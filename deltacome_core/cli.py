@@ -113,7 +113,7 @@ def compress(  # noqa: PLR0913 - one parameter for each option
 
 
 def _describe_training(report: "DistilReport") -> str:
-    """Say what training the floats of a delta gave, in nats per token of held-out text."""
+    """Say what training a delta gave, in nats per token of held-out text."""
     if not report.is_kept:
         return f"Not distilled ({report.reason}): the delta is as hub makes it."
     changes = ", ".join(

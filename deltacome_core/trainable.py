@@ -34,7 +34,7 @@ _COORDINATE_STEP = 4.0
 
 
 class Trainable(Protocol):
-    """Something whose stored floats can move."""
+    """Something stored that can move."""
 
     numbers: dict[str, tuple[int, ...]]
     """Shape of each set of relative changes, by its kind; sets of one kind are trained as one."""
