@@ -8,6 +8,8 @@ import tiny
 import torch
 from serving import Heard, make_sequence, wait_for
 
+from workers.engine.attention import DecodeRows
+from workers.engine.graphs import DecodeGraphs, StepInputs
 from workers.engine.model import load_backbone, share_backbone
 from workers.engine.parts import TenantParts
 from workers.engine.quiet import QuietWork
@@ -152,3 +154,31 @@ def test_steps_of_the_backbone_come_first_and_of_deltas_when_one_is_resident(tmp
     graphs.seen.clear()
     assert not executor.prepare_step()
     assert executor.pages.used == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "is_tried_again"), [("CUBLAS_STATUS_ALLOC_FAILED", True), ("not permitted", False)]
+)
+def test_a_size_that_found_no_memory_is_tried_again(said, is_tried_again, monkeypatch):
+    """What a driver will not do it will not do later; memory may be there by then."""
+    returned = []
+    for name, give in (
+        ("mem_get_info", lambda: (0, 1)),
+        ("memory_reserved", lambda: 3),
+        ("memory_allocated", lambda: 1),
+        ("empty_cache", lambda: returned.append(True)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, give)
+    graphs = DecodeGraphs(lambda inputs: inputs.embeds[0] + 1, n_pages=2)
+
+    def capture(_inputs):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(graphs, "_capture", capture)
+    numbers = torch.zeros(2, dtype=torch.int32)
+    decode = DecodeRows(pages=numbers[:, None], lengths=numbers + 1)
+    rows = {"places": numbers, "owners": numbers, "chunks": (), "decode": decode}
+    step = StepInputs(embeds=torch.zeros(1, 2, 4), positions=numbers[None], **rows)
+    assert torch.equal(graphs.run(step, key=("one", True)), torch.ones(2, 4))
+    assert graphs.lacks(2, key=("one", True)) == is_tried_again
+    assert bool(returned) == is_tried_again
