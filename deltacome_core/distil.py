@@ -24,6 +24,7 @@ from torch.nn.functional import kl_div
 
 from deltacome_core.checkpoint import Checkpoint
 from deltacome_core.container import Delta
+from deltacome_core.distil_schedule import SMALL_PARAMS, choose_schedule
 from deltacome_core.distil_texts import Batch, Row, cut_batches, make_batch, split_judge
 from deltacome_core.entries import LowRankEntry, UnchangedEntry
 from deltacome_core.errors import UserError
@@ -31,8 +32,6 @@ from deltacome_core.models import compute_dtype
 from deltacome_core.packed import PackedTensor
 from deltacome_core.student import CheckpointWeights, DeltaWeights, TextModel
 
-GPU_STEPS, CPU_STEPS = 300, 100
-RATE = 3e-3
 _WARM_SHARE, _N_CHECKS = 0.1, 5
 # Places whose logits are in memory at once: each takes a row of the vocabulary's length, twice.
 _PLACES_AT_ONCE = 2048
@@ -42,32 +41,10 @@ _BETAS = (0.9, 0.98)
 # those of their kind, noise must not move a number as far as the others.
 _FLOOR = 0.5
 _LEAST_KL = 1e-9
-# Up to here matrices are held as float32 and no layer runs twice.
-_SMALL_PARAMS = 1_000_000_000
 NOTHING_TO_TRAIN, NOT_BETTER = "nothing_to_train", "not_better"
 OnStep = Callable[[int, int], None]
 """Told after each step how many are done, and how many there are."""
 _UNTRAINABLE = {"architecture_unknown", "model_not_runnable", "activations_not_finite"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
-    """What a step looks at.
-
-    rows: at most, and max_tokens with padding, of the user's text; beside: rows of general text;
-    max_places: of each part. is_joined: whether both run as one batch, which pads the shorter rows
-    but starts half as many kernels.
-    """
-
-    rows: int
-    max_tokens: int
-    beside: int
-    max_places: int
-    is_joined: bool
-
-
-_GPU_STEP = _Step(rows=32, max_tokens=4096, beside=8, max_places=1024, is_joined=True)
-_CPU_STEP = _Step(rows=3, max_tokens=1024, beside=1, max_places=256, is_joined=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,13 +192,11 @@ class _Distiller:
         device: torch.device,
     ) -> None:
         self._rows, self._device, self._delta = rows, device, delta
-        is_cpu = device.type == "cpu"
-        self._step = _CPU_STEP if is_cpu else _GPU_STEP
-        self._n_steps = CPU_STEPS if is_cpu else GPU_STEPS
+        self._schedule = choose_schedule(tuned.n_params, device)
         self._starts = [0]
         for row in rows:
             self._starts.append(self._starts[-1] + len(row.tokens))
-        is_small = tuned.n_params <= _SMALL_PARAMS
+        is_small = tuned.n_params <= SMALL_PARAMS
         held = torch.float32 if is_small else compute_dtype(tuned, torch.device("cuda"))
         load = partial(TextModel, tuned, held=held, device=device, saves_memory=not is_small)
         self._teacher = load(CheckpointWeights(checkpoint=tuned))
@@ -256,8 +231,12 @@ class _Distiller:
         return found
 
     def _cut(self, chosen: Sequence[int]) -> Iterator[list[int]]:
-        step = self._step
-        return cut_batches(self._rows, chosen, max_rows=step.rows, max_tokens=step.max_tokens)
+        return cut_batches(
+            self._rows,
+            chosen,
+            max_rows=self._schedule.rows,
+            max_tokens=self._schedule.max_tokens,
+        )
 
     def _batch(self, chosen: Sequence[int]) -> Batch:
         starts = [self._starts[at] for at in chosen]
@@ -288,8 +267,10 @@ class _Distiller:
         found = {}
         for part, places in batch.places.items():
             order = torch.arange(len(places))
-            if generator is not None and len(places) > self._step.max_places:
-                order = torch.randperm(len(places), generator=generator)[: self._step.max_places]
+            if generator is not None and len(places) > self._schedule.max_places:
+                order = torch.randperm(len(places), generator=generator)[
+                    : self._schedule.max_places
+                ]
             total = torch.zeros((), device=self._device)
             for some in torch.split(order, _PLACES_AT_ONCE):
                 theirs = self._student.logits(states[places[some].to(self._device)])
@@ -318,11 +299,11 @@ class _Distiller:
             return [rows[at] for at in torch.randperm(len(rows), generator=generator).tolist()]
 
         chosen = next(self._cut(shuffle(self._main)))
-        beside = shuffle(self._beside)[: self._step.beside]
-        if beside and self._step.is_joined:
+        beside = shuffle(self._beside)[: self._schedule.beside]
+        if beside and self._schedule.is_joined:
             # Long rows of the user's would make wide ones of the general text.
             longest = max(len(self._rows[at].tokens) for at in chosen)
-            room = self._step.max_tokens // (2 * longest)
+            room = self._schedule.max_tokens // (2 * longest)
             return [chosen + beside[: max(1, room)]]
         return [chosen, beside] if beside else [chosen]
 
@@ -337,7 +318,11 @@ class _Distiller:
         if not self._sets:
             return {}, {"reason": NOTHING_TO_TRAIN, "kl_before": first, "kl_after": first}
         best, best_kl = self._train(changes, first, on_step)
-        found = {"steps": self._n_steps, "kl_before": first, "kl_after": best_kl} | self._count()
+        found = {
+            "steps": self._schedule.steps,
+            "kl_before": first,
+            "kl_after": best_kl,
+        } | self._count()
         if best is None:
             return {}, found | {"reason": NOT_BETTER}
         split = self._split(best)
@@ -348,7 +333,7 @@ class _Distiller:
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, float]]:
         """Warm up, then let the rate fall to 0; give the changes that judged best, if any did."""
         generator = torch.Generator().manual_seed(_SEED)
-        adam, n_steps = _Adam(changes), self._n_steps
+        adam, n_steps = _Adam(changes), self._schedule.steps
         checks = {n_steps * check // _N_CHECKS for check in range(1, _N_CHECKS + 1)}
         best, best_kl, least = None, first, float(len(first))
         for step in range(1, n_steps + 1):
@@ -364,7 +349,7 @@ class _Distiller:
             )
             adam.step(
                 dict(zip(free, gradients, strict=True)),
-                RATE * min(step / (_WARM_SHARE * n_steps), 1 - (step - 1) / n_steps),
+                self._schedule.rate * min(step / (_WARM_SHARE * n_steps), 1 - (step - 1) / n_steps),
             )
             on_step(step, n_steps)
             if step in checks:

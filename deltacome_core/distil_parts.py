@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deltacome_core.container import Delta, open_delta
 from deltacome_core.distil import DistilReport, OnStep, distil_delta
+from deltacome_core.distil_schedule import choose_schedule
 from deltacome_core.distil_texts import Row, read_rows
 from deltacome_core.entries import UnchangedEntry
 from deltacome_core.errors import InternalError
@@ -15,11 +16,6 @@ from deltacome_core.packed import PackedTensor
 from deltacome_core.parts import read_part, write_delta, write_part
 from deltacome_core.texts import DEFAULT_CALIBRATION
 from deltacome_core.units import Unit, Work
-
-_OWN_TOKENS = 65_536
-_GENERAL_TOKENS = 16_384
-# A CPU runs the fine-tune over all of it, and judges by a tenth, in seconds.
-_CPU_SHARE = 8
 
 
 def read_distil_rows(work: Work, own: Path | None) -> list[Row]:
@@ -37,15 +33,15 @@ def read_distil_rows(work: Work, own: Path | None) -> list[Row]:
     """
     tuned = work.tuned.checkpoint
     tokenizer = load_tokenizer(tuned.path, work.base.checkpoint.path)
-    share = _CPU_SHARE if work.device.type == "cpu" else 1
-    longest = find_max_positions(tuned.config, default=_OWN_TOKENS)
+    schedule = choose_schedule(tuned.n_params, work.device)
+    longest = find_max_positions(tuned.config, default=schedule.own_tokens)
     rows: list[Row] = []
     if own is not None:
-        rows = read_rows(own, tokenizer, max_tokens=_OWN_TOKENS // share, longest=longest)
+        rows = read_rows(own, tokenizer, max_tokens=schedule.own_tokens, longest=longest)
     return rows + read_rows(
         DEFAULT_CALIBRATION,
         tokenizer,
-        max_tokens=_GENERAL_TOKENS // share,
+        max_tokens=schedule.general_tokens,
         longest=longest,
         is_general=True,
     )

@@ -39,7 +39,7 @@ from benchmarks.quality.tasks import (
 )
 
 MAX_TRAIN_ITEMS = 40_000
-N_CALIBRATION = 512
+N_CALIBRATION = 4096
 N_EVALUATION = 400
 
 

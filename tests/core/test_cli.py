@@ -2,11 +2,12 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import finetunes
 import pytest
 
-from deltacome_core import cli, distil
+from deltacome_core import cli, distil_schedule
 from deltacome_core.checkpoint import open_checkpoint
 
 CHECK_IMPORTS = """
@@ -74,7 +75,7 @@ def test_compress_prints_one_json_object_and_talks_on_stderr(run, trained_pair, 
 
 
 def test_a_recipe_that_trains_tells_its_steps(run, trained_pair, tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "CPU_STEPS", 20)
+    monkeypatch.setattr(distil_schedule, "ON_CPU", replace(distil_schedule.ON_CPU, steps=20))
     options = [*pair_options(trained_pair), "--out", tmp_path / "d", "--recipe", "distilled"]
     code, _, err = run("compress", *options, "--bits-per-param", "4")
     assert code == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from deltacome_core import distil
+from deltacome_core import distil, distil_schedule
 from deltacome_core.bitpack import unpack_codes
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.compress import compress_checkpoint, parts_folder
@@ -82,7 +82,7 @@ def test_the_delta_answers_more_like_the_fine_tune_than_that_of_hub(pair, made, 
     found = report.distilled
     assert found.is_kept
     assert found.reason is None
-    assert found.steps == distil.CPU_STEPS
+    assert found.steps == distil_schedule.ON_CPU.steps
     assert set(found.kl_after) == {ANSWERS, PROMPTS, GENERAL}
     ratios = [found.kl_after[part] / found.kl_before[part] for part in found.kl_before]
     assert sum(ratios) < 0.8 * len(ratios)
@@ -190,7 +190,8 @@ def test_verification_lets_norms_move_and_nothing_else(pair, made, tmp_path):
 def test_a_delta_that_training_does_not_help_stays_as_hub_made_it(
     pair, made, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(distil, "RATE", 3.0)
+    rash = replace(distil_schedule.ON_CPU, rate=3.0)
+    monkeypatch.setattr(distil_schedule, "ON_CPU", rash)
     report = compress_checkpoint(*pair, tmp_path / "delta", DISTILLED)
     assert report.distilled.reason == distil.NOT_BETTER
     assert not report.distilled.is_kept
@@ -217,14 +218,14 @@ def test_a_killed_training_starts_again_from_the_parts(pair, made, tmp_path, mon
 def test_layers_that_run_twice_to_save_memory_give_the_same_bytes(
     pair, made, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(distil, "_SMALL_PARAMS", 0)
+    monkeypatch.setattr(distil, "SMALL_PARAMS", 0)
     compress_checkpoint(*pair, tmp_path / "one", DISTILLED)
     name = "delta.safetensors"
     assert (tmp_path / "one" / name).read_bytes() == (made[0] / "one" / name).read_bytes()
 
 
 def test_matrices_held_in_sixteen_bits_are_trained_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "_SMALL_PARAMS", 0)
+    monkeypatch.setattr(distil, "SMALL_PARAMS", 0)
     base, tuned = finetunes.save_pair(tmp_path, dtype=torch.bfloat16)
     found = compress_checkpoint(base, tuned, tmp_path / "delta", DISTILLED).distilled
     assert found.is_kept
@@ -257,7 +258,7 @@ def test_equal_checkpoints_need_no_training(tmp_path):
 
 
 def test_without_text_of_the_users_general_text_is_all_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "CPU_STEPS", 20)
+    monkeypatch.setattr(distil_schedule, "ON_CPU", replace(distil_schedule.ON_CPU, steps=20))
     base, tuned = finetunes.save_pair(tmp_path)
     (tuned / "calibration.txt").unlink()
     told = []
@@ -356,3 +357,12 @@ def test_a_prompt_and_its_answer_stay_one_row_and_text_is_cut(tmp_path):
     assert [len(row.tokens) for row in rows] == [128, 128, 44]
     rows = read_rows(tmp_path / "text.txt", tokenizer, max_tokens=140, longest=256)
     assert [len(row.tokens) for row in rows] == [128, 12]
+
+
+def test_what_a_step_costs_says_how_many_there_are():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    cheap = distil_schedule.choose_schedule(135_000_000, gpu)
+    dear = distil_schedule.choose_schedule(7_000_000_000, gpu)
+    slow = distil_schedule.choose_schedule(135_000_000, cpu)
+    assert cheap.steps > dear.steps > slow.steps
+    assert cheap.own_tokens > dear.own_tokens > slow.own_tokens

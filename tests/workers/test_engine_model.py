@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from deltacome_core import distil
+from deltacome_core import distil_schedule
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
@@ -58,7 +59,7 @@ def test_a_served_delta_gives_the_logits_of_the_rebuilt_checkpoint(
 
 
 def test_a_trained_delta_is_served_as_the_rebuilt_checkpoint_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "CPU_STEPS", 10)
+    monkeypatch.setattr(distil_schedule, "ON_CPU", replace(distil_schedule.ON_CPU, steps=10))
     folder = make_delta(tmp_path, new_rows=5, recipe=get_recipe("distilled", matrix_bits=3.0))
     manifest = json.loads((folder / "delta" / "delta.json").read_text())
     assert manifest["recipe"]["distilled"]

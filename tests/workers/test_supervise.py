@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import plant
 import pytest
 import tiny
 
-from deltacome_core import distil
+from deltacome_core import distil_schedule
 from deltacome_core.errors import UserError
 from workers import compress
 from workers.spec import Candidate, StepSpec, read_spec, write_spec
@@ -77,7 +78,7 @@ def run_in_thread(spec, handle):
 
 
 def test_layers_and_then_the_steps_of_training_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil, "CPU_STEPS", 2)
+    monkeypatch.setattr(distil_schedule, "ON_CPU", replace(distil_schedule.ON_CPU, steps=2))
     spec = make_spec(
         tmp_path, step="compress", kind="delta", recipe="distilled", bits_per_param=4.0
     )
