@@ -8,7 +8,7 @@ from benchmarks.quality.lora import BYTES_PER_VALUE, adapted_layers, choose_rank
 from benchmarks.quality.models import grow_embedding, half_state, read_state
 from benchmarks.quality.sample import sample_texts
 from benchmarks.quality.tasks import task_items, write_items
-from benchmarks.quality.train import TrainOptions, run
+from benchmarks.quality.train import N_CALIBRATION, TrainOptions, run
 from deltacome_core.calibrate import read_calibration
 from deltacome_core.evaluate import read_evaluation
 from deltacome_core.models import load_model, load_tokenizer
@@ -25,7 +25,7 @@ def tuned(tiny, tmp_path_factory):
 
 
 def test_the_folder_is_a_checkpoint_with_its_texts(tuned, tiny):
-    assert len(read_texts(tuned / "calibration.jsonl")) == 512
+    assert len(read_texts(tuned / "calibration.jsonl")) == N_CALIBRATION
     assert len(read_evaluation(tuned / "evaluation.jsonl")) == 6
     tokenizer = load_tokenizer(tuned)
     assert len(tokenizer) == len(load_tokenizer(tiny[0])) + 64
