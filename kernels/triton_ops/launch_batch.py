@@ -29,8 +29,8 @@ settle_keys(batch, layer, repack, gather)
 _PROJECT_RANKS = 8
 _PROJECT_COLUMNS = 512
 # Columns of the backbone's weights that a program of `layer_kernel` takes at a time.
-_LAYER_BLOCK = 512
-_LAYER_STAGES = 3
+_LAYER_BLOCK = 256
+_LAYER_STAGES = 4
 LAYER_ROWS = 16
 
 
