@@ -45,7 +45,7 @@ ON_CPU: Final = Schedule(
 # A few hundred answers are learnt by heart in so many steps: thousands are not.
 SMALL_ON_GPU: Final = Schedule(
     steps=1000,
-    rate=6e-3,
+    rate=3e-3,
     own_tokens=262_144,
     general_tokens=16_384,
     rows=32,
@@ -55,7 +55,7 @@ SMALL_ON_GPU: Final = Schedule(
     is_joined=True,
 )
 # The fine-tune's last states of all that is read stay on the device: 1 GiB at a width of 4096.
-LARGE_ON_GPU: Final = replace(SMALL_ON_GPU, steps=300, rate=3e-3, own_tokens=65_536)
+LARGE_ON_GPU: Final = replace(SMALL_ON_GPU, steps=300, own_tokens=65_536)
 
 
 def choose_schedule(n_params: int, device: torch.device) -> Schedule:
