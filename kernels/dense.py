@@ -1,7 +1,7 @@
 """Resident deltas as plain matrices: prompts of hundreds of tokens, and whole fine-tunes."""
 
-import contextlib
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -52,6 +52,8 @@ class Unfolder:
         # When each room was last read, and whether that was within the capture of a graph.
         self._read: list[tuple[torch.cuda.Event, bool] | None] = [None, None]
         self._turn = 0
+        # The stream of the last `unfold`: asking torch for it costs as much as a launch.
+        self._main: torch.cuda.Stream | None = None
 
     def _take(self, key: str, rows: int, columns: int) -> torch.Tensor:
         size = rows * columns
@@ -84,6 +86,8 @@ class Unfolder:
         image = None if slot == -1 else self.arena.images[slot]
         if image is None:
             raise UserError("arena_slot_unknown", slot=slot, n_slots=self.arena.n_slots)
+        device = self.arena.device
+        self._main = torch.cuda.current_stream(device) if device.type == "cuda" else None
         where = self.arena.spec.sites[site]
         cuts = image.cuts[site]
         hidden = sum(0 if cut.is_direct else cut.columns for cut in cuts)
@@ -108,26 +112,27 @@ class Unfolder:
         from kernels.triton_ops.unfold import unfold
 
         spec = self.arena.spec
-        is_cuda = self.arena.device.type == "cuda"
-        side = side_stream(self.arena.device) if is_cuda else None
-        if side is not None:
-            self._wait_for_room(slot, side)
-        with torch.cuda.stream(side) if side is not None else contextlib.nullcontext():
-            unfold(
-                self.arena.directory[slot, site],
-                self.arena.table[slot:],
-                left,
-                right,
-                n_shrink=len(image.needs[site].shrink_rows),
-                n_parts=len(spec.sites[site].parts),
-                widths=spec.widths(site),
-                grouping=spec.grouping(site),
-            )
-        if side is not None:
-            torch.cuda.current_stream(self.arena.device).wait_stream(side)
+        launch = partial(
+            unfold,
+            self.arena.directory[slot, site],
+            self.arena.table[slot:],
+            left,
+            right,
+            n_shrink=len(image.needs[site].shrink_rows),
+            n_parts=len(spec.sites[site].parts),
+            widths=spec.widths(site),
+            grouping=spec.grouping(site),
+        )
+        if self._main is None:
+            launch()
+            return
+        side = side_stream(self.arena.device)
+        self._wait_for_room(slot, side, self._main)
+        with torch.cuda.stream(side):
+            launch()
+        self._main.wait_stream(side)
 
-    def _wait_for_room(self, slot: int, side: torch.cuda.Stream) -> None:
-        main = torch.cuda.current_stream(self.arena.device)
+    def _wait_for_room(self, slot: int, side: torch.cuda.Stream, main: torch.cuda.Stream) -> None:
         capturing = torch.cuda.is_current_stream_capturing()
         read = self._read[self._turn]
         if read is None or read[1] or capturing:
@@ -140,9 +145,9 @@ class Unfolder:
             side.wait_event(loaded)
 
     def release(self) -> None:
-        """Say that what the last `unfold` gave has been read by all that is queued so far."""
-        if self.arena.device.type == "cuda":
-            event = torch.cuda.current_stream(self.arena.device).record_event()
+        """Say that what the last `unfold` gave has been read by all queued so far on its stream."""
+        if self._main is not None:
+            event = self._main.record_event()
             self._read[self._turn] = (event, torch.cuda.is_current_stream_capturing())
         self._turn = 1 - self._turn
 

@@ -15,8 +15,9 @@ from kernels.streams import running_beside
 from kernels.tuning import Shape, Stage, choose_shape
 
 _MANY_GROUPS = 1 << 30
-# Tiles of 16 x 8 sums of a warp.
+# Tiles of 16 x 8 sums of a warp, and the registers that two units of them fit in.
 _MOST_SUMS = 8
+_LEAST_REGISTERS = 168
 
 
 def find_site(arena: DeltaArena, name: str) -> int:
@@ -69,9 +70,15 @@ def shape_for(stage: Stage, plan: StepPlan, site: int) -> Shape:
     if plan.units_per_group == 1:
         return choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
     # Groups of several units come in any number: one kernel serves them all. Its sums are as many
-    # as blocks times units, and have to stay in registers.
+    # as blocks times units, and have to stay in registers: activations that are loaded ahead, or a
+    # limit that suits one unit, would push them out.
     shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, rows=rows, arch=arch)
-    return replace(shape, blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)))
+    return replace(
+        shape,
+        blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)),
+        inputs_ahead=False,
+        registers=max(shape.registers, _LEAST_REGISTERS) if shape.registers else 0,
+    )
 
 
 def measure_stage(stage: Stage, spec: ArenaSpec, site: int) -> tuple[int, int]:

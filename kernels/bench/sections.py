@@ -1,5 +1,6 @@
 """Whole-model times of the arena kernels: decode, mixes, prompts, loading, merging, memory."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,6 +20,8 @@ from kernels.plan import StepPlan
 
 MEMORY_BYTES: Final = 80 * 10**9
 KEY_VALUE_BYTES: Final = 16 * 10**9
+_WARM_ROUNDS: Final = 10
+_PREFILL_ROUNDS: Final = 9
 
 
 @dataclass(slots=True, kw_only=True)
@@ -161,7 +164,6 @@ def draw_zipf(n_tokens: int, n_slots: int, *, seed: int) -> list[int]:
 def time_prefill(bench: Bench, *, n_tokens: int) -> dict[str, float]:
     """A prompt of one tenant over the whole model."""
     unfolder = Unfolder(bench.arena, dtype=torch.bfloat16)
-    base_us = delta_us = 0.0
     # Layers are alike: the first four of them, one after the other, stand for all.
     n_sites = 16
     inputs = bench.inputs(n_tokens)
@@ -176,10 +178,15 @@ def time_prefill(bench: Bench, *, n_tokens: int) -> dict[str, float]:
             multiply_prompt(functional.linear(x, weight), x, unfolder, 0, site)
 
     scale = len(bench.weights) / n_sites
-    base()
-    with_delta()
-    base_us = time_calls(base, n_calls=7) * scale
-    delta_us = time_calls(with_delta, n_calls=7) * scale
+    # Products of this size heat a device until it slows down: both are timed in turns, warm.
+    for work in (base, with_delta) * _WARM_ROUNDS:
+        work()
+    base_times, delta_times = [], []
+    for _ in range(_PREFILL_ROUNDS):
+        base_times.append(time_calls(base, n_calls=1))
+        delta_times.append(time_calls(with_delta, n_calls=1))
+    base_us = statistics.median(base_times) * scale
+    delta_us = statistics.median(delta_times) * scale
     return {
         "n_tokens": float(n_tokens),
         "base_us": base_us,
