@@ -25,20 +25,18 @@ _COLOURS: Final = {
     "come": "#b4552d",
     "datafree": "#4a90c2",
     "hub": "#1a7f5a",
-    # Rows of `distilled` from when it trained floats alone, a third as long.
-    "distilled-100": "#6fae94",
+    # Twice the rate that it trains with now.
+    "distilled-6e-3": "#6fae94",
     "distilled": "#0b3d2e",
 }
-# A calibration is told by the shape of its mark, and whether it is filled.
-# "alone": rows of `hub` from before it read general text beside the other; their marks are hollow.
+# A calibration is told by the shape of its mark. Rows of others, and of other methods, are earlier
+# ones that the table keeps and the drawing leaves out.
 _MARKS: Final = {
     "own": "circle",
-    "own alone": "circle",
     "none": "circle",
     "trained": "circle",
     "general": "square",
     "self": "diamond",
-    "self alone": "diamond",
 }
 _PANEL_WIDTH: Final = 330
 _PANEL_HEIGHT: Final = 250
@@ -76,7 +74,7 @@ class Axis:
 
 
 def read_points(path: Path) -> tuple[Point, ...]:
-    """Read the rows that can be drawn: those with bytes and a KL above zero.
+    """Read the rows that are drawn: known methods and texts, with bytes and a KL above zero.
 
     Args:
         path: quality.csv.
@@ -95,7 +93,7 @@ def read_points(path: Path) -> tuple[Point, ...]:
             kl=float(row["kl_task"]),
         )
         for row in rows
-        if float(row["kl_task"]) > 0
+        if float(row["kl_task"]) > 0 and row["method"] in _COLOURS and row["calibration"] in _MARKS
     )
 
 
@@ -104,9 +102,9 @@ def _span(values: Sequence[float], *, margin: float) -> tuple[float, float]:
     return min(logs) - margin, max(logs) + margin
 
 
-def _mark(shape: str, x: float, y: float, colour: str, label: str, *, hollow: bool = False) -> str:
+def _mark(shape: str, x: float, y: float, colour: str, label: str) -> str:
     title = f"<title>{html.escape(label)}</title>"
-    paint = f'fill="{svg.PAPER}" stroke="{colour}"' if hollow else f'fill="{colour}"'
+    paint = f'fill="{colour}"'
     if shape == "circle":
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {paint}>{title}</circle>'
     turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if shape == "diamond" else ""
@@ -159,7 +157,6 @@ def _draw_panel(points: Sequence[Point], number: int, x_span: tuple[float, float
                     y,
                     colour,
                     f"{method}, {calibration}: {point.n_bytes} bytes, KL {point.kl:.3g}",
-                    hollow=calibration.endswith(" alone"),
                 )
                 for point, (x, y) in zip(some, places, strict=True)
             ]
@@ -175,8 +172,6 @@ def _draw_legend(points: Sequence[Point]) -> list[str]:
         lines.append(_mark("circle", x, 42, _COLOURS[name], name))
         lines.append(f'<text x="{x + 9}" y="46">{html.escape(name)}</text>')
     note = "circle: own text or none; square: general text; diamond: sampled from the fine-tune"
-    if any(point.calibration.endswith(" alone") for point in points):
-        note += "; hollow: hub with that text alone"
     lines.append(f'<text x="{_MARGIN_LEFT - 4}" y="66">{note}</text>')
     return lines
 

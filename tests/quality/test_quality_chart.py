@@ -52,21 +52,14 @@ def test_a_smaller_and_closer_delta_lies_further_left_and_lower(tmp_path: Path) 
     assert "<code>" in [text.text for text in root.findall(f"{_SVG}text")]
 
 
-def test_rows_with_a_text_alone_are_hollow_and_the_note_says_so(tmp_path: Path) -> None:
+def test_rows_of_earlier_methods_and_texts_are_left_out(tmp_path: Path) -> None:
     table = tmp_path / "quality.csv"
     _write(
         table,
         [
             ("code", "hub", "own", "16000000", "1e-4"),
-            ("code", "hub", "own alone", "16000000", "1e-3"),
+            ("code", "hub", "own 512", "16000000", "1e-3"),
+            ("code", "distilled-100", "own", "16000000", "1e-3"),
         ],
     )
-    root = ET.fromstring(draw(read_points(table)))  # noqa: S314 - our own drawing
-    strokes = {
-        title.split(":")[0]: circle.attrib.get("stroke")
-        for circle in root.findall(f"{_SVG}circle")
-        if "bytes" in (title := circle.findtext(f"{_SVG}title") or "")
-    }
-    assert strokes["hub, own"] is None
-    assert strokes["hub, own alone"]
-    assert any("hollow" in (text.text or "") for text in root.findall(f"{_SVG}text"))
+    assert [(p.method, p.calibration) for p in read_points(table)] == [("hub", "own")]
