@@ -9,12 +9,16 @@ from typing import Any
 
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
+from deltacome_core.memory import kv_bytes_per_token
 from deltacome_core.models import load_model, load_tokenizer
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.served import served_backbone
 from deltacome_core.texts import TextItem, read_texts
 
 MAX_NEW_TOKENS = 64
+# Rows that are decoded side by side: a small model takes as long for 64 as for 16.
+_LEAST_ROWS, _MOST_ROWS = 16, 64
+_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +85,6 @@ def evaluate_exact_match(
     items: Sequence[TextItem],
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 16,
 ) -> EvalReport:
     """Answer each prompt greedily; a hit is the first line equal to the answer, stripped.
 
@@ -90,7 +93,6 @@ def evaluate_exact_match(
         tokenizer: its tokenizer.
         items: prompt and answer each.
         max_new_tokens: length of the longest answer.
-        batch_size: prompts decoded side by side.
 
     Returns:
         One hit or miss per item.
@@ -101,7 +103,7 @@ def evaluate_exact_match(
         prompts,
         max_new_tokens=max_new_tokens,
         stop_tokens=end_tokens(model, tokenizer),
-        batch_size=batch_size,
+        batch_size=_choose_batch(model, max(map(len, prompts)) + max_new_tokens),
         is_finished=lambda tokens: "\n" in tokenizer.decode(tokens),
     )
     hits = []
@@ -109,6 +111,16 @@ def evaluate_exact_match(
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         hits.append(text.partition("\n")[0].strip() == item.answer.strip())
     return EvalReport(hits=tuple(hits))
+
+
+def _choose_batch(model: Any, n_tokens: int) -> int:
+    """Decode as many rows of so many tokens at once as have room for their keys and values."""
+    try:
+        row_bytes = n_tokens * kv_bytes_per_token(model.config.to_dict())
+    except UserError:
+        # A configuration that names its heads in another way.
+        return _LEAST_ROWS
+    return max(_LEAST_ROWS, min(_MOST_ROWS, _CACHE_BYTES // row_bytes))
 
 
 def compare_hits(first: EvalReport, second: EvalReport) -> PairedDifference:

@@ -23,7 +23,7 @@ def _list_direct_cases() -> Iterator[Case]:
                 dtype=dtype,
                 n_tokens=n_tokens,
                 out_features=67,
-                in_features=576,
+                in_features=320,
             )
         yield Case(op="merge", direct_bits=bits, dtype=dtype, out_features=67, in_features=200)
     for bits, (turn, group) in product((1, 3), enumerate(GROUPS)):
@@ -44,7 +44,7 @@ def _list_lowrank_cases() -> Iterator[Case]:
     for bits, dtype in product(BITS, ACTIVATION_DTYPES):
         bands = (RankBand(bits, 7),)
         for n_tokens in (1, 17):
-            yield Case(op="shrink", bands=bands, dtype=dtype, n_tokens=n_tokens, in_features=576)
+            yield Case(op="shrink", bands=bands, dtype=dtype, n_tokens=n_tokens, in_features=320)
             yield Case(op="expand", bands=bands, dtype=dtype, n_tokens=n_tokens)
         yield Case(op="merge", bands=bands, dtype=dtype, out_features=67, in_features=200)
     for n_tokens in (3, 5, 15, 16):

@@ -39,7 +39,7 @@ class Case:
     op: Op
     bands: tuple[RankBand, ...] = ()
     direct_bits: int = 0
-    out_features: int = 257
+    out_features: int = 131
     in_features: int = 300
     n_tokens: int = 3
     dtype: torch.dtype = torch.float32

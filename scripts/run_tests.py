@@ -16,8 +16,8 @@ import postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 DATABASE_TESTS = ("tests/hub", "tests/workers")
-# Compares scores of models; the database only lets it in.
-SAME_ON_BOTH = "tests/workers/test_lm_eval.py"
+# Compare answers and scores of models; the database only lets them in.
+SAME_ON_BOTH = ("tests/workers/test_lm_eval.py", "tests/workers/test_inference.py")
 
 
 def find_missing() -> list[str]:
@@ -65,7 +65,7 @@ def main() -> int:
     with postgres.temporary_postgres() as url:
         print("== database tests, PostgreSQL", flush=True)
         again = env | {"DATABASE_URL": url}
-        paths = (*DATABASE_TESTS, f"--ignore={SAME_ON_BOTH}")
+        paths = (*DATABASE_TESTS, *(f"--ignore={path}" for path in SAME_ON_BOTH))
         runs.append(run_pytest(paths, "database and not gpu", again))
     total = {key: sum(run[key] for run in runs) for key in runs[0]}
     if total["skipped"]:

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +158,15 @@ def _rebuild(work_dir: Path) -> dict[str, Any]:
 
 
 def _count_hits(ask: Ask, models: OpenAI, model: str) -> int:
-    """Ask the first held-out questions and count the exact answers."""
+    """Ask the first held-out questions, all at once, and count the exact answers."""
     lines = (FINE_TUNE / "evaluation.jsonl").read_text().splitlines()[:N_QUESTIONS]
     items = [json.loads(line) for line in lines]
-    return sum(
-        ask(models, model, item["prompt"]).strip().partition("\n")[0] == item["answer"]
-        for item in items
-    )
+    with ThreadPoolExecutor(N_QUESTIONS) as pool:
+        answers = pool.map(partial(ask, models, model), [item["prompt"] for item in items])
+        return sum(
+            answer.strip().partition("\n")[0] == item["answer"]
+            for answer, item in zip(answers, items, strict=True)
+        )
 
 
 def _chat(models: OpenAI, model: str, prompt: str) -> str:

@@ -2,6 +2,7 @@ import finetunes
 import pytest
 import torch
 
+from deltacome_core import evaluate
 from deltacome_core.errors import UserError
 from deltacome_core.evaluate import (
     EvalReport,
@@ -11,6 +12,7 @@ from deltacome_core.evaluate import (
     read_evaluation,
 )
 from deltacome_core.generate import decode_greedily, end_tokens
+from deltacome_core.memory import kv_bytes_per_token
 from deltacome_core.models import load_model, load_tokenizer
 
 PROMPTS = ["The sky is", "a", "The rose is", "Something much longer than all the others: "]
@@ -102,3 +104,21 @@ def test_paired_items_have_a_smaller_error_than_independent_ones():
     assert (paired.gained, paired.lost) == (1, 2)
     assert paired.difference == pytest.approx(-0.01)
     assert paired.se < 0.5 * (first.se**2 + second.se**2) ** 0.5
+
+
+class Model:
+    """A model as far as its configuration goes."""
+
+    def __init__(self, **config):
+        self.config = self
+        self.to_dict = lambda: config
+
+
+def test_small_models_answer_more_prompts_at_once_than_large_ones():
+    small = {"num_hidden_layers": 6, "num_attention_heads": 4, "hidden_size": 256}
+    large = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}
+    sizes = [evaluate._choose_batch(Model(**config), 300) for config in (small, large, {})]
+    assert sizes == [64, 16, 16]
+    between = evaluate._choose_batch(Model(**small), 2000)
+    assert between * 2000 * kv_bytes_per_token(small) <= 1 << 30
+    assert 16 < between <= 64

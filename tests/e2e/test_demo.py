@@ -18,7 +18,9 @@ from deltacome_core.errors import InternalError
 from hub.demo.stack import MAX_REVIVALS, Stack, load_secrets, lock_folder, pick_port
 
 STEPS = ["ingest", "compress", "verify", "evaluate", "publish"]
+START_TIMEOUT_S = 60
 END_TIMEOUT_S = 20
+N_PROCESSES = 6
 
 
 @contextmanager
@@ -58,25 +60,26 @@ def test_the_headless_demo_does_the_main_job():
     assert report["parts_kept_after_kill"] > 0
 
 
-@pytest.fixture(scope="module")
-def demo_folder(tmp_path_factory):
-    """One data folder for all runs: the second must find what the first left."""
-    return tmp_path_factory.mktemp("demo")
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_the_demo_leaves_no_process_behind(demo_folder, number):
-    with start_demo("--data-dir", str(demo_folder), "--port", "0") as demo:
-        threading.Thread(target=demo.stderr.read, daemon=True).start()
-        card = read_card(demo)
-        children = psutil.Process(demo.pid).children(recursive=True)
-        assert len(children) >= 6
-        demo.send_signal(number)
-        demo.wait(timeout=END_TIMEOUT_S)
-        _, alive = psutil.wait_procs(children, timeout=END_TIMEOUT_S)
-        assert [process.cmdline() for process in alive] == []
+def end_demo(demo, children, number):
+    """Send a signal and see that nothing of the demo is left."""
+    assert len(children) >= N_PROCESSES
+    demo.send_signal(number)
+    demo.wait(timeout=END_TIMEOUT_S)
+    _, alive = psutil.wait_procs(children, timeout=END_TIMEOUT_S)
+    assert [process.cmdline() for process in alive] == []
     assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
-    assert card["password"] == load_secrets(demo_folder)["password"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_demo_that_is_still_starting_leaves_no_process_behind(tmp_path, number):
+    with start_demo("--data-dir", str(tmp_path), "--port", "0") as demo:
+        threading.Thread(target=demo.stderr.read, daemon=True).start()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        children = []
+        while len(children) < N_PROCESSES and time.monotonic() < deadline:
+            time.sleep(0.1)
+            children = psutil.Process(demo.pid).children(recursive=True)
+        end_demo(demo, children, number)
 
 
 def find_child(demo, *words):
@@ -96,20 +99,19 @@ def wait_for_another(demo, killed, *words):
     assert find_child(demo, *words) not in {None, killed}
 
 
-def test_the_demo_starts_again_what_was_killed(demo_folder):
+def test_the_demo_starts_again_what_was_killed_and_leaves_nothing_behind(tmp_path):
     """Also while it fills the hub itself, which it does over HTTP."""
-    with start_demo("--data-dir", str(demo_folder), "--port", "0") as demo:
+    with start_demo("--data-dir", str(tmp_path), "--port", "0") as demo:
         said = []
         threading.Thread(target=lambda: said.extend(demo.stderr), daemon=True).start()
-        read_card(demo)
+        card = read_card(demo)
+        assert card["password"] == load_secrets(tmp_path)["password"]
         for words in (("worker", "gpu"), ("hub.asgi:application",)):
             killed = find_child(demo, *words)
             killed.kill()
             wait_for_another(demo, killed, *words)
         assert demo.poll() is None
-        demo.send_signal(signal.SIGINT)
-        demo.wait(timeout=END_TIMEOUT_S)
-    assert demo.returncode == 0
+        end_demo(demo, psutil.Process(demo.pid).children(recursive=True), signal.SIGINT)
     told = [line for line in said if "started again" in line]
     assert told == [f"{name} ended; it is started again\n" for name in ("worker-gpu", "web")]
 

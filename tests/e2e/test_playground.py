@@ -5,7 +5,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright.sync_api import expect
-from test_accessibility import SCREENS, find_faults
+from test_accessibility import WIDTHS, find_faults
 
 QUESTION = "Question: Write as numbers: 6 March 2043\nAnswer:"
 ANSWER_MS = 90_000
@@ -159,11 +159,11 @@ def test_a_request_is_copied_as_python(open_playground, delta):
     assert r'prompt="Say \"hi\""' in code
 
 
-@pytest.mark.parametrize(("scheme", "width"), SCREENS)
+@pytest.mark.parametrize("width", WIDTHS)
 def test_no_state_of_the_playground_has_an_accessibility_fault(
-    open_playground, backbone, delta, axe_source, scheme, width
+    open_playground, backbone, delta, axe_source, width
 ):
-    screen = {"color_scheme": scheme, "viewport": {"width": width, "height": 800}}
+    screen = {"viewport": {"width": width, "height": 800}}
     page = open_playground(f"d={delta}&d={backbone}", **screen)
     ask(page)
     page.get_by_role("button", name="Compare token by token").click()

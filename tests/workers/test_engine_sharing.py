@@ -93,20 +93,24 @@ BASIS = replace(ROWS, vocabulary_bits=2.5, vocabulary_rank=8)
 LARGER = replace(BASIS, vocabulary_rank=16)
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def folder(tmp_path_factory, request):
-    shape = SHAPES[request.param]
-    root = tmp_path_factory.mktemp("models")
+def make_models(root, name):
+    """Save a backbone, three fine-tunes' deltas, and what they stand for as checkpoints."""
+    shape = SHAPES[name]
     tiny.save(tiny.make_model(**shape), root / "base")
     tuned = [
         tiny.tune(tiny.make_model(**shape), seed=seed, size=0.05, new_rows=new_rows)
         for seed, new_rows in ((1, 0), (2, 3), (3, 0))
     ]
-    if "decayed" in request.param:
+    if "decayed" in name:
         for number, model in enumerate(tuned):
             decay(model, 1 - 0.1 * (number + 1))
-    make_deltas(root, tuned, *((BASIS, BASIS, LARGER) if "basis" in request.param else (ROWS,)))
+    make_deltas(root, tuned, *((BASIS, BASIS, LARGER) if "basis" in name else (ROWS,)))
     return root
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(tmp_path_factory, request):
+    return make_models(tmp_path_factory.mktemp("models"), request.param)
 
 
 def decay(model, share):
@@ -383,8 +387,9 @@ GPU_PATH = """
 import sys
 sys.path.insert(0, "tests/workers")
 from pathlib import Path
-from test_engine_sharing import run_as_on_a_gpu
-run_as_on_a_gpu(Path(sys.argv[1]))
+import test_engine_sharing
+for folder in sys.argv[2:]:
+    getattr(test_engine_sharing, sys.argv[1])(Path(folder))
 print("right")
 """
 
@@ -396,9 +401,11 @@ class Replay:
         self.replay = lambda: hidden.copy_(run(inputs))
 
 
-def run_as_on_a_gpu(root):
-    """Padded steps, the kernel for single tokens and a graph's fixed buffers, interpreted."""
-    models = load_all(root, 3, arena=True)
+def act_as_on_a_gpu(models):
+    """Make steps padded, by the kernel for single tokens, with a graph's fixed buffers.
+
+    Gives the graphs, what captures one, and the sizes that were captured.
+    """
     executor = models[0].executor
     executor._pads = executor.is_async = True
     for kind in executor.vocabulary._kinds:
@@ -415,22 +422,35 @@ def run_as_on_a_gpu(root):
 
     graphs._capture = capture
     executor._graphs = graphs
-    heard = [
-        answer(models, prompt=prompt, max_tokens=8, limits=Limits(prefill_tokens=9))
-        for prompt in PROMPTS
-    ]
+    return graphs, capture, captured
+
+
+def compare_tokens(root):
+    """Every model's tokens are those of its dense checkpoint, interpreted."""
+    models = load_all(root, 3, arena=True)
+    _, _, captured = act_as_on_a_gpu(models)
     names = ("base", "r0", "r1", "r2")
-    for prompt, answers in zip(PROMPTS, heard, strict=True):
+    for prompt in PROMPTS:
+        answers = answer(models, prompt=prompt, max_tokens=5, limits=Limits(prefill_tokens=9))
         for name, one in zip(names, answers, strict=True):
-            assert one.ids == greedy(root / name, prompt, 8), (name, prompt)
+            assert one.ids == greedy(root / name, prompt, 5), (name, prompt)
     assert len(captured) < 8
+
+
+def capture_again(root):
+    """A graph that is refused, and graphs that are captured in quiet times."""
+    models = load_all(root, 3, arena=True)
+    executor = models[0].executor
+    graphs, capture, captured = act_as_on_a_gpu(models)
+    heard = answer(models, prompt=PROMPTS[0], max_tokens=5)[2].ids
+    assert heard == greedy(root / "r1", PROMPTS[0], 5)
 
     def refuse(_inputs):
         raise RuntimeError("not while capturing")
 
     graphs._captured.clear()
     graphs._capture = refuse
-    assert answer(models, prompt=PROMPTS[0], max_tokens=8)[2].ids == heard[0][2].ids
+    assert answer(models, prompt=PROMPTS[0], max_tokens=5)[2].ids == heard
     assert set(captured) <= {1, 2, 4}
 
     # In quiet times the largest is captured first, and an answer then finds what it needs.
@@ -441,13 +461,21 @@ def run_as_on_a_gpu(root):
     while executor.prepare_step():
         pass
     assert captured == [4, 2, 1]
-    assert answer(models, prompt=PROMPTS[0], max_tokens=8)[2].ids == heard[0][2].ids
+    assert answer(models, prompt=PROMPTS[0], max_tokens=5)[2].ids == heard
     assert captured == [4, 2, 1]
 
 
-def test_steps_of_a_gpu_give_the_same_tokens(folder):
-    """In the interpreter, which must be asked for before Triton is imported."""
-    assert run_interpreted(GPU_PATH, str(folder)) == "right\n"
+def test_steps_of_a_gpu_give_the_same_tokens(tmp_path):
+    """In the interpreter, which must be asked for before Triton is imported: one for all shapes."""
+    folders = [str(make_models(tmp_path / name, name)) for name in SHAPES]
+    assert run_interpreted(GPU_PATH, compare_tokens.__name__, *folders) == "right\n"
+
+
+def test_a_gpu_captures_in_quiet_times_and_goes_on_where_it_cannot(tmp_path):
+    tiny.save(tiny.make_model(), tmp_path / "base")
+    tuned = [tiny.tune(tiny.make_model(), seed=seed, size=0.05) for seed in (1, 2, 3)]
+    make_deltas(tmp_path, tuned, ROWS)
+    assert run_interpreted(GPU_PATH, capture_again.__name__, str(tmp_path)) == "right\n"
 
 
 def test_a_flipped_byte_is_named_and_leaves_its_slot_free(tmp_path):
