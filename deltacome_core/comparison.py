@@ -1,12 +1,13 @@
 """Compare two models on texts: next-token distributions and greedy answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
@@ -17,6 +18,8 @@ MAX_PROMPTS_PER_FILE = 128
 MAX_TOKENS_PER_PROMPT = 512
 GREEDY_PROMPTS = 32
 GREEDY_TOKENS = 32
+# Of both models a row of the vocabulary is in memory for each of them.
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,14 +109,19 @@ def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> C
     divergences, agreements = [], []
     surprise = 0.0
     known = min(model.config.get_text_config().vocab_size for model in (reference, other))
-    for text in texts:
-        ids = torch.tensor([text.tokens], device=reference.device)
-        truth = _log_probabilities(reference, ids, known)[text.first_scored - 1 :]
-        guess = _log_probabilities(other, ids.clamp_max(known - 1), known)[text.first_scored - 1 :]
-        divergences.append((truth.exp() * (truth - guess)).sum(dim=1))
-        agreements.append(truth.argmax(dim=1) == guess.argmax(dim=1))
-        following = ids[0, text.first_scored :].clamp_max(known - 1)[:, None]
-        surprise += float((truth.gather(1, following) - guess.gather(1, following)).sum())
+    for batch in _cut_batches(texts):
+        ids = _pad([text.tokens for text in batch]).to(reference.device)
+        known_ids = ids.clamp_max(known - 1)
+        both = _read_logits(reference, ids), _read_logits(other, known_ids)
+        for row, text in enumerate(batch):
+            scored = slice(text.first_scored - 1, len(text.tokens) - 1)
+            truth, guess = (
+                torch.log_softmax(logits[row, scored, :known].double(), dim=-1) for logits in both
+            )
+            divergences.append((truth.exp() * (truth - guess)).sum(dim=1))
+            agreements.append(truth.argmax(dim=1) == guess.argmax(dim=1))
+            following = known_ids[row, text.first_scored : len(text.tokens)][:, None]
+            surprise += float((truth.gather(1, following) - guess.gather(1, following)).sum())
     kl, same = torch.cat(divergences), torch.cat(agreements)
     return Comparison(
         kl=float(kl.mean().clamp_min(0.0)),
@@ -124,10 +132,27 @@ def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> C
     )
 
 
-def _log_probabilities(model: Any, ids: torch.Tensor, known: int) -> torch.Tensor:
+def _cut_batches(texts: Sequence[ScoredText]) -> Iterator[list[ScoredText]]:
+    """Put texts of like lengths side by side, as many as are BATCH_TOKENS with padding."""
+    batch: list[ScoredText] = []
+    for text in sorted(texts, key=lambda text: len(text.tokens)):
+        if batch and len(text.tokens) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(text)
+    if batch:
+        yield batch
+
+
+def _pad(rows: Sequence[list[int]]) -> torch.Tensor:
+    """Pad on the right, where a causal model looks at nothing that is scored."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+
+def _read_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with running_on_text():
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1, :known]
-    return torch.log_softmax(logits.double(), dim=-1)
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
 
 
 def compare_answers(
