@@ -23,14 +23,14 @@ def sign_up(username: str, email: str, *, password: str | None) -> User:
     # Without a password nobody can sign in: the account of a robot, which has tokens only.
     user.set_password(password)
     with transaction.atomic():
-        namespace = _create_namespace(username, Namespace.Kind.USER)
+        namespace = create_namespace(username, Namespace.Kind.USER)
         _save_user(user)
         Membership.objects.create(namespace=namespace, user=user, role=Membership.Role.OWNER)
     return user
 
 
-def create_org(name: str, owner: User) -> Namespace:
-    """Make a namespace that people share; its maker owns it.
+def create_namespace(name: str, kind: str) -> Namespace:
+    """Make a namespace that nobody is in yet.
 
     Raises:
         UserError: account_invalid, name_taken.
@@ -39,20 +39,6 @@ def create_org(name: str, owner: User) -> Namespace:
         validate_name(name)
     except ValidationError as error:
         raise UserError("account_invalid", reason=" ".join(error.messages)) from error
-    with transaction.atomic():
-        namespace = _create_namespace(name, Namespace.Kind.ORG)
-        Membership.objects.create(namespace=namespace, user=owner, role=Membership.Role.OWNER)
-    return namespace
-
-
-def set_role(namespace: Namespace, user: User, role: str) -> Membership:
-    membership, _ = Membership.objects.update_or_create(
-        namespace=namespace, user=user, defaults={"role": role}
-    )
-    return membership
-
-
-def _create_namespace(name: str, kind: str) -> Namespace:
     if name.lower() in RESERVED_NAMES:
         raise UserError("name_taken", name=name)
     try:

@@ -106,6 +106,21 @@ HUB_MESSAGES: dict[str, Message] = {
         what="This address does not answer {method}.",
         do="See the API schema at /api/v1/schema.",
     ),
+    "last_owner": Message(
+        title="An organisation needs an owner",
+        what="{name} would have none.",
+        do="Make somebody else an owner first.",
+    ),
+    "member_unknown": Message(
+        title="There is no such account",
+        what="Nobody here is called {name}.",
+        do="Check the spelling, or ask them to sign up first.",
+    ),
+    "too_many_organisations": Message(
+        title="There are enough organisations",
+        what="One account may own {limit} of them.",
+        do="Ask somebody else to make this one, or use one that you have.",
+    ),
     "name_taken": Message(
         title="The name is taken",
         what="{name} exists already.",
@@ -257,6 +272,7 @@ HTTP_STATUS: dict[str, int] = {
     "job_finished": 409,
     "job_moved": 409,
     "job_not_retryable": 409,
+    "last_owner": 409,
     "method_not_allowed": 405,
     "name_taken": 409,
     "not_found": 404,
@@ -274,6 +290,7 @@ HTTP_STATUS: dict[str, int] = {
     "state_conflict": 409,
     "step_crashed": 500,
     "step_timeout": 500,
+    "too_many_organisations": 403,
     "too_many_uploads": 429,
     "upload_closed": 409,
     "upload_too_large": 413,

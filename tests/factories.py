@@ -8,7 +8,7 @@ from itertools import count
 
 from django.db.models.functions import Now
 
-from hub import accounts, blobs, jobs, tokens
+from hub import accounts, blobs, jobs, organisations, tokens
 from hub.models import (
     Evaluation,
     File,
@@ -42,10 +42,10 @@ def make_user(username=None, **fields):
 
 def make_org(name=None, *, owner, **members):
     """Make an organisation; `members` maps a role to users."""
-    org = accounts.create_org(name or f"org{next(_numbers)}", owner)
+    org = organisations.create(name or f"org{next(_numbers)}", owner)
     for role, users in members.items():
         for user in users:
-            accounts.set_role(org, user, role)
+            organisations.set_role(org, user, role)
     return org
 
 

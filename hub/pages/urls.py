@@ -2,7 +2,17 @@ from django.conf import settings
 from django.contrib.auth import views as auth
 from django.urls import path
 
-from . import accounts, explore, jobs, planner, playground, repos, tokens, uploads
+from . import (
+    accounts,
+    explore,
+    jobs,
+    organisations,
+    planner,
+    playground,
+    repos,
+    tokens,
+    uploads,
+)
 
 login = auth.LoginView.as_view(
     template_name="accounts/login.html",
@@ -24,6 +34,13 @@ urlpatterns = [
     path("planner", planner.index, name="planner"),
     path("settings/tokens", tokens.index, name="tokens"),
     path("settings/tokens/<uuid:token_id>/revoke", tokens.revoke, name="token-revoke"),
+    path("settings/organisations", organisations.index, name="organisations"),
+    path("settings/organisations/<str:name>", organisations.detail, name="organisation"),
+    path(
+        "settings/organisations/<str:name>/members/<str:username>/remove",
+        organisations.remove,
+        name="member-remove",
+    ),
     path("accounts/signup", accounts.signup, name="signup"),
     path("accounts/login", login, name="login"),
     path("accounts/logout", auth.LogoutView.as_view(), name="logout"),

@@ -11,7 +11,10 @@ VISITOR_PAGES = (
     "/accounts/signup",
     "/a/b",
 )
-MEMBER_PAGES = ("/", "/new", "/jobs", "/playground", "/planner", "/settings/tokens")
+MEMBER_PAGES = (
+    *("/", "/new", "/jobs", "/playground", "/planner"),
+    *("/settings/tokens", "/settings/organisations"),
+)
 DELTA_TABS = ("", "/files", "/verification", "/evaluations")
 WIDTHS = (1280, 375)
 SCHEMES = ("light", "dark")

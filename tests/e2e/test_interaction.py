@@ -98,3 +98,27 @@ def test_the_playground_is_in_its_address(sign_in, backbone, delta):
     assert page.url == address
     expect(page.get_by_label("Temperature")).to_have_value("0.7")
     expect(page.get_by_label("Model 1")).to_have_value(delta)
+
+
+def test_people_share_an_organisation(sign_up, complaints):
+    # A name that is not accepted is a 422, of which a browser complains.
+    owner, guest = sign_up("olga"), complaints(sign_up("gustav"))
+    owner.get_by_role("link", name="Settings").click()
+    owner.get_by_role("link", name="Organisations").click()
+    owner.get_by_label("Name").fill("orchard")
+    owner.get_by_role("button", name="Create organisation").click()
+    owner.get_by_label("Username").fill("gustaf")
+    owner.get_by_role("button", name="Save").click()
+    expect(owner.get_by_text("Nobody here is called gustaf.")).to_be_visible()
+    owner.get_by_label("Username").fill("gustav")
+    owner.get_by_label("Role", exact=True).select_option("maintainer")
+    owner.get_by_role("button", name="Save").click()
+    expect(owner.get_by_role("row", name="gustav")).to_contain_text("maintainer")
+    guest.goto("/new")
+    expect(guest.get_by_label("Namespace").get_by_role("option")).to_have_text(
+        ["gustav", "orchard"]
+    )
+    owner.get_by_role("button", name="Remove gustav").click()
+    expect(owner.get_by_text("gustav is no longer in orchard.")).to_be_visible()
+    guest.reload()
+    expect(guest.get_by_label("Namespace").get_by_role("option")).to_have_text(["gustav"])

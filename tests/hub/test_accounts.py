@@ -3,7 +3,7 @@ import pytest
 from django.contrib.auth import authenticate
 
 from deltacome_core.errors import UserError
-from hub import access, accounts
+from hub import access, accounts, organisations
 from hub.models import Namespace, User
 
 pytestmark = pytest.mark.django_db
@@ -65,5 +65,5 @@ def test_each_role_has_its_rights(acme, alice, bob, charlie, ci_bot, right, allo
 
 
 def test_a_role_is_changed_not_doubled(acme, bob):
-    accounts.set_role(acme, bob, "owner")
+    organisations.set_role(acme, bob, "owner")
     assert acme.memberships.get(user=bob).role == "owner"

@@ -69,7 +69,8 @@ def pages(acme, alice, ci_bot):
     visitor, member = Client(), Client()
     member.force_login(alice)
     mine = ["/", "/new", f"/new/{upload.pk}", "/jobs", f"/jobs/{running.pk}", "/playground"]
-    mine += ["/settings/tokens", "/acme/base", "/acme/base/files", "/acme/busy"]
+    mine += ["/settings/tokens", "/settings/organisations", "/settings/organisations/acme"]
+    mine += ["/acme/base", "/acme/base/files", "/acme/busy"]
     mine += [f"/acme/math{tab}" for tab in ("", "/files", "/verification", "/evaluations")]
     theirs = ["/", "/accounts/login", "/accounts/signup", "/playground", "/acme/math", "/a/b"]
     return [(member, path) for path in mine] + [(visitor, path) for path in theirs]

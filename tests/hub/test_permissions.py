@@ -147,7 +147,7 @@ def test_another_members_upload_is_invisible(acme, bearer, alice, ci_bot):
 
 
 def test_an_upload_ends_with_the_right_to_write(acme, bearer, ci_bot):
-    from hub.accounts import set_role
+    from hub.organisations import set_role
 
     upload = factories.make_upload(factories.make_repo(acme), owner=ci_bot, state="OPEN")
     set_role(acme, ci_bot, "reader")
