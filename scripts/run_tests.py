@@ -16,8 +16,15 @@ import postgres
 
 ROOT = Path(__file__).resolve().parent.parent
 DATABASE_TESTS = ("tests/hub", "tests/workers")
-# Compare answers and scores of models; the database only lets them in.
-SAME_ON_BOTH = ("tests/workers/test_lm_eval.py", "tests/workers/test_inference.py")
+# What models answer and score, and two whole jobs for what is said of their outcome: the database
+# lets the first in, and keeps the second as it keeps those that run on both.
+STEPS = "tests/workers/test_steps.py"
+SAME_ON_BOTH = (
+    "tests/workers/test_lm_eval.py",
+    "tests/workers/test_inference.py",
+    f"{STEPS}::test_a_fine_tune_that_equals_its_backbone_is_published_and_says_so",
+    f"{STEPS}::test_a_delta_below_the_threshold_is_rejected_with_the_check_named",
+)
 
 
 def find_missing() -> list[str]:
@@ -65,7 +72,7 @@ def main() -> int:
     with postgres.temporary_postgres() as url:
         print("== database tests, PostgreSQL", flush=True)
         again = env | {"DATABASE_URL": url}
-        paths = (*DATABASE_TESTS, *(f"--ignore={path}" for path in SAME_ON_BOTH))
+        paths = (*DATABASE_TESTS, *(f"--deselect={name}" for name in SAME_ON_BOTH))
         runs.append(run_pytest(paths, "database and not gpu", again))
     total = {key: sum(run[key] for run in runs) for key in runs[0]}
     if total["skipped"]:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.run --base SMOLLM2_DIR --work DIR --out DIR --device cuda
 
-Trains the fine-tunes that are not in the work folder yet, then measures them, some side by side.
-Rows already in the out folder are kept, so a run that was cut off goes on where it stopped.
+Trains the fine-tunes that are not in the work folder yet, then measures them, some side by side,
+each in one or several parts that take what no other has taken. Rows already in the out folder are
+kept, so a run that was cut off goes on where it stopped.
 Candidates are rebuilt and compared in fp32: rounding to bf16 would hide the small ones.
 """
 
@@ -45,7 +46,7 @@ from deltacome_core.texts import DEFAULT_CALIBRATION
 class Candidate:
     """A recipe at a ratio of whole files (None: it has one size), and its calibration text.
 
-    "lora" is no recipe: it is trained, to the bytes of the first delta.
+    "lora" is no recipe: it is trained, to the bytes of the budget.
     """
 
     method: str
@@ -60,6 +61,8 @@ class Candidate:
 # Columns of rows that are recipes; the two parts do not add up to the whole.
 PARTS = ("kl_task_matrices", "kl_task_vocabulary", "kl_text_matrices", "kl_text_vocabulary")
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+# What parts have taken, beside their rows; a new run begins with none.
+CLAIMS = "claims"
 
 _CALIBRATED = ("hub", "distilled", "come")
 
@@ -92,19 +95,20 @@ CANDIDATES = (
 
 
 class FineTune:
-    """One fine-tune, its bench and the rows measured so far."""
+    """One fine-tune, its bench and the rows that this part has measured so far."""
 
     def __init__(
-        self, base: Path, work: Path, task: str, *, options: BenchOptions, out: Path
+        self, base: Path, work: Path, task: str, *, options: BenchOptions, out: Path, part: int = 0
     ) -> None:
-        self._base, self._task, self._device, self._out = base, task, options.device, out
+        self._base, self._task, self._device = base, task, options.device
+        self._folder, self._out = out, out / f"{task}.{part}.json"
         self._tuned = work / task
-        self._scratch = work / f"scratch-{task}"
+        self._scratch = work / f"scratch-{task}-{part}"
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
         self._bench = Bench(self._tuned, base, options)
-        self._rows: list[dict[str, Any]] = _read_rows(out)
-        if not self._rows:
+        self._rows: list[dict[str, Any]] = _read_rows(self._out)
+        if not self._rows and part == 0:
             self._add(Candidate(method="backbone"), self._bench.backbone, size={})
             self._add(Candidate(method="fine-tune"), self._bench.reference, size={})
 
@@ -155,9 +159,21 @@ class FineTune:
         return path
 
     def has(self, candidate: Candidate) -> bool:
-        """Whether a row of this candidate is there, from this run or an earlier one."""
+        """Whether any part has a row of this candidate, from this run or an earlier one."""
         wanted = (candidate.method, candidate.calibration, candidate.budget)
-        return any(wanted == (r["method"], r["calibration"], r["budget"]) for r in self._rows)
+        rows = read_task(self._folder, self._task)
+        return any(wanted == (r["method"], r["calibration"], r["budget"]) for r in rows)
+
+    def take(self, candidate: Candidate) -> bool:
+        """Take a candidate, unless it is measured or another part has taken it."""
+        if self.has(candidate):
+            return False
+        name = f"{self._task}-{candidate.method}-{candidate.calibration}-{candidate.ratio}"
+        try:
+            (self._folder / CLAIMS / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def run(self, candidate: Candidate) -> None:
         """Make one candidate and measure it."""
@@ -201,8 +217,9 @@ class FineTune:
         return found
 
     def _run_lora(self, candidate: Candidate) -> None:
-        """Train LoRA to at most the bytes of the first delta, the same number of steps."""
-        size = next(row for row in self._rows if row["method"] == "hub")["total_bytes"]
+        """Train LoRA to at most the bytes of the budget, the same number of steps."""
+        weight_bytes = sum(path.stat().st_size for path in self._tuned.glob("*.safetensors"))
+        budget_bytes = int(weight_bytes / (candidate.ratio or 1))
         options = TrainOptions(
             task=self._task,
             steps=TASKS[self._task].steps,
@@ -211,9 +228,8 @@ class FineTune:
             seed=SEED,
             device=self._device,
         )
-        result = train_lora(self._base, options, budget_bytes=size)
+        result = train_lora(self._base, options, budget_bytes=budget_bytes)
         n_params = sum(tensor.numel() for tensor in result.state.values())
-        weight_bytes = sum(path.stat().st_size for path in self._tuned.glob("*.safetensors"))
         found = {
             "total_bytes": result.n_bytes,
             "bits_per_param": result.n_bytes * 8 / n_params,
@@ -225,29 +241,29 @@ class FineTune:
 def measure_one(args: argparse.Namespace) -> None:
     deadline = time.monotonic() + args.seconds
     options = BenchOptions(device=args.device, dtype=torch.float32)
-    out = args.out / f"{args.only}.json"
-    own = FineTune(args.base, args.work, args.only, options=options, out=out)
+    (args.out / CLAIMS).mkdir(exist_ok=True)
+    own = FineTune(args.base, args.work, args.only, options=options, out=args.out, part=args.part)
     for candidate in CANDIDATES:
-        if time.monotonic() < deadline and not own.has(candidate):
+        if time.monotonic() < deadline and own.take(candidate):
             own.run(candidate)
 
 
 def run_all(
     commands: dict[str, list[str]], logs: Path, *, at_once: int, devices: Sequence[str]
 ) -> None:
-    """Run one command per task, some side by side on each GPU; fail if one of them did."""
+    """Run each command, some side by side on each GPU; fail if one of them did."""
     free: SimpleQueue[str] = SimpleQueue()
     for _ in range(at_once):
         for device in devices:
             free.put(device)
 
-    def run(task: str) -> None:
+    def run(name: str) -> None:
         device = free.get()
         seen = {"CUDA_VISIBLE_DEVICES": device} if device else {}
         try:
-            with (logs / f"{task}.log").open("w") as log:
+            with (logs / f"{name}.log").open("w") as log:
                 subprocess.run(
-                    commands[task],
+                    commands[name],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=os.environ | seen,
@@ -262,12 +278,19 @@ def run_all(
 
 def write_table(out: Path) -> None:
     """Join the rows of all fine-tunes as quality.csv and draw them."""
-    rows = [row for task in TASKS for row in _read_rows(out / f"{task}.json")]
+    rows = [row for task in TASKS for row in read_task(out, task)]
     with (out / "quality.csv").open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     (out / "quality.svg").write_text(draw(read_points(out / "quality.csv")))
+
+
+def read_task(out: Path, task: str) -> list[dict[str, Any]]:
+    """Rows of all parts of a task, first those that no recipe made, then in CANDIDATES' order."""
+    rows = [row for path in sorted(out.glob(f"{task}.*.json")) for row in _read_rows(path)]
+    order = {(c.method, c.calibration, c.budget): n for n, c in enumerate(CANDIDATES)}
+    return sorted(rows, key=lambda r: order.get((r["method"], r["calibration"], r["budget"]), -1))
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -293,9 +316,11 @@ def main() -> None:
         "--train-at-once", type=int, default=3, help="on a GPU; six need over 80 GB"
     )
     parser.add_argument("--measure-at-once", type=int, default=3, help="so do six of these")
+    parser.add_argument("--parts", type=int, default=1, help="processes that share a fine-tune")
     parser.add_argument("--train-only", action="store_true")
     parser.add_argument("--commit", default="unknown", help="which code ran")
-    parser.add_argument("--only")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.only:
@@ -325,8 +350,14 @@ def main() -> None:
     if args.train_only:
         return
     rest = ["--work", str(args.work), "--out", str(args.out), "--seconds", str(args.seconds)]
+    shutil.rmtree(args.out / CLAIMS, ignore_errors=True)
+    measure = [*here, "benchmarks.quality.run", *common, *rest]
     run_all(
-        {t: [*here, "benchmarks.quality.run", *common, *rest, "--only", t] for t in args.tasks},
+        {
+            f"{task}.{part}": [*measure, "--only", task, "--part", str(part)]
+            for part in range(args.parts)
+            for task in args.tasks
+        },
         args.out,
         at_once=args.measure_at_once,
         devices=args.gpus,

@@ -54,5 +54,10 @@ def test_no_page_has_an_accessibility_fault(
     assert scan(visit("/", **screen), VISITOR_PAGES, axe_source) == {}
     page = sign_in("/jobs", **screen)
     job = page.get_by_role("row", name=delta).get_by_role("link").get_attribute("href")
+    page.goto("/settings/organisations")
+    page.get_by_label("Name").fill(f"wide-{width}")
+    page.get_by_role("button", name="Create organisation").click()
+    page.wait_for_url("**/organisations/wide-*")
+    assert find_faults(page, axe_source) == []
     paths = [*MEMBER_PAGES, f"/{backbone}", job, *(f"/{delta}{tab}" for tab in DELTA_TABS)]
     assert scan(page, paths, axe_source) == {}

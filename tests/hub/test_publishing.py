@@ -131,7 +131,7 @@ def test_a_change_of_visibility_is_recorded_and_a_new_text_is_not(repo, sign_in,
     for change in ({"description": "New"}, {"visibility": "private"}, {"visibility": "private"}):
         answer = browser.patch(url, change, content_type="application/json")
         assert answer.status_code == 200
-    assert AuditEvent.objects.get().detail == {"from": "public", "to": "private"}
+    assert AuditEvent.objects.get(action="visibility").detail == {"from": "public", "to": "private"}
     assert answer.json()["description"] == "New"
 
 

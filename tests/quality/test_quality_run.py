@@ -5,7 +5,7 @@ import json
 import torch
 
 from benchmarks.quality.measure import BenchOptions
-from benchmarks.quality.run import CANDIDATES, PARTS, Candidate, FineTune
+from benchmarks.quality.run import CANDIDATES, CLAIMS, PARTS, Candidate, FineTune, read_task
 
 _OPTIONS = BenchOptions(
     device="cpu", n_items=6, text_rows=2, text_tokens=64, greedy_tokens=16, dtype=torch.float32
@@ -15,12 +15,13 @@ _OPTIONS = BenchOptions(
 def test_rows_have_sizes_and_parts_and_are_kept_by_the_next_run(tiny, tmp_path):
     base, tuned = tiny
     (tmp_path / tuned.name).symlink_to(tuned)
-    out = tmp_path / "rows.json"
+    out = tmp_path / "rows"
+    (out / CLAIMS).mkdir(parents=True)
     candidate = Candidate(method="datafree", ratio=8)
     first = FineTune(base, tmp_path, tuned.name, options=_OPTIONS, out=out)
-    assert not first.has(candidate)
+    assert first.take(candidate)
     first.run(candidate)
-    rows = json.loads(out.read_text())
+    rows = json.loads((out / f"{tuned.name}.0.json").read_text())
     assert [row["method"] for row in rows] == ["backbone", "fine-tune", "datafree"]
     made = rows[-1]
     assert 8.0 <= made["ratio"] < 8.0 * 1.01
@@ -34,7 +35,29 @@ def test_rows_have_sizes_and_parts_and_are_kept_by_the_next_run(tiny, tmp_path):
     second = FineTune(base, tmp_path, tuned.name, options=_OPTIONS, out=out)
     assert second.has(candidate)
     assert not second.has(Candidate(method="datafree", ratio=16))
-    assert json.loads(out.read_text()) == rows
+    assert read_task(out, tuned.name) == rows
+
+
+def test_parts_of_a_fine_tune_take_what_no_other_has_taken(tiny, tmp_path):
+    base, tuned = tiny
+    (tmp_path / tuned.name).symlink_to(tuned)
+    out = tmp_path / "rows"
+    (out / CLAIMS).mkdir(parents=True)
+    parts = [
+        FineTune(base, tmp_path, tuned.name, options=_OPTIONS, out=out, part=part)
+        for part in (0, 1)
+    ]
+    whole, small = Candidate(method="datafree", ratio=8), Candidate(method="bitdelta")
+    assert parts[0].take(whole)
+    assert not parts[1].take(whole)
+    assert parts[1].take(small)
+    parts[1].run(small)
+    assert not parts[0].take(small)
+    assert [row["method"] for row in read_task(out, tuned.name)] == [
+        "backbone",
+        "fine-tune",
+        "bitdelta",
+    ]
 
 
 def test_no_candidate_is_asked_for_twice():
