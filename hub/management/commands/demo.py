@@ -21,6 +21,8 @@ from hub.demo.stack import ROOT, Stack
 
 DEFAULT_PORT = 8000
 WATCH_S = 0.5
+# SIGINT is named as well: what a script starts in the background inherits it ignored.
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The examples have 8 MB: with parts of 16 MiB an upload that breaks off would have kept nothing.
 UPLOAD_PART_BYTES = 2**20
 CARD = """
@@ -51,23 +53,30 @@ class Command(BaseCommand):
 
     def handle(self, *_args: Any, **options: Any) -> None:
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        # Like Ctrl-C: `kill` and a closed terminal end the children too. SIGINT is named as well:
-        # what a script starts in the background inherits it ignored.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
         try:
-            if options["check"]:
-                _check_main_job()
-            else:
-                _serve(options["data_dir"], options["port"], with_smollm=options["smollm"])
+            # Like Ctrl-C: `kill` and a closed terminal end the children too.
+            for number in ENDS:
+                signal.signal(number, _interrupt)
+            _run(options)
         except KeyboardInterrupt:
             _say("stopped")
-        except DeltaError as error:
-            _say(f"demo: {error}")
-            sys.exit(1)
+
+
+def _run(options: dict[str, Any]) -> None:
+    try:
+        if options["check"]:
+            _check_main_job()
+        else:
+            _serve(options["data_dir"], options["port"], with_smollm=options["smollm"])
+    except DeltaError as error:
+        _say(f"demo: {error}")
+        sys.exit(1)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    # Once is enough: another one would break off what ends the children.
+    for number in ENDS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
