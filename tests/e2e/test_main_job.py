@@ -79,7 +79,10 @@ def resume(page, upload_id):
 
 def download_all(page, folder):
     folder.mkdir()
-    for link in page.get_by_role("link", name=re.compile("^Download ")).all():
+    links = page.get_by_role("link", name=re.compile("^Download "))
+    # A list is what is there now, which may still be the page before.
+    expect(links.first).to_be_visible()
+    for link in links.all():
         with page.expect_download() as started:
             link.click()
         started.value.save_as(folder / started.value.suggested_filename)
