@@ -1,7 +1,7 @@
 """Compare two models on texts: next-token distributions and greedy answers."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from deltacome_core.batches import cut_batches
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
 from deltacome_core.models import running_on_text
@@ -109,7 +110,10 @@ def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> C
     divergences, agreements = [], []
     surprise = 0.0
     known = min(model.config.get_text_config().vocab_size for model in (reference, other))
-    for batch in _cut_batches(texts):
+    # Texts of like lengths side by side.
+    order = sorted(range(len(texts)), key=lambda at: len(texts[at].tokens))
+    for chosen in cut_batches(texts, order, max_rows=len(texts), max_tokens=BATCH_TOKENS):
+        batch = [texts[at] for at in chosen]
         ids = _pad([text.tokens for text in batch]).to(reference.device)
         known_ids = ids.clamp_max(known - 1)
         both = _read_logits(reference, ids), _read_logits(other, known_ids)
@@ -130,18 +134,6 @@ def compare_models(reference: Any, other: Any, texts: Sequence[ScoredText]) -> C
         ppl_ratio=math.exp(surprise / kl.numel()),
         n_tokens=kl.numel(),
     )
-
-
-def _cut_batches(texts: Sequence[ScoredText]) -> Iterator[list[ScoredText]]:
-    """Put texts of like lengths side by side, as many as are BATCH_TOKENS with padding."""
-    batch: list[ScoredText] = []
-    for text in sorted(texts, key=lambda text: len(text.tokens)):
-        if batch and len(text.tokens) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
 
 
 def _pad(rows: Sequence[list[int]]) -> torch.Tensor:

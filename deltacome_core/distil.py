@@ -22,10 +22,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import kl_div
 
+from deltacome_core.batches import cut_batches
 from deltacome_core.checkpoint import Checkpoint
 from deltacome_core.container import Delta
 from deltacome_core.distil_schedule import SMALL_PARAMS, choose_schedule
-from deltacome_core.distil_texts import Batch, Row, cut_batches, make_batch, split_judge
+from deltacome_core.distil_texts import Batch, Row, make_batch, split_judge
 from deltacome_core.entries import LowRankEntry, UnchangedEntry
 from deltacome_core.errors import UserError
 from deltacome_core.models import compute_dtype

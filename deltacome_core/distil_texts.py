@@ -1,6 +1,6 @@
 """Texts as rows of tokens for distillation: answers, prompts and general text apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,30 +131,3 @@ def make_batch(rows: Sequence[Row], starts: Sequence[int], device: torch.device)
         places={part: torch.tensor(found) for part, found in places.items()},
         targets={part: torch.tensor(found) for part, found in targets.items()},
     )
-
-
-def cut_batches(
-    rows: Sequence[Row], chosen: Sequence[int], *, max_rows: int, max_tokens: int
-) -> Iterator[list[int]]:
-    """Cut rows into batches by their padded size, each of one row at least.
-
-    Args:
-        rows: all rows.
-        chosen: some of them, in the order they are wanted in.
-        max_rows: of a batch.
-        max_tokens: of a batch, padding included.
-
-    Yields:
-        The rows of each batch.
-    """
-    batch: list[int] = []
-    longest = 0
-    for at in chosen:
-        size = len(rows[at].tokens)
-        longest = max(longest, size)
-        if batch and (len(batch) == max_rows or longest * (len(batch) + 1) > max_tokens):
-            yield batch
-            batch, longest = [], size
-        batch.append(at)
-    if batch:
-        yield batch

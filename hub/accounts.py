@@ -14,12 +14,12 @@ def sign_up(username: str, email: str, *, password: str | None) -> User:
         UserError: account_invalid, name_taken.
     """
     user = User(username=username, email=email)
-    try:
-        validate_name(username)
-        if password is not None:
+    check_name(username)
+    if password is not None:
+        try:
             validate_password(password, user)
-    except ValidationError as error:
-        raise UserError("account_invalid", reason=" ".join(error.messages)) from error
+        except ValidationError as error:
+            raise UserError("account_invalid", reason=" ".join(error.messages)) from error
     # Without a password nobody can sign in: the account of a robot, which has tokens only.
     user.set_password(password)
     with transaction.atomic():
@@ -29,16 +29,24 @@ def sign_up(username: str, email: str, *, password: str | None) -> User:
     return user
 
 
-def create_namespace(name: str, kind: str) -> Namespace:
-    """Make a namespace that nobody is in yet.
+def check_name(name: str) -> None:
+    """Refuse what no namespace can be called.
 
     Raises:
-        UserError: account_invalid, name_taken.
+        UserError: account_invalid.
     """
     try:
         validate_name(name)
     except ValidationError as error:
         raise UserError("account_invalid", reason=" ".join(error.messages)) from error
+
+
+def create_namespace(name: str, kind: str) -> Namespace:
+    """Make a namespace that nobody is in yet, of a checked name.
+
+    Raises:
+        UserError: name_taken.
+    """
     if name.lower() in RESERVED_NAMES:
         raise UserError("name_taken", name=name)
     try:

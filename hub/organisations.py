@@ -24,6 +24,7 @@ def create(name: str, owner: User) -> Namespace:
     )
     if owned.count() >= MAX_OWNED:
         raise UserError("too_many_organisations", limit=MAX_OWNED)
+    accounts.check_name(name)
     with transaction.atomic():
         org = accounts.create_namespace(name, Namespace.Kind.ORG)
         set_role(org, owner, Role.OWNER)

@@ -28,6 +28,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 LONG = (
     "test_demo",
     "e2e",
+    "test_engine_gpu_steps",
     "test_engine_sharing",
     "test_compile_matrix",
     "test_steps",

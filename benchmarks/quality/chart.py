@@ -104,12 +104,11 @@ def _span(values: Sequence[float], *, margin: float) -> tuple[float, float]:
 
 def _mark(shape: str, x: float, y: float, colour: str, label: str) -> str:
     title = f"<title>{html.escape(label)}</title>"
-    paint = f'fill="{colour}"'
     if shape == "circle":
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" {paint}>{title}</circle>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{title}</circle>'
     turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if shape == "diamond" else ""
     return (
-        f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" {paint}{turn}>'
+        f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" fill="{colour}"{turn}>'
         f"{title}</rect>"
     )
 

@@ -143,7 +143,10 @@ class FineTune:
             }
         )
         print(json.dumps(self._rows[-1]), flush=True)
-        self._out.write_text(json.dumps(self._rows, indent=1) + "\n")
+        # Other parts read it at any time.
+        fresh = self._out.with_suffix(".new")
+        fresh.write_text(json.dumps(self._rows, indent=1) + "\n")
+        fresh.replace(self._out)
 
     def _calibration(self, kind: str) -> Path | None:
         if kind == "general":
@@ -218,8 +221,9 @@ class FineTune:
 
     def _run_lora(self, candidate: Candidate) -> None:
         """Train LoRA to at most the bytes of the budget, the same number of steps."""
+        if candidate.ratio is None:
+            raise ValueError("LoRA has no size of its own")
         weight_bytes = sum(path.stat().st_size for path in self._tuned.glob("*.safetensors"))
-        budget_bytes = int(weight_bytes / (candidate.ratio or 1))
         options = TrainOptions(
             task=self._task,
             steps=TASKS[self._task].steps,
@@ -228,7 +232,7 @@ class FineTune:
             seed=SEED,
             device=self._device,
         )
-        result = train_lora(self._base, options, budget_bytes=budget_bytes)
+        result = train_lora(self._base, options, budget_bytes=int(weight_bytes / candidate.ratio))
         n_params = sum(tensor.numel() for tensor in result.state.values())
         found = {
             "total_bytes": result.n_bytes,

@@ -13,7 +13,7 @@ from django.views.decorators.http import require_http_methods
 from deltacome_core.errors import UserError
 from hub import accounts
 
-from .page import explain, page
+from .page import flag_error, page
 
 NAME_HINT = "Letters, digits, dots, dashes and underscores. It is also your namespace."
 
@@ -64,10 +64,7 @@ def _sign_up(request: HttpRequest, form: SignUpForm) -> HttpResponse | None:
     try:
         user = accounts.sign_up(fields["username"], fields["email"], password=fields["password"])
     except UserError as error:
-        message = explain(error)
-        form.add_error(
-            "username" if error.code == "name_taken" else None, f"{message.what} {message.do}"
-        )
+        flag_error(form, "username" if error.code == "name_taken" else None, error)
         return None
     login(request, user)
     return redirect(_safe_next(request))

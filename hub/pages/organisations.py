@@ -8,9 +8,9 @@ from django.views.decorators.http import require_http_methods, require_POST
 from deltacome_core.errors import UserError
 from hub import organisations
 from hub.access import Right, page_access, require_in, signed_in
-from hub.models import Membership, Namespace
+from hub.models import Membership
 
-from .page import crumbs, current_user, explain, flash_error, flash_good, page
+from .page import crumbs, current_user, flag_error, flash_error, flash_good, page
 
 NAME_HINT = "Letters, digits, dots, dashes and underscores: the first part of its models' names."
 ROLE_HINT = (
@@ -42,8 +42,7 @@ def index(request: HttpRequest) -> HttpResponseBase:
         try:
             org = organisations.create(form.cleaned_data["name"], user)
         except UserError as error:
-            message = explain(error)
-            form.add_error("name", f"{message.what} {message.do}")
+            flag_error(form, "name", error)
         else:
             flash_good(request, f"{org} is made. Say who is in it.")
             return redirect("organisation", name=org.name)
@@ -71,8 +70,7 @@ def detail(request: HttpRequest, name: str) -> HttpResponseBase:
             try:
                 put = organisations.put_member(user, org, **form.cleaned_data)
             except UserError as error:
-                message = explain(error)
-                form.add_error("username", f"{message.what} {message.do}")
+                flag_error(form, "username", error)
             else:
                 flash_good(request, f"{put.user} is {put.get_role_display().lower()} of {org}.")
                 return redirect("organisation", name=org.name)
@@ -83,7 +81,6 @@ def detail(request: HttpRequest, name: str) -> HttpResponseBase:
         "members": org.memberships.select_related("user").order_by("user__username"),
         "is_owner": mine.role == Membership.Role.OWNER,
         "form": form,
-        "roles": Membership.Role.choices,
     }
     return page(request, "organisations/detail.html", context, status=422 if form.errors else 200)
 
@@ -93,7 +90,7 @@ def detail(request: HttpRequest, name: str) -> HttpResponseBase:
 @require_POST
 def remove(request: HttpRequest, name: str, username: str) -> HttpResponseBase:
     user = current_user(request)
-    org: Namespace = organisations.get_membership(user, name).namespace
+    org = organisations.get_membership(user, name).namespace
     try:
         organisations.remove_member(user, org, username)
     except UserError as error:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.contrib import messages as flash
+from django.forms import Form
 from django.http import HttpRequest
 from django.template.response import TemplateResponse
 from django.urls import reverse
@@ -60,6 +61,12 @@ def flash_good(request: HttpRequest, text: str) -> None:
 def flash_error(request: HttpRequest, error: UserError) -> None:
     message = explain(error)
     flash.add_message(request, flash.ERROR, f"{message.title}. {message.what} {message.do}", BAD)
+
+
+def flag_error(form: Form, field: str | None, error: UserError) -> None:
+    """Show on a form, at a field where one is to blame, what was refused."""
+    message = explain(error)
+    form.add_error(field, f"{message.what} {message.do}")
 
 
 def repo_url(repo: Repo, page_name: str = "repo") -> str:

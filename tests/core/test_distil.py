@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from deltacome_core import distil, distil_schedule
+from deltacome_core.batches import cut_batches
 from deltacome_core.bitpack import unpack_codes
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.compress import compress_checkpoint, parts_folder
@@ -18,7 +19,6 @@ from deltacome_core.distil_texts import (
     GENERAL,
     PROMPTS,
     Row,
-    cut_batches,
     make_batch,
     read_rows,
     split_judge,

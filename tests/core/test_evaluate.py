@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import finetunes
 import pytest
 import torch
@@ -106,19 +108,16 @@ def test_paired_items_have_a_smaller_error_than_independent_ones():
     assert paired.se < 0.5 * (first.se**2 + second.se**2) ** 0.5
 
 
-class Model:
+def configured(**config):
     """A model as far as its configuration goes."""
-
-    def __init__(self, **config):
-        self.config = self
-        self.to_dict = lambda: config
+    return SimpleNamespace(config=SimpleNamespace(to_dict=lambda: config))
 
 
 def test_small_models_answer_more_prompts_at_once_than_large_ones():
     small = {"num_hidden_layers": 6, "num_attention_heads": 4, "hidden_size": 256}
     large = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096}
-    sizes = [evaluate._choose_batch(Model(**config), 300) for config in (small, large, {})]
+    sizes = [evaluate._choose_batch(configured(**config), 300) for config in (small, large, {})]
     assert sizes == [64, 16, 16]
-    between = evaluate._choose_batch(Model(**small), 2000)
+    between = evaluate._choose_batch(configured(**small), 2000)
     assert between * 2000 * kv_bytes_per_token(small) <= 1 << 30
     assert 16 < between <= 64

@@ -8,8 +8,18 @@ from itertools import accumulate, pairwise
 import pytest
 import tiny
 import torch
-from interpreters import run_interpreted
 from serving import Heard, answer, make_sequence, wait_for
+from sharing import (
+    BASIS,
+    LARGER,
+    PROMPTS,
+    ROWS,
+    SHAPES,
+    greedy,
+    load_all,
+    make_deltas,
+    make_models,
+)
 from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config, Qwen3Config
 
 from deltacome_core import held_files
@@ -18,22 +28,17 @@ from deltacome_core.container import open_delta
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
-from deltacome_core.reconstruct import reconstruct_checkpoint
 from kernels.plan import StepPlan
 from workers.engine import arena_slots, shared
 from workers.engine.arena_slots import _choose_short
-from workers.engine.attention import DecodeRows
 from workers.engine.executor import PlainExecutor, Work
-from workers.engine.graphs import DecodeGraphs, StepInputs, _Captured
 from workers.engine.layers import RowTables
 from workers.engine.model import load_backbone, load_shared, share_backbone
 from workers.engine.parts import ArrivingMatrices
 from workers.engine.scheduler import Limits, Scheduler
-from workers.engine.shared import SharedExecutor
 from workers.engine.slots import Span
 
 CPU = torch.device("cpu")
-PROMPTS = ((40, 41, 42, 200, 7, 8, 9), tuple(range(50, 83)), (99,))
 TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -49,74 +54,9 @@ TEXT = {
 }
 
 
-def make_deltas(folder, tuned, *recipes):
-    """Deltas d0, d1, … of the models in `tuned` on the backbone in folder/base."""
-    for number, model in enumerate(tuned):
-        recipe = recipes[number % len(recipes)]
-        tiny.save(model, folder / f"t{number}")
-        compress_checkpoint(folder / "base", folder / f"t{number}", folder / f"d{number}", recipe)
-        reconstruct_checkpoint(folder / "base", folder / f"d{number}", folder / f"r{number}")
-
-
-def load_all(folder, n, *, factor_bytes=1 << 30, n_slots=4, arena=False):
-    """The backbone and its deltas; with `arena` in slots of a GPU, run by the kernels' reference."""
-    backbone = load_backbone(folder / "base", device="cpu")
-    room = {"device": "cpu", "kv_bytes": 1 << 23, "n_slots": n_slots}
-    executor = SharedExecutor(backbone.module, folder / "base", arena=arena, **room)
-    shared = replace(backbone, executor=executor)
-    deltas = [
-        load_shared(shared, folder / "base", folder / f"d{number}", factor_bytes=factor_bytes)
-        for number in range(n)
-    ]
-    return [shared, *deltas]
-
-
-def greedy(folder, prompt, length=20):
-    model = load_model(folder)
-    with torch.inference_mode():
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=length, do_sample=False)
-    return ids[0, len(prompt) :].tolist()
-
-
-SHAPES = {
-    "plain": {},
-    "tied": {"tied": True},
-    "bias": {"bias": True},
-    "basis": {},
-    "tied basis": {"tied": True},
-    "decayed basis": {},
-    "tied decayed basis": {"tied": True},
-}
-ROWS = get_recipe("datafree", matrix_bits=3.0)
-# Of 8 ranks, and of 16.
-BASIS = replace(ROWS, vocabulary_bits=2.5, vocabulary_rank=8)
-LARGER = replace(BASIS, vocabulary_rank=16)
-
-
-def make_models(root, name):
-    """Save a backbone, three fine-tunes' deltas, and what they stand for as checkpoints."""
-    shape = SHAPES[name]
-    tiny.save(tiny.make_model(**shape), root / "base")
-    tuned = [
-        tiny.tune(tiny.make_model(**shape), seed=seed, size=0.05, new_rows=new_rows)
-        for seed, new_rows in ((1, 0), (2, 3), (3, 0))
-    ]
-    if "decayed" in name:
-        for number, model in enumerate(tuned):
-            decay(model, 1 - 0.1 * (number + 1))
-    make_deltas(root, tuned, *((BASIS, BASIS, LARGER) if "basis" in name else (ROWS,)))
-    return root
-
-
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(tmp_path_factory, request):
     return make_models(tmp_path_factory.mktemp("models"), request.param)
-
-
-def decay(model, share):
-    with torch.no_grad():
-        for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
-            table.weight.mul_(share)
 
 
 WAYS = {
@@ -360,122 +300,6 @@ def test_vectors_of_a_step_are_those_of_its_tenants_however_many_rows_there_are(
     assert torch.equal(tables.rows_of("a"), torch.zeros(rows, 4))
     wanted = torch.where(owners == 2, 7.0, 1.0)[:, None].expand(rows, 4)
     assert torch.equal(tables.rows_of("b"), wanted)
-
-
-def test_graphs_of_another_arena_are_recorded_into_another_pool():
-    """The pool dies with the last graph that was recorded into it."""
-    graphs = DecodeGraphs(lambda inputs: inputs.embeds[0], n_pages=2)
-    pools = []
-
-    def capture(inputs):
-        pools.append(graphs._pool)
-        graphs._pool = object()
-        return _Captured(Replay(lambda _: inputs.embeds[0], inputs, inputs.embeds[0]), inputs, None)
-
-    graphs._capture = capture
-    numbers = torch.zeros(2, dtype=torch.int32)
-    decode = DecodeRows(pages=numbers[:, None], lengths=numbers + 1)
-    rows = {"places": numbers, "owners": numbers, "chunks": (), "decode": decode}
-    for size in (1, 2):
-        step = StepInputs(embeds=torch.zeros(1, size, 4), positions=numbers[None, :size], **rows)
-        graphs.run(step, key=("one", True))
-    graphs.run(step, key=("another", True))
-    assert [pool is None for pool in pools] == [True, False, True]
-
-
-GPU_PATH = """
-import sys
-sys.path.insert(0, "tests/workers")
-from pathlib import Path
-import test_engine_sharing
-for folder in sys.argv[2:]:
-    getattr(test_engine_sharing, sys.argv[1])(Path(folder))
-print("right")
-"""
-
-
-class Replay:
-    """What a captured graph does: the same work on the same buffers, with what they hold now."""
-
-    def __init__(self, run, inputs, hidden):
-        self.replay = lambda: hidden.copy_(run(inputs))
-
-
-def act_as_on_a_gpu(models):
-    """Make steps padded, by the kernel for single tokens, with a graph's fixed buffers.
-
-    Gives the graphs, what captures one, and the sizes that were captured.
-    """
-    executor = models[0].executor
-    executor._pads = executor.is_async = True
-    for kind in executor.vocabulary._kinds:
-        if kind._table is not None and kind._table._kind.has_basis:
-            # Its kernels, interpreted.
-            kind._table.device = torch.device("cuda")
-    graphs = DecodeGraphs(executor._run, n_pages=executor.pages.capacity)
-    captured = []
-
-    def capture(inputs):
-        hidden = executor._run(inputs)
-        captured.append(len(inputs.places))
-        return _Captured(Replay(executor._run, inputs, hidden), inputs, hidden)
-
-    graphs._capture = capture
-    executor._graphs = graphs
-    return graphs, capture, captured
-
-
-def compare_tokens(root):
-    """Every model's tokens are those of its dense checkpoint, interpreted."""
-    models = load_all(root, 3, arena=True)
-    _, _, captured = act_as_on_a_gpu(models)
-    names = ("base", "r0", "r1", "r2")
-    for prompt in PROMPTS:
-        answers = answer(models, prompt=prompt, max_tokens=5, limits=Limits(prefill_tokens=9))
-        for name, one in zip(names, answers, strict=True):
-            assert one.ids == greedy(root / name, prompt, 5), (name, prompt)
-    assert len(captured) < 8
-
-
-def capture_again(root):
-    """A graph that is refused, and graphs that are captured in quiet times."""
-    models = load_all(root, 3, arena=True)
-    executor = models[0].executor
-    graphs, capture, captured = act_as_on_a_gpu(models)
-    heard = answer(models, prompt=PROMPTS[0], max_tokens=5)[2].ids
-    assert heard == greedy(root / "r1", PROMPTS[0], 5)
-
-    def refuse(_inputs):
-        raise RuntimeError("not while capturing")
-
-    graphs._captured.clear()
-    graphs._capture = refuse
-    assert answer(models, prompt=PROMPTS[0], max_tokens=5)[2].ids == heard
-    assert set(captured) <= {1, 2, 4}
-
-    # In quiet times the largest is captured first, and an answer then finds what it needs.
-    graphs.forget()
-    graphs._capture, graphs._is_refused = capture, False
-    captured.clear()
-    shared.BUCKETS = (1, 2, 4)
-    while executor.prepare_step():
-        pass
-    assert captured == [4, 2, 1]
-    assert answer(models, prompt=PROMPTS[0], max_tokens=5)[2].ids == heard
-    assert captured == [4, 2, 1]
-
-
-def test_steps_of_a_gpu_give_the_same_tokens(tmp_path):
-    """In the interpreter, which must be asked for before Triton is imported: one for all shapes."""
-    folders = [str(make_models(tmp_path / name, name)) for name in SHAPES]
-    assert run_interpreted(GPU_PATH, compare_tokens.__name__, *folders) == "right\n"
-
-
-def test_a_gpu_captures_in_quiet_times_and_goes_on_where_it_cannot(tmp_path):
-    tiny.save(tiny.make_model(), tmp_path / "base")
-    tuned = [tiny.tune(tiny.make_model(), seed=seed, size=0.05) for seed in (1, 2, 3)]
-    make_deltas(tmp_path, tuned, ROWS)
-    assert run_interpreted(GPU_PATH, capture_again.__name__, str(tmp_path)) == "right\n"
 
 
 def test_a_flipped_byte_is_named_and_leaves_its_slot_free(tmp_path):
