@@ -4,6 +4,7 @@
 
 Every linear layer of the dense fine-tune becomes the backbone's weight and a site of an arena;
 embeddings and norms stay the fine-tune's. Prompts take many tokens at once, answers one at a time.
+Fast mode rounds hidden values to 15 bits: its tokens are counted, and may differ.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
+from kernels.fragments import FAST_PLANES, PLANES
 from kernels.image import Site, build_image
-from kernels.plan import StepPlan
+from kernels.plan import StepPlan, choose_units
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "tiny-llama"
 TASKS = ("dates", "extraction")
@@ -33,23 +35,30 @@ N_NEW = 24
 class ArenaLinear(torch.nn.Module):
     """A linear layer of the backbone whose tokens all use one slot."""
 
-    def __init__(self, weight: torch.Tensor, arena: DeltaArena, site: int) -> None:
+    def __init__(self, weight: torch.Tensor, arena: DeltaArena, site: int, planes: int) -> None:
         super().__init__()
-        self.weight, self.arena, self.site = weight, arena, site
+        self.weight, self.arena, self.site, self.planes = weight, arena, site, planes
         self.plans: dict[int, StepPlan] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         plan = self.plans.get(len(rows))
         if plan is None:
-            plan = StepPlan(self.arena, n_tokens=len(rows))
+            plan = StepPlan(
+                self.arena,
+                n_tokens=len(rows),
+                units_per_group=choose_units(len(rows)),
+                planes=self.planes,
+            )
             plan.assign([0] * len(rows))
             self.plans[len(rows)] = plan
         y = serving.delta_linear(rows, self.weight, self.arena, self.site, plan)
         return y.view(*x.shape[:-1], -1)
 
 
-def put_in_arena(model: torch.nn.Module, base: torch.nn.Module, folder: Path) -> int:
+def put_in_arena(
+    model: torch.nn.Module, base: torch.nn.Module, folder: Path, *, planes: int
+) -> int:
     """Replace the linear layers that the delta changes; returns how many."""
     device = next(model.parameters()).device
     delta = open_delta(folder)
@@ -74,7 +83,7 @@ def put_in_arena(model: torch.nn.Module, base: torch.nn.Module, folder: Path) ->
     arena.load(image)
     for number, name in enumerate(layers):
         weight = base.get_submodule(name).weight.detach()
-        model.set_submodule(name, ArenaLinear(weight, arena, number))
+        model.set_submodule(name, ArenaLinear(weight, arena, number, planes))
     return len(sites)
 
 
@@ -95,23 +104,26 @@ def compare(task: str, *, device: str, n: int) -> dict[str, object]:
         recipe = get_recipe("hub")
         compress_checkpoint(EXAMPLES / "backbone", tuned, delta_dir, recipe, device=device)
         reconstruct_checkpoint(EXAMPLES / "backbone", delta_dir, rebuilt_dir)
-        base, dense, own = (
+        base, dense, exact, fast = (
             AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-            for folder in (EXAMPLES / "backbone", rebuilt_dir, rebuilt_dir)
+            for folder in (EXAMPLES / "backbone", rebuilt_dir, rebuilt_dir, rebuilt_dir)
         )
-        n_sites = put_in_arena(own, base, delta_dir)
-    same = same_backbone = 0
+        n_sites = put_in_arena(exact, base, delta_dir, planes=PLANES)
+        put_in_arena(fast, base, delta_dir, planes=FAST_PLANES)
+    same = same_fast = same_backbone = 0
     for line in lines:
         prompt = tokenizer.encode(json.loads(line)["prompt"])
         tokens = torch.tensor([prompt], device=device)
         wanted = answer(dense, tokens)
-        same += answer(own, tokens) == wanted
+        same += answer(exact, tokens) == wanted
+        same_fast += answer(fast, tokens) == wanted
         same_backbone += answer(base, tokens) == wanted
     return {
         "task": task,
         "sites": n_sites,
         "prompts": len(lines),
         "same_tokens": same,
+        "same_tokens_fast": same_fast,
         "same_tokens_of_the_backbone": same_backbone,
     }
 

@@ -23,6 +23,7 @@ from triton.errors import TritonError
 
 from kernels.compile_matrix import WARP_SIZE
 from kernels.config import SHARED_LIMIT_BYTES
+from kernels.fragments import FAST_PLANES, PLANES
 from kernels.triton_ops.batch import (
     batch_expand_kernel,
     batch_shrink_kernel,
@@ -79,13 +80,14 @@ _LAYOUT = re.compile(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaVariant:
-    """One compiled kernel: widths it reads, grouping of its scales, units of a group."""
+    """One compiled kernel: widths it reads, grouping of its scales, planes, units of a group."""
 
     kernel: str
     arch: int
     dtype: str
     widths: tuple[int, ...]
     grouping: int
+    planes: int
     units: int
 
 
@@ -120,14 +122,15 @@ def list_variants() -> Iterator[ArenaVariant]:
                 dtype=("bf16", "fp16", "fp32")[turn % 3],
                 widths=widths,
                 grouping=turn % 3,
+                planes=FAST_PLANES if turn % 2 else PLANES,
                 units=2 if turn == 0 else 1,
             )
 
 
 def _constants(variant: ArenaVariant) -> dict[str, Any]:
     return {
-        "P": 4,
-        "N_PLANES": 4,
+        "P": variant.planes,
+        "N_PLANES": variant.planes,
         "WIDTHS": sum(1 << bits for bits in variant.widths),
         "BITS": variant.widths[0],
         "GROUPING": variant.grouping,
@@ -146,7 +149,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "BAND": 8,
         "STAGES": 3,
         "R": 2,
-        "NT": variant.units,
+        "UNITS": variant.units,
         "WK": 2,
         "WR": 2,
         "U": 2,

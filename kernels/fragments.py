@@ -13,11 +13,21 @@ STEP_ROWS: Final = 16
 STEP_COLUMNS: Final = 32
 # Sections of a slab begin where a warp's load of one word a lane is one memory transaction.
 UNIT_BYTES: Final = 128
-# Two tokens of four int8 planes fill the eight columns of one instruction.
-UNIT_TOKENS: Final = 2
+# Columns of one instruction: two tokens of four int8 planes, or four of two, are a unit.
+UNIT_COLUMNS: Final = 8
 PLANES: Final = 4
+FAST_PLANES: Final = 2
 # Words of a lane for two steps of the low plane. One bit needs both steps for one word.
 PAIR_WORDS: Final[dict[int, int]] = {1: 1, 2: 2, 3: 2, 4: 4, 8: 8}
+
+
+def count_unit_tokens(planes: int) -> int:
+    """Tokens that fill the columns of one instruction.
+
+    Args:
+        planes: int8 planes of a token, PLANES (exact) or FAST_PLANES.
+    """
+    return UNIT_COLUMNS // planes
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Final
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -11,7 +12,14 @@ import torch
 
 from deltacome_core.errors import InternalError
 from kernels.arena import DeltaArena
-from kernels.fragments import PLANES, STEP_COLUMNS, STEP_ROWS, UNIT_TOKENS
+from kernels.fragments import (
+    FAST_PLANES,
+    PLANES,
+    STEP_COLUMNS,
+    STEP_ROWS,
+    UNIT_COLUMNS,
+    count_unit_tokens,
+)
 from kernels.streams import send
 
 
@@ -24,9 +32,21 @@ class Groups:
     tokens: npt.NDArray[np.int32]
 
 
-def count_groups(n_tokens: int, *, units_per_group: int) -> int:
+# Tokens of a step from which a tenant is likely to have more of them than one unit holds.
+_MANY_TOKENS: Final = 16
+
+
+def choose_units(n_tokens: int) -> int:
+    """Units of a group for a step of so many tokens.
+
+    Kernels of two units take twice as long to compile, and cost no more where one is enough.
+    """
+    return 2 if n_tokens >= _MANY_TOKENS else 1
+
+
+def count_groups(n_tokens: int, *, units_per_group: int, planes: int = PLANES) -> int:
     """Groups that hold so many tokens of one slot."""
-    return -(-n_tokens // (units_per_group * UNIT_TOKENS))
+    return -(-n_tokens // (units_per_group * count_unit_tokens(planes)))
 
 
 def group_tokens(slots: Sequence[int], *, group_size: int, n_groups: int | None = None) -> Groups:
@@ -77,8 +97,9 @@ class StepPlan:
     """The groups of one step on the device, and room for what its kernels hand to each other.
 
     All layers of a step share it; `assign` fills it for the next step in place, so that a captured
-    graph sees the new tokens. units_per_group: a unit is two tokens; more of them let the tokens
-    of a busy tenant read its codes once.
+    graph sees the new tokens. units_per_group: a unit is two tokens, or four of two planes; more of
+    them let the tokens of a busy tenant read its codes once. planes: int8 planes that x and the
+    hidden values are cut into, four (exact) or two (fast).
     """
 
     def __init__(
@@ -90,7 +111,7 @@ class StepPlan:
         planes: int = PLANES,
         n_groups: int = 0,
     ) -> None:
-        if planes not in {2, PLANES} or units_per_group < 1:
+        if planes not in {FAST_PLANES, PLANES} or units_per_group < 1:
             raise InternalError(f"{planes} planes, {units_per_group} units a group")
         self.handle = next(_HANDLES)
         PLANS[self.handle] = self
@@ -99,12 +120,14 @@ class StepPlan:
         self.units_per_group = units_per_group
         self.planes = planes
         self.n_groups = n_tokens or n_groups
+        self.group_size = units_per_group * count_unit_tokens(planes)
         n_units = self.n_groups * units_per_group
+        n_places = self.n_groups * self.group_size
         device = arena.device
         # Side by side, so that a step is one copy; each where a kernel may take 16 bytes at once.
         self._width = -(-self.n_groups // 4) * 4
         self._groups = torch.full(
-            (2 * self._width + n_units * UNIT_TOKENS,), -1, dtype=torch.int32, device=device
+            (2 * self._width + n_places,), -1, dtype=torch.int32, device=device
         )
         self.group_slots = self._groups[: self.n_groups]
         self.group_counts = self._groups[self._width : self._width + self.n_groups].zero_()
@@ -113,7 +136,7 @@ class StepPlan:
         sites = range(len(arena.spec.sites))
         steps = max(site.input_steps for site in arena.spec.sites)
         hidden = max(1, *(arena.spec.hidden_steps(site) for site in sites))
-        width = UNIT_TOKENS * PLANES * STEP_COLUMNS
+        width = UNIT_COLUMNS * STEP_COLUMNS
         self.x_planes = torch.empty((n_units, steps * width), dtype=torch.int8, device=device)
         self.h_planes = torch.empty((n_units, hidden * width), dtype=torch.int8, device=device)
         # Delta and backbone's product of a lone token, and who of them has been to which rows.
@@ -122,8 +145,8 @@ class StepPlan:
         self.products = torch.empty_like(self.terms)
         n_blocks = -(-widest // STEP_ROWS)
         self.arrivals = torch.zeros((1, n_blocks), dtype=torch.int32, device=device)
-        self.x_step = torch.empty(n_units * UNIT_TOKENS, device=device)
-        self.x_norm = torch.empty(n_units * UNIT_TOKENS, device=device)
+        self.x_step = torch.empty(n_places, device=device)
+        self.x_norm = torch.empty(n_places, device=device)
 
     def assign(self, slots: Sequence[int]) -> None:
         """Say which delta each token of the next step uses.
@@ -140,7 +163,7 @@ class StepPlan:
         self.arena.check_slots(slots)
         groups = group_tokens(
             slots,
-            group_size=self.units_per_group * UNIT_TOKENS,
+            group_size=self.group_size,
             n_groups=self.n_groups,
         )
         self.token_slots = list(slots)

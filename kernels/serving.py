@@ -14,10 +14,8 @@ from kernels.plan import PLANS, StepPlan
 from kernels.streams import running_beside
 from kernels.tuning import Shape, Stage, choose_shape
 
-_MANY_GROUPS = 1 << 30
-# Tiles of 16 x 8 sums of a warp, and the registers that two units of them fit in.
+# Tiles of 16 x 8 sums that a warp has room for.
 _MOST_SUMS = 8
-_LEAST_REGISTERS = 168
 
 
 def find_site(arena: DeltaArena, name: str) -> int:
@@ -61,24 +59,16 @@ def shape_for(stage: Stage, plan: StepPlan, site: int) -> Shape:
         site: number of the site.
 
     Returns:
-        The measured shape; for groups of several units one whose sums stay in registers.
+        The measured shape; for groups of many units one whose sums stay in registers.
     """
     from kernels.triton_ops.launch_batch import current_arch
 
     arch = current_arch()
     steps, rows = measure_stage(stage, plan.arena.spec, site)
-    if plan.units_per_group == 1:
-        return choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
-    # Groups of several units come in any number: one kernel serves them all. Its sums are as many
-    # as blocks times units, and have to stay in registers: activations that are loaded ahead, or a
-    # limit that suits one unit, would push them out.
-    shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, rows=rows, arch=arch)
-    return replace(
-        shape,
-        blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)),
-        inputs_ahead=False,
-        registers=max(shape.registers, _LEAST_REGISTERS) if shape.registers else 0,
-    )
+    shape = choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
+    # Sums are as many as blocks times units.
+    most = max(1, _MOST_SUMS // plan.units_per_group)
+    return replace(shape, blocks=min(shape.blocks, most))
 
 
 def measure_stage(stage: Stage, spec: ArenaSpec, site: int) -> tuple[int, int]:

@@ -23,8 +23,9 @@ from kernels.arena import ArenaSpec, DeltaArena
 from kernels.bench.models import HUB, LLAMA_7B, Layout, Pool
 from kernels.bench.sections import fill_slots
 from kernels.bench.timing import time_graph
+from kernels.fragments import PLANES
 from kernels.image import Site, build_image
-from kernels.plan import StepPlan
+from kernels.plan import StepPlan, choose_units
 from kernels.triton_ops.launch_batch import launch_expand, launch_prepare, launch_shrink
 from kernels.tuning import Shape, Stage
 
@@ -58,8 +59,9 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(1, 8, 1, 4),
         _shape(2, 8, 1, 4),
         _shape(2, 8, 1, 2, x=True),
-        _shape(2, 4, 1, 4),
-        _shape(2, 4, 1, 4, x=True),
+        # Limits that one unit needs: two units, which few groups need, would take more.
+        _shape(2, 4, 1, 4, registers=72),
+        _shape(2, 4, 1, 4, x=True, registers=96),
         _shape(2, 4, 1, 2, x=True),
         _shape(2, 4, 2, 2, x=True),
         _shape(2, 4, 2, 4),
@@ -118,7 +120,7 @@ def compile_shape(
         stage: which kernel.
         shape: its shape.
         planes: of the activations.
-        units: of two tokens a group.
+        units: of a group.
     """
     plan = StepPlan(arena, n_tokens=1, planes=planes, units_per_group=units)
     plan.assign([0])
@@ -147,7 +149,8 @@ def compile_share(worker: int, stages: Sequence[Stage]) -> None:
     arena = build_tiny(HUB)
     jobs = [(stage, shape) for stage in stages for shape in CANDIDATES[stage]]
     for stage, shape in jobs[worker::_WORKERS]:
-        compile_shape(arena, stage, shape, planes=4, units=1)
+        for units in (1,) if stage == "layer" else (1, 2):
+            compile_shape(arena, stage, shape, planes=PLANES, units=units)
     torch.cuda.synchronize()
 
 
@@ -209,7 +212,8 @@ def _time_shapes(
     """Each candidate on rotating tenants, so that no codes are found in the cache."""
     plans = []
     for first in range(arena.n_slots // n_groups if n_groups > 1 else 48):
-        plan = StepPlan(arena, n_tokens=n_groups)
+        units = choose_units(n_groups)
+        plan = StepPlan(arena, n_tokens=n_groups, units_per_group=units)
         plan.assign([(first * n_groups + i) % arena.n_slots for i in range(n_groups)])
         plans.append(plan)
     found = []

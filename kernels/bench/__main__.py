@@ -18,7 +18,9 @@ import torch
 from kernels.bench import baselines, checks, correctness, products, sections, timing
 from kernels.bench.bars import judge
 from kernels.bench.models import COME, HUB, LAYOUTS, LLAMA_7B, Layout
+from kernels.fragments import FAST_PLANES, PLANES
 from kernels.gpu_check import describe_device
+from kernels.plan import choose_units
 from kernels.triton_ops.launch_batch import current_arch
 from kernels.tune import build_tiny, compile_shape
 from kernels.tuning import Shape, Stage, choose_shape, load_table
@@ -85,8 +87,8 @@ class Run:
             self._out.write_text(json.dumps(self.report(), indent=1) + "\n")
 
 
-def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]]:
-    """Triton kernels of some sections: layout, stage, shape and planes, the slowest first.
+def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int, int]]:
+    """Triton kernels of some sections: layout, stage, shape, planes and units, slowest first.
 
     Args:
         names: of the sections.
@@ -94,31 +96,33 @@ def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]
     Returns:
         What they launch.
     """
-    wanted: set[tuple[str, Stage, Shape, int]] = set()
+    wanted: set[tuple[str, Stage, Shape, int, int]] = set()
     for choice in load_table(current_arch()):
         stage, shape = choice.stage, choice.shape
+        units = choose_units(choice.groups)
         if names & {"decode", "zipf"}:
-            # Without direct matrices planes make a kernel of their own in `shrink` alone.
-            all_planes = (4, 2) if stage == "shrink" else (4,)
-            wanted |= {(HUB.name, stage, shape, planes) for planes in all_planes}
+            wanted |= {(HUB.name, stage, shape, planes, units) for planes in (PLANES, FAST_PLANES)}
         if "decode_come" in names:
-            wanted.add((COME.name, stage, shape, 4))
+            wanted.add((COME.name, stage, shape, PLANES, units))
     layer = choose_shape("layer", groups=1, steps=1, rows=1, arch=current_arch())
     if "decode" in names:
-        wanted.add((HUB.name, "layer", layer, 4))
+        wanted |= {(HUB.name, "layer", layer, planes, 1) for planes in (PLANES, FAST_PLANES)}
     if "decode_come" in names:
-        wanted.add((COME.name, "layer", layer, 4))
+        wanted.add((COME.name, "layer", layer, PLANES, 1))
     ordered = sorted(wanted, key=lambda one: (one[0] == HUB.name, one[1] == "shrink", str(one)))
-    return [(LAYOUTS[name], stage, shape, planes) for name, stage, shape, planes in ordered]
+    return [
+        (LAYOUTS[name], stage, shape, planes, units)
+        for name, stage, shape, planes, units in ordered
+    ]
 
 
 def warm(worker: int, names: frozenset[str]) -> None:
     """Compile every `_WORKERS`-th kernel of the sections into the cache on disk."""
     arenas: dict[str, Any] = {}
-    for layout, stage, shape, planes in list_kernels(names)[worker::_WORKERS]:
+    for layout, stage, shape, planes, units in list_kernels(names)[worker::_WORKERS]:
         if layout.name not in arenas:
             arenas[layout.name] = build_tiny(layout)
-        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=1)
+        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=units)
     torch.cuda.synchronize()
 
 
@@ -222,9 +226,9 @@ def _baselines(benches: list[sections.Bench]) -> dict[str, float]:
     }
 
 
-def _zipf(bench: sections.Bench) -> dict[str, Any]:
+def _zipf(bench: sections.Bench) -> list[dict[str, Any]]:
     slots = sections.draw_zipf(_ZIPF_TOKENS, _N_SLOTS, seed=0)
-    return sections.time_decode(bench, slots, planes=4)
+    return [sections.time_decode(bench, slots, planes=planes) for planes in (PLANES, FAST_PLANES)]
 
 
 def start_workers(names: frozenset[str]) -> list[subprocess.Popen[bytes]]:

@@ -14,12 +14,13 @@ from deltacome_core.packed import PackedDirect, PackedLinear
 from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.bench.models import BITDELTA, COME, HUB, Layout, Pool
+from kernels.fragments import FAST_PLANES, PLANES
 from kernels.image import Site, build_image
 from kernels.plan import StepPlan
 
-# Relative L2 error of the delta term. Four planes carry all bits of an fp32, two carry 15: seen are
-# 2e-7 and 3e-5.
-LIMITS: Final = {4: 2e-6, 2: 1e-3}
+# Relative L2 error of the delta term. Four planes carry all bits of an fp32, two carry 15, of which
+# hidden values that are far from their bound use fewer: seen are 2e-7 and 1.4e-3.
+LIMITS: Final = {PLANES: 2e-6, FAST_PLANES: 5e-3}
 # A result in 16 bits is the exact sum rounded once.
 ROUNDED: Final = 4e-3
 _ODD_BANDS: Final = (
@@ -79,13 +80,15 @@ def list_cases() -> Iterator[BatchCase]:
     """Cases for a device: published and odd shapes, mixed recipes, precisions, group sizes."""
     for layout, planes in product((HUB, COME, BITDELTA), (4, 2)):
         yield BatchCase(layouts=(layout, layout), slots=(0, 1, -1, 0), planes=planes)
-    # The busiest of eight tenants has twelve groups of two.
+    # The busiest of eight tenants has 23 tokens, most have five or less.
     skewed = tuple(token * token // 512 for token in range(64))
-    yield BatchCase(layouts=(HUB,) * 8, slots=skewed, outs=(4096, 4096, 1024))
+    for planes in (PLANES, FAST_PLANES):
+        yield BatchCase(
+            layouts=(HUB,) * 8, slots=skewed, outs=(4096, 4096, 1024), units=2, planes=planes
+        )
     many = tuple([0] * 9 + [1] * 3 + [-1] * 2 + [2] * 5)
     yield BatchCase(layouts=(_SOME, _SOME_TILES, BITDELTA), slots=many)
-    for units in (2, 4):
-        yield BatchCase(layouts=(HUB, HUB, HUB), slots=many, units=units)
+    yield BatchCase(layouts=(HUB, HUB, HUB), slots=many, units=4)
     yield BatchCase(layouts=(HUB,), slots=(0,), outs=(4096,), width=11008, outliers=True)
     yield BatchCase(layouts=(HUB,), slots=(0, -1), planes=2, outliers=True)
     for layout, planes in product((_ODD, _ODD_TILES), (4, 2)):

@@ -9,7 +9,6 @@ import torch
 from kernels import serving
 from kernels.arena import DeltaArena
 from kernels.bench.correctness import BatchCase, cover_case
-from kernels.fragments import PLANES
 from kernels.plan import StepPlan
 from kernels.triton_ops.launch_batch import launch_expand, launch_layer, launch_shrink
 from kernels.tuning import Shape, Stage
@@ -96,7 +95,7 @@ def _describe(
         overlap=overlap,
         shape=serving.shape_for(stage, plan, site),
         units=plan.units_per_group,
-        planes=plan.planes if is_shrink or has_direct else PLANES,
+        planes=plan.planes,
         widths=spec.widths(site),
         grouping=spec.grouping(site),
         has_direct=has_direct,

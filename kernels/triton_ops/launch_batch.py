@@ -8,7 +8,6 @@ import triton
 from triton.runtime import driver
 
 from deltacome_core.layout import TILE_CODES, words_per_row
-from kernels.fragments import PLANES, UNIT_TOKENS
 from kernels.plan import StepPlan
 from kernels.triton_ops import batch, gather, layer, repack
 from kernels.triton_ops.batch import (
@@ -114,7 +113,7 @@ def launch_prepare(
         site * arena.directory.stride(1),
         plan.x_norm if cleared is None else cleared.view(torch.float32),
         0 if cleared is None else cleared.shape[1],
-        GROUP_TOKENS=plan.units_per_group * UNIT_TOKENS,
+        GROUP_TOKENS=plan.group_size,
         N_PLANES=plan.planes,
         BLOCK=block,
         OVERLAP=overlaps(),
@@ -134,7 +133,7 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "WIDTHS": _sum_widths(spec.widths(site)),
         "GROUPING": spec.grouping(site),
         "R": shape.blocks,
-        "NT": plan.units_per_group,
+        "UNITS": plan.units_per_group,
         "WK": shape.along_steps,
         "WR": shape.along_rows,
         "U": shape.ahead,
@@ -211,8 +210,7 @@ def launch_expand(
         plan.group_tokens,
         y,
         y.stride(0),
-        # Planes of x matter where x itself is multiplied; one kernel serves both otherwise.
-        P=plan.planes if arena.spec.has_direct(site) else PLANES,
+        P=plan.planes,
         HAS_DIRECT=arena.spec.has_direct(site),
         HAS_FACTORS=arena.spec.has_factors(site),
         **_cut(plan, site, shape, overlap=overlap),
@@ -242,7 +240,7 @@ def launch_layer(
     arena = plan.arena
     spec = arena.spec
     cut = _cut(plan, site, shape, overlap=overlaps())
-    del cut["NT"], cut["num_stages"]
+    del cut["UNITS"], cut["num_stages"]
     n_delta = len(weight) // shape.rows
     n_base = len(weight) // LAYER_ROWS
     layer_kernel[(n_delta + n_base,)](
@@ -265,7 +263,7 @@ def launch_layer(
         plan.products,
         plan.arrivals,
         y,
-        P=plan.planes if spec.has_direct(site) else PLANES,
+        P=plan.planes,
         HAS_DIRECT=spec.has_direct(site),
         HAS_FACTORS=spec.has_factors(site),
         HAS_BIAS=bias is not None,

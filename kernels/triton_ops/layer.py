@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from kernels import directory
-from kernels.triton_ops.batch import INPUT, LARGEST
+from kernels.triton_ops.batch import INPUT, largest_number
 from kernels.triton_ops.parts import finish_part, mask_columns, start_part, weigh_planes
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
@@ -68,12 +68,12 @@ def sum_delta(
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
-    """The delta of a lone token at 16 R WR outputs, fp32 [WR, 8, 2, 2 R] as of `add_shares`.
+    """The delta of a lone token at 16 R WR outputs, fp32 [WR, 8, 8 / P, 2 R] as of `add_shares`.
 
     Arguments are those of `layer_kernel`. The first loads start before `shrink` has to be done.
     """
     ROWS: tl.constexpr = 16 * R * WR
-    delta = tl.zeros((WR, 8, 2, 2 * R), dtype=tl.float32)
+    delta = tl.zeros((WR, 8, 8 // P, 2 * R), dtype=tl.float32)
     slot = tl.load(group_slot_ptr)
     if slot >= 0:
         slab = tl.load(table_ptr + slot)
@@ -94,20 +94,18 @@ def sum_delta(
                 gdc_wait()
             source_ptr = hidden_ptr
             one = tl.zeros_like(slot) + 1
-            columns = mask_columns(lane, one, 1, 4)
-            weights = weigh_planes(lane, 4)
-            worth = 0.5 * tl.load(norm_ptr) * bound / LARGEST
+            columns = mask_columns(lane, one, 1, P)
+            weights = weigh_planes(lane, P)
+            worth = 0.5 * tl.load(norm_ptr) * bound / largest_number(P)
             if HAS_DIRECT:
                 if source == INPUT:
                     source_ptr = planes_ptr
-                    columns = mask_columns(lane, one, 1, P)
-                    weights = weigh_planes(lane, P)
                     worth = 0.5 * tl.load(step_ptr)
             totals = finish_part(
                 started, record_ptr, slab, first_block, n_rows, source_ptr, 0, columns,
                 weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
-            delta = add_shares(totals, 0, R, WK, WR) * worth
+            delta = add_shares(totals, 0, P, R, WK, WR) * worth
     return delta
 
 
@@ -193,7 +191,7 @@ def layer_kernel(
             # A part without a delta has waited for nothing yet.
             if OVERLAP:
                 gdc_wait()
-            token = tl.arange(0, 2)[None, None, :, None]
+            token = tl.arange(0, 8 // P)[None, None, :, None]
             at = term_ptr + first_row + row_of_share(0, R, WR)
             tl.store(at + token, delta, mask=token < 1)
             tl.debug_barrier()

@@ -18,18 +18,19 @@ def mask_columns(lane, count, NT: tl.constexpr, P: tl.constexpr):
     """NT masks [threads] of `multiply_band`: planes of tokens that exist."""
     columns = ()
     for unit in tl.static_range(NT):
-        columns += ((lane // 4 % 4 < P) & (2 * unit + lane // 16 < count),)
+        columns += (8 // P * unit + lane // (4 * P) < count,)
     return columns
 
 
 @triton.jit
 def weigh_planes(lane, P: tl.constexpr):
     """Two fp32 [threads], what a unit of this lane's planes is worth."""
-    low = lane % 2 == 1
     if P == 4:  # noqa: PLR2004 planes
+        low = lane % 2 == 1
         weights = (tl.where(low, 256.0, 16777216.0), tl.where(low, 1.0, 65536.0))
     else:
-        weights = (tl.where(low, 0.0, 256.0), tl.where(low, 0.0, 1.0))
+        one = tl.full(lane.shape, 1.0, tl.float32)
+        weights = (256 * one, one)
     return weights
 
 

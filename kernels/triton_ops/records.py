@@ -167,19 +167,25 @@ def finish_record(
 
 @triton.jit
 def add_shares(
-    totals, UNIT: tl.constexpr, R: tl.constexpr, WK: tl.constexpr, WR: tl.constexpr
+    totals,
+    UNIT: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    WK: tl.constexpr,
+    WR: tl.constexpr,
 ) -> tl.tensor:
     """Products of one unit, summed over planes and over the warps that shared the steps.
 
     Args:
         totals: Of `multiply_band`.
         UNIT: The unit.
+        P: Planes of a token.
         R: Row blocks of a warp, 1, 2 or 4.
         WK: Warps that shared the steps.
         WR: Warps that did not.
 
     Returns:
-        fp32 [WR, 8, 2 tokens, 2 R]; `row_of_share` says which rows these are.
+        fp32 [WR, 8, 8 / P tokens, 2 R]; `row_of_share` says which rows these are.
     """
     if R == 1:
         joined = tl.join(totals[UNIT * R * 2], totals[UNIT * R * 2 + 1])
@@ -199,8 +205,9 @@ def add_shares(
                 tl.join(totals[UNIT * R * 2 + 6], totals[UNIT * R * 2 + 7]),
             ),
         )
-    shares = tl.sum(tl.reshape(joined, (WR, WK, 8, 2, 2, 2 * R)), axis=4)
-    return tl.sum(shares, axis=1)
+    # A lane holds two planes: of two lanes those of a token of four.
+    shares = tl.reshape(joined, (WR, WK, 8, 8 // P, P // 2, 2 * R))
+    return tl.sum(tl.sum(shares, axis=4), axis=1)
 
 
 @triton.jit

@@ -82,12 +82,18 @@ def test_a_batch_of_one_recipe_is_exact_repeatable_and_free_of_order():
 
 
 @pytest.mark.parametrize(
-    ("planes", "units", "limit"), [(4, 1, 2e-6), (2, 1, 1e-3), (4, 2, 2e-6)], ids=str
+    ("planes", "units", "limit", "numbers"),
+    [
+        (4, 1, 2e-6, (1, 0, 2, -1)),
+        (4, 2, 2e-6, (0, 0, 1, 0)),
+        (2, 1, 5e-3, (1, 0, 2, -1, 1, 1, 0, 1, 1, 2)),
+        (2, 2, 5e-3, (0, 1, 0, 0, 0, 2, 0, 0)),
+    ],
+    ids=str,
 )
-def test_recipes_of_every_kind_share_a_batch(planes, units, limit):
+def test_recipes_of_every_kind_share_a_batch(planes, units, limit, numbers):
     deltas = [draw(BY_VECTOR), draw(BY_TILE, seed=1), draw(DIRECT, seed=2, without=("q",))]
     arena, slots = build_arena(deltas)
-    numbers = [1, 0, 2, -1] if units == 1 else [0, 0, 1, 0]
     x = torch.randn(len(numbers), 70, generator=torch.Generator().manual_seed(3)).half()
     plan = StepPlan(arena, n_tokens=len(numbers), units_per_group=units, planes=planes)
     plan.x_planes.fill_(85)
