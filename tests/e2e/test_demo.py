@@ -84,6 +84,20 @@ def test_a_demo_that_is_still_starting_leaves_no_process_behind(tmp_path, number
         end_demo(demo, children, number)
 
 
+def test_a_signal_in_the_middle_of_an_import_ends_the_demo_well():
+    """Modules that define dataclasses execute text: an interrupt there is caught like others."""
+    script = """
+import os, signal
+from hub.management.commands import demo
+demo._run = lambda _: exec("os.kill(os.getpid(), signal.SIGTERM)", {"os": os, "signal": signal})
+demo.Command().handle()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "stopped\n")
+
+
 def find_child(demo, *words):
     """Return the process with these words in its command that the demo itself has started."""
     for child in psutil.Process(demo.pid).children():

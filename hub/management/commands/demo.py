@@ -37,6 +37,14 @@ CARD = """
 """
 
 
+class _Ended(BaseException):
+    """A signal ends the demo.
+
+    No KeyboardInterrupt: where that comes out of an `exec`, as those of dataclasses, Python ends
+    with the signal's status although it was caught.
+    """
+
+
 class Command(BaseCommand):
     help = "Run a seeded hub on this machine until Ctrl-C."
     requires_system_checks: list[str] = []  # the stack's processes have their own settings
@@ -56,9 +64,9 @@ class Command(BaseCommand):
         try:
             # Like Ctrl-C: `kill` and a closed terminal end the children too.
             for number in ENDS:
-                signal.signal(number, _interrupt)
+                signal.signal(number, _end)
             _run(options)
-        except KeyboardInterrupt:
+        except _Ended:
             _say("stopped")
 
 
@@ -73,11 +81,11 @@ def _run(options: dict[str, Any]) -> None:
         sys.exit(1)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+def _end(_number: int, _frame: FrameType | None) -> NoReturn:
     # Once is enough: another one would break off what ends the children.
     for number in ENDS:
         signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    raise _Ended
 
 
 def _say(text: str) -> None:
