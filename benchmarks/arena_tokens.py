@@ -4,7 +4,7 @@
 
 Every linear layer of the dense fine-tune becomes the backbone's weight and a site of an arena;
 embeddings and norms stay the fine-tune's. Prompts take many tokens at once, answers one at a time.
-Fast mode rounds hidden values to 15 bits: its tokens are counted, and may differ.
+Fast mode keeps two bytes of activations and hidden values: its tokens are counted, and may differ.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.fragments import FAST_PLANES, PLANES
 from kernels.image import Site, build_image
-from kernels.plan import StepPlan, choose_units
+from kernels.plan import StepPlan
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "tiny-llama"
 TASKS = ("dates", "extraction")
@@ -44,12 +44,7 @@ class ArenaLinear(torch.nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         plan = self.plans.get(len(rows))
         if plan is None:
-            plan = StepPlan(
-                self.arena,
-                n_tokens=len(rows),
-                units_per_group=choose_units(len(rows)),
-                planes=self.planes,
-            )
+            plan = StepPlan(self.arena, n_tokens=len(rows), planes=self.planes)
             plan.assign([0] * len(rows))
             self.plans[len(rows)] = plan
         y = serving.delta_linear(rows, self.weight, self.arena, self.site, plan)

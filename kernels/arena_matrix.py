@@ -149,7 +149,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "BAND": 8,
         "STAGES": 3,
         "R": 2,
-        "UNITS": variant.units,
+        "NT": variant.units,
         "WK": 2,
         "WR": 2,
         "U": 2,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Final
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -30,18 +29,6 @@ class Groups:
     slots: npt.NDArray[np.int32]
     counts: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
-
-
-# Tokens of a step from which a tenant is likely to have more of them than one unit holds.
-_MANY_TOKENS: Final = 16
-
-
-def choose_units(n_tokens: int) -> int:
-    """Units of a group for a step of so many tokens.
-
-    Kernels of two units take twice as long to compile, and cost no more where one is enough.
-    """
-    return 2 if n_tokens >= _MANY_TOKENS else 1
 
 
 def count_groups(n_tokens: int, *, units_per_group: int, planes: int = PLANES) -> int:

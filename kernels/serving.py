@@ -14,8 +14,10 @@ from kernels.plan import PLANS, StepPlan
 from kernels.streams import running_beside
 from kernels.tuning import Shape, Stage, choose_shape
 
-# Tiles of 16 x 8 sums that a warp has room for.
+_MANY_GROUPS = 1 << 30
+# Tiles of 16 x 8 sums of a warp, and the registers that two units of them fit in.
 _MOST_SUMS = 8
+_LEAST_REGISTERS = 168
 
 
 def find_site(arena: DeltaArena, name: str) -> int:
@@ -59,16 +61,24 @@ def shape_for(stage: Stage, plan: StepPlan, site: int) -> Shape:
         site: number of the site.
 
     Returns:
-        The measured shape; for groups of many units one whose sums stay in registers.
+        The measured shape; for groups of several units one whose sums stay in registers.
     """
     from kernels.triton_ops.launch_batch import current_arch
 
     arch = current_arch()
     steps, rows = measure_stage(stage, plan.arena.spec, site)
-    shape = choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
-    # Sums are as many as blocks times units.
-    most = max(1, _MOST_SUMS // plan.units_per_group)
-    return replace(shape, blocks=min(shape.blocks, most))
+    if plan.units_per_group == 1:
+        return choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
+    # Groups of several units come in any number: one kernel serves them all. Its sums are as many
+    # as blocks times units, and have to stay in registers: activations that are loaded ahead, or a
+    # limit that suits one unit, would push them out.
+    shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, rows=rows, arch=arch)
+    return replace(
+        shape,
+        blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)),
+        inputs_ahead=False,
+        registers=max(shape.registers, _LEAST_REGISTERS) if shape.registers else 0,
+    )
 
 
 def measure_stage(stage: Stage, spec: ArenaSpec, site: int) -> tuple[int, int]:
@@ -122,7 +132,7 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
 
     Returns:
         y. The delta term is within 2e-6 of the exact one (relative L2) with four planes, within
-        1e-3 with two.
+        1.5e-2 with two.
 
     Raises:
         UserError: arena_site_unknown.

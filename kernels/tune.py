@@ -23,9 +23,8 @@ from kernels.arena import ArenaSpec, DeltaArena
 from kernels.bench.models import HUB, LLAMA_7B, Layout, Pool
 from kernels.bench.sections import fill_slots
 from kernels.bench.timing import time_graph
-from kernels.fragments import PLANES
 from kernels.image import Site, build_image
-from kernels.plan import StepPlan, choose_units
+from kernels.plan import StepPlan
 from kernels.triton_ops.launch_batch import launch_expand, launch_prepare, launch_shrink
 from kernels.tuning import Shape, Stage
 
@@ -59,9 +58,8 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(1, 8, 1, 4),
         _shape(2, 8, 1, 4),
         _shape(2, 8, 1, 2, x=True),
-        # Limits that one unit needs: two units, which few groups need, would take more.
-        _shape(2, 4, 1, 4, registers=72),
-        _shape(2, 4, 1, 4, x=True, registers=96),
+        _shape(2, 4, 1, 4),
+        _shape(2, 4, 1, 4, x=True),
         _shape(2, 4, 1, 2, x=True),
         _shape(2, 4, 2, 2, x=True),
         _shape(2, 4, 2, 4),
@@ -120,7 +118,7 @@ def compile_shape(
         stage: which kernel.
         shape: its shape.
         planes: of the activations.
-        units: of a group.
+        units: of two tokens a group.
     """
     plan = StepPlan(arena, n_tokens=1, planes=planes, units_per_group=units)
     plan.assign([0])
@@ -149,8 +147,7 @@ def compile_share(worker: int, stages: Sequence[Stage]) -> None:
     arena = build_tiny(HUB)
     jobs = [(stage, shape) for stage in stages for shape in CANDIDATES[stage]]
     for stage, shape in jobs[worker::_WORKERS]:
-        for units in (1,) if stage == "layer" else (1, 2):
-            compile_shape(arena, stage, shape, planes=PLANES, units=units)
+        compile_shape(arena, stage, shape, planes=4, units=1)
     torch.cuda.synchronize()
 
 
@@ -212,8 +209,7 @@ def _time_shapes(
     """Each candidate on rotating tenants, so that no codes are found in the cache."""
     plans = []
     for first in range(arena.n_slots // n_groups if n_groups > 1 else 48):
-        units = choose_units(n_groups)
-        plan = StepPlan(arena, n_tokens=n_groups, units_per_group=units)
+        plan = StepPlan(arena, n_tokens=n_groups)
         plan.assign([(first * n_groups + i) % arena.n_slots for i in range(n_groups)])
         plans.append(plan)
     found = []

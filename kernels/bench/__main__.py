@@ -20,7 +20,6 @@ from kernels.bench.bars import judge
 from kernels.bench.models import COME, HUB, LAYOUTS, LLAMA_7B, Layout
 from kernels.fragments import FAST_PLANES, PLANES
 from kernels.gpu_check import describe_device
-from kernels.plan import choose_units
 from kernels.triton_ops.launch_batch import current_arch
 from kernels.tune import build_tiny, compile_shape
 from kernels.tuning import Shape, Stage, choose_shape, load_table
@@ -87,8 +86,8 @@ class Run:
             self._out.write_text(json.dumps(self.report(), indent=1) + "\n")
 
 
-def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int, int]]:
-    """Triton kernels of some sections: layout, stage, shape, planes and units, slowest first.
+def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]]:
+    """Triton kernels of some sections: layout, stage, shape and planes, the slowest first.
 
     Args:
         names: of the sections.
@@ -96,33 +95,29 @@ def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int,
     Returns:
         What they launch.
     """
-    wanted: set[tuple[str, Stage, Shape, int, int]] = set()
+    wanted: set[tuple[str, Stage, Shape, int]] = set()
     for choice in load_table(current_arch()):
         stage, shape = choice.stage, choice.shape
-        units = choose_units(choice.groups)
         if names & {"decode", "zipf"}:
-            wanted |= {(HUB.name, stage, shape, planes, units) for planes in (PLANES, FAST_PLANES)}
+            wanted |= {(HUB.name, stage, shape, planes) for planes in (PLANES, FAST_PLANES)}
         if "decode_come" in names:
-            wanted.add((COME.name, stage, shape, PLANES, units))
+            wanted.add((COME.name, stage, shape, PLANES))
     layer = choose_shape("layer", groups=1, steps=1, rows=1, arch=current_arch())
     if "decode" in names:
-        wanted |= {(HUB.name, "layer", layer, planes, 1) for planes in (PLANES, FAST_PLANES)}
+        wanted |= {(HUB.name, "layer", layer, planes) for planes in (PLANES, FAST_PLANES)}
     if "decode_come" in names:
-        wanted.add((COME.name, "layer", layer, PLANES, 1))
+        wanted.add((COME.name, "layer", layer, PLANES))
     ordered = sorted(wanted, key=lambda one: (one[0] == HUB.name, one[1] == "shrink", str(one)))
-    return [
-        (LAYOUTS[name], stage, shape, planes, units)
-        for name, stage, shape, planes, units in ordered
-    ]
+    return [(LAYOUTS[name], stage, shape, planes) for name, stage, shape, planes in ordered]
 
 
 def warm(worker: int, names: frozenset[str]) -> None:
     """Compile every `_WORKERS`-th kernel of the sections into the cache on disk."""
     arenas: dict[str, Any] = {}
-    for layout, stage, shape, planes, units in list_kernels(names)[worker::_WORKERS]:
+    for layout, stage, shape, planes in list_kernels(names)[worker::_WORKERS]:
         if layout.name not in arenas:
             arenas[layout.name] = build_tiny(layout)
-        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=units)
+        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=1)
     torch.cuda.synchronize()
 
 

@@ -16,7 +16,7 @@ from kernels.bench.models import ModelShape, Pool
 from kernels.bench.timing import time_calls, time_graph
 from kernels.dense import Unfolder, merge_site, multiply_prompt
 from kernels.image import Image, build_image
-from kernels.plan import StepPlan, choose_units
+from kernels.plan import StepPlan
 
 MEMORY_BYTES: Final = 80 * 10**9
 KEY_VALUE_BYTES: Final = 16 * 10**9
@@ -121,24 +121,20 @@ def term_step(bench: Bench, inputs: dict[int, torch.Tensor], plan: StepPlan) -> 
     return run
 
 
-def time_decode(
-    bench: Bench, slots: Sequence[int], *, planes: int, units: int | None = None
-) -> dict[str, Any]:
+def time_decode(bench: Bench, slots: Sequence[int], *, planes: int) -> dict[str, Any]:
     """One step of decode over the whole model.
 
     Args:
         bench: the bench.
         slots: slot of each token.
         planes: 4 for exact, 2 for fast.
-        units: of a group; None is what a step of so many tokens takes.
 
     Returns:
         Times in microseconds, bytes, and the factor over the backbone alone.
     """
     inputs = bench.inputs(len(slots))
     base_us = time_graph(base_step(bench, inputs))
-    units = choose_units(len(slots)) if units is None else units
-    plan = StepPlan(bench.arena, n_tokens=len(slots), planes=planes, units_per_group=units)
+    plan = StepPlan(bench.arena, n_tokens=len(slots), planes=planes)
     plan.assign(slots)
     step_us = time_graph(delta_step(bench, inputs, plan))
     term_us = time_graph(term_step(bench, inputs, plan))
@@ -148,7 +144,6 @@ def time_decode(
         "n_tokens": len(slots),
         "n_tenants": n_tenants,
         "planes": planes,
-        "units": units,
         "base_us": base_us,
         "term_us": term_us,
         "step_us": step_us,

@@ -122,85 +122,6 @@ def prepare_kernel(
         store_planes(at + col % 32, value, col < n_steps * 32, N_PLANES)
 
 
-@triton.jit
-def shrink_group(
-    entry_ptr,
-    number,
-    block,
-    group,
-    count,
-    slab,
-    planes_ptr,
-    step_ptr,
-    norm_ptr,
-    x_steps,
-    hidden_ptr,
-    h_steps,
-    P: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUPING: tl.constexpr,
-    UNITS: tl.constexpr,
-    R: tl.constexpr,
-    NT: tl.constexpr,
-    WK: tl.constexpr,
-    WR: tl.constexpr,
-    U: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    USE_PTX: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """`batch_shrink_kernel` for a group whose `count` tokens are in the first NT of its UNITS."""
-    TOKENS: tl.constexpr = 8 // P
-    thread = tl.arange(0, 32 * WK * WR)
-    lane = thread % 32
-    wk = thread // 32 % WK
-    wr = thread // 32 // WK
-    columns = mask_columns(lane, count, NT, P)
-    weights = weigh_planes(lane, P)
-    record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
-    # Loads that only the last lines need start here, beside the codes.
-    bits = tl.load(record_ptr)
-    fields = load_record(record_ptr)
-    row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
-    n_rows = fields[2]
-    factors_ptr = load_pointer(slab, fields[5], tl.float32)
-    factor = tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
-    first_step = fields[7]
-    part_ptr = entry_ptr + EXPAND_PARTS + fields[8] * PART_INTS
-    bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
-    first_block = (block * WR + wr) * R
-    first_unit = group.to(tl.int64) * UNITS
-    source_ptr = planes_ptr + first_unit * x_steps * 32
-    totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
-    for width in tl.static_range(1, 9):
-        if (WIDTHS >> width) & 1:
-            if bits == width:
-                started = start_record(fields, slab, first_block, wk, lane, width, R, U)
-                if OVERLAP:
-                    gdc_wait()
-                totals = finish_record(
-                    started, slab, first_block, source_ptr, x_steps * 32, columns,
-                    weights, wk, lane, width, GROUPING, R, NT, WK, U, X_AHEAD, USE_PTX,
-                )  # fmt: skip
-    # A band is read in whole steps: the rows that fill its last one are written as 0.
-    inside = row < (n_rows + 31) // 32 * 32
-    token = tl.arange(0, TOKENS)[None, None, :, None]
-    # All planes are one tensor: it changes its layout once, not once a plane.
-    plane = tl.arange(0, P)[None, None, None, None, :]
-    for unit in tl.static_range(NT):
-        place = (group * UNITS + unit) * TOKENS + token
-        exists = TOKENS * unit + token < count
-        worth = 0.5 * tl.load(step_ptr + place, mask=exists, other=0.0)
-        worth /= tl.load(norm_ptr + place, mask=exists, other=1.0) * bound
-        h = add_shares(totals, unit, P, R, WK, WR) * factor * (worth * largest_number(P))
-        step = (first_unit + unit) * h_steps + first_step + row // 32
-        at = hidden_ptr + (step * 8 + P * token) * 32 + row % 32
-        digits = (round_to_int(h) + carry_of_digits(P)) ^ carry_of_digits(P)
-        digit = (digits[:, :, :, :, None] >> (8 * (P - 1 - plane))).to(tl.int8)
-        mask = (inside & exists)[:, :, :, :, None]
-        tl.store(at[:, :, :, :, None] + 32 * plane, digit, mask=mask)
-
-
 @triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset"])
 def batch_shrink_kernel(
     planes_ptr,
@@ -218,8 +139,8 @@ def batch_shrink_kernel(
     P: tl.constexpr,
     WIDTHS: tl.constexpr,
     GROUPING: tl.constexpr,
-    UNITS: tl.constexpr,
     R: tl.constexpr,
+    NT: tl.constexpr,
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
@@ -227,10 +148,8 @@ def batch_shrink_kernel(
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One block of rows of V for one group of tokens of a tenant: hidden = planes of V x.
-
-    A group whose tokens fit one unit costs what it would if there were no others.
-    """
+    """One block of rows of V for one group of tokens of a tenant: hidden = planes of V x."""
+    TOKENS: tl.constexpr = 8 // P
     if OVERLAP:
         gdc_launch_dependents()
     group = tl.program_id(1)
@@ -241,114 +160,56 @@ def batch_shrink_kernel(
         if number < MAX_RECORDS:
             count = tl.load(group_count_ptr + group)
             slab = tl.load(table_ptr + slot)
-            if UNITS > 1:
-                if count > 8 // P:
-                    # Their sums need the registers that activations ahead would take.
-                    shrink_group(
-                        entry_ptr, number, block, group, count, slab, planes_ptr, step_ptr,
-                        norm_ptr, x_steps, hidden_ptr, h_steps, P, WIDTHS, GROUPING, UNITS, R,
-                        UNITS, WK, WR, U, False, USE_PTX, OVERLAP,
-                    )  # fmt: skip
-                else:
-                    shrink_group(
-                        entry_ptr, number, block, group, count, slab, planes_ptr, step_ptr,
-                        norm_ptr, x_steps, hidden_ptr, h_steps, P, WIDTHS, GROUPING, UNITS, R,
-                        1, WK, WR, U, X_AHEAD, USE_PTX, OVERLAP,
-                    )  # fmt: skip
-            else:
-                shrink_group(
-                    entry_ptr, number, block, group, count, slab, planes_ptr, step_ptr,
-                    norm_ptr, x_steps, hidden_ptr, h_steps, P, WIDTHS, GROUPING, UNITS, R,
-                    1, WK, WR, U, X_AHEAD, USE_PTX, OVERLAP,
-                )  # fmt: skip
+            thread = tl.arange(0, 32 * WK * WR)
+            lane = thread % 32
+            wk = thread // 32 % WK
+            wr = thread // 32 // WK
+            columns = mask_columns(lane, count, NT, P)
+            weights = weigh_planes(lane, P)
+            record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
+            # Loads that only the last lines need start here, beside the codes.
+            bits = tl.load(record_ptr)
+            fields = load_record(record_ptr)
+            row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
+            n_rows = fields[2]
+            factors_ptr = load_pointer(slab, fields[5], tl.float32)
+            factor = tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
+            first_step = fields[7]
+            part_ptr = entry_ptr + EXPAND_PARTS + fields[8] * PART_INTS
+            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
+            first_block = (block * WR + wr) * R
+            source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
+            totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
+            for width in tl.static_range(1, 9):
+                if (WIDTHS >> width) & 1:
+                    if bits == width:
+                        started = start_record(fields, slab, first_block, wk, lane, width, R, U)
+                        if OVERLAP:
+                            gdc_wait()
+                        totals = finish_record(
+                            started, slab, first_block, source_ptr, x_steps * 32, columns,
+                            weights, wk, lane, width, GROUPING, R, NT, WK, U, X_AHEAD, USE_PTX,
+                        )  # fmt: skip
+            # A band is read in whole steps: the rows that fill its last one are written as 0.
+            inside = row < (n_rows + 31) // 32 * 32
+            token = tl.arange(0, TOKENS)[None, None, :, None]
+            # All planes are one tensor: it changes its layout once, not once a plane.
+            plane = tl.arange(0, P)[None, None, None, None, :]
+            for unit in tl.static_range(NT):
+                place = (group * NT + unit) * TOKENS + token
+                exists = TOKENS * unit + token < count
+                worth = 0.5 * tl.load(step_ptr + place, mask=exists, other=0.0)
+                worth /= tl.load(norm_ptr + place, mask=exists, other=1.0) * bound
+                h = add_shares(totals, unit, P, R, WK, WR) * factor * (worth * largest_number(P))
+                step = (group * NT + unit).to(tl.int64) * h_steps + first_step + row // 32
+                at = hidden_ptr + (step * 8 + P * token) * 32 + row % 32
+                digits = (round_to_int(h) + carry_of_digits(P)) ^ carry_of_digits(P)
+                digit = (digits[:, :, :, :, None] >> (8 * (P - 1 - plane))).to(tl.int8)
+                mask = (inside & exists)[:, :, :, :, None]
+                tl.store(at[:, :, :, :, None] + 32 * plane, digit, mask=mask)
     # Programs without work wait too: who waits for this launch means the ones before it as well.
     if OVERLAP:
         gdc_wait()
-
-
-@triton.jit
-def expand_group(
-    entry_ptr,
-    number,
-    block,
-    group,
-    count,
-    slab,
-    planes_ptr,
-    step_ptr,
-    norm_ptr,
-    x_steps,
-    hidden_ptr,
-    h_steps,
-    group_tokens_ptr,
-    y_ptr,
-    y_stride,
-    P: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUPING: tl.constexpr,
-    HAS_DIRECT: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
-    UNITS: tl.constexpr,
-    R: tl.constexpr,
-    NT: tl.constexpr,
-    WK: tl.constexpr,
-    WR: tl.constexpr,
-    U: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    USE_PTX: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """`batch_expand_kernel` for a group whose `count` tokens are in the first NT of its UNITS."""
-    TOKENS: tl.constexpr = 8 // P
-    part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
-    record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
-    bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
-    n_rows = tl.load(entry_ptr + MAX_RECORDS + number)
-    thread = tl.arange(0, 32 * WK * WR)
-    lane = thread % 32
-    wk = thread // 32 % WK
-    wr = thread // 32 // WK
-    columns = mask_columns(lane, count, NT, P)
-    weights = weigh_planes(lane, P)
-    first_unit = group.to(tl.int64) * UNITS
-    source_ptr = hidden_ptr + first_unit * h_steps * 32
-    stride = h_steps * 32
-    is_direct = tl.load(part_ptr + 2) == INPUT
-    if HAS_DIRECT:
-        if is_direct:
-            source_ptr = planes_ptr + first_unit * x_steps * 32
-            stride = x_steps * 32
-    first_block = (block * WR + wr) * R
-    started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U)
-    if OVERLAP:
-        gdc_wait()
-    row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
-    row_at = y_ptr + tl.load(part_ptr) + row
-    token = tl.arange(0, TOKENS)[None, None, :, None]
-    # What the last lines need is loaded beside the codes.
-    worths = ()
-    outputs = ()
-    for unit in tl.static_range(NT):
-        place = (group * UNITS + unit) * TOKENS + token
-        exists = TOKENS * unit + token < count
-        norm = tl.load(norm_ptr + place, mask=exists, other=0.0)
-        hidden_worth = norm * bound / largest_number(P)
-        input_worth = tl.load(step_ptr + place, mask=exists, other=0.0)
-        worths += (0.5 * tl.where(is_direct, input_worth, hidden_worth),)
-        at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
-        at = row_at + at_token * y_stride
-        outputs += (tl.load(at, mask=exists & (row < n_rows), other=0.0).to(tl.float32),)
-    totals = finish_part(
-        started, record_ptr, slab, first_block, n_rows, source_ptr, stride, columns, weights, wk,
-        lane, WIDTHS, GROUPING, HAS_FACTORS, R, NT, WK, U, X_AHEAD, USE_PTX,
-    )  # fmt: skip
-    for unit in tl.static_range(NT):
-        place = (group * UNITS + unit) * TOKENS + token
-        exists = TOKENS * unit + token < count
-        at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
-        at = row_at + at_token * y_stride
-        y = outputs[unit] + add_shares(totals, unit, P, R, WK, WR) * worths[unit]
-        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=exists & (row < n_rows))
 
 
 @triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset", "y_stride"])
@@ -373,8 +234,8 @@ def batch_expand_kernel(
     GROUPING: tl.constexpr,
     HAS_DIRECT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
-    UNITS: tl.constexpr,
     R: tl.constexpr,
+    NT: tl.constexpr,
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
@@ -382,10 +243,8 @@ def batch_expand_kernel(
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One block of outputs for one group of tokens of a tenant: y += U h, or D x.
-
-    A group whose tokens fit one unit costs what it would if there were no others.
-    """
+    """One block of outputs for one group of tokens of a tenant: y += U h, or D x."""
+    TOKENS: tl.constexpr = 8 // P
     group = tl.program_id(1)
     slot = tl.load(group_slot_ptr + group)
     if slot >= 0:
@@ -394,27 +253,54 @@ def batch_expand_kernel(
         if number < MAX_RECORDS:
             count = tl.load(group_count_ptr + group)
             slab = tl.load(table_ptr + slot)
-            if UNITS > 1:
-                if count > 8 // P:
-                    expand_group(
-                        entry_ptr, number, block, group, count, slab, planes_ptr, step_ptr,
-                        norm_ptr, x_steps, hidden_ptr, h_steps, group_tokens_ptr, y_ptr, y_stride,
-                        P, WIDTHS, GROUPING, HAS_DIRECT, HAS_FACTORS, UNITS, R, UNITS, WK, WR, U,
-                        False, USE_PTX, OVERLAP,
-                    )  # fmt: skip
-                else:
-                    expand_group(
-                        entry_ptr, number, block, group, count, slab, planes_ptr, step_ptr,
-                        norm_ptr, x_steps, hidden_ptr, h_steps, group_tokens_ptr, y_ptr, y_stride,
-                        P, WIDTHS, GROUPING, HAS_DIRECT, HAS_FACTORS, UNITS, R, 1, WK, WR, U,
-                        X_AHEAD, USE_PTX, OVERLAP,
-                    )  # fmt: skip
-            else:
-                expand_group(
-                    entry_ptr, number, block, group, count, slab, planes_ptr, step_ptr,
-                    norm_ptr, x_steps, hidden_ptr, h_steps, group_tokens_ptr, y_ptr, y_stride,
-                    P, WIDTHS, GROUPING, HAS_DIRECT, HAS_FACTORS, UNITS, R, 1, WK, WR, U,
-                    X_AHEAD, USE_PTX, OVERLAP,
-                )  # fmt: skip
+            part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
+            record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
+            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
+            n_rows = tl.load(entry_ptr + MAX_RECORDS + number)
+            thread = tl.arange(0, 32 * WK * WR)
+            lane = thread % 32
+            wk = thread // 32 % WK
+            wr = thread // 32 // WK
+            columns = mask_columns(lane, count, NT, P)
+            weights = weigh_planes(lane, P)
+            source_ptr = hidden_ptr + group.to(tl.int64) * NT * h_steps * 32
+            stride = h_steps * 32
+            is_direct = tl.load(part_ptr + 2) == INPUT
+            if HAS_DIRECT:
+                if is_direct:
+                    source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
+                    stride = x_steps * 32
+            first_block = (block * WR + wr) * R
+            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U)
+            if OVERLAP:
+                gdc_wait()
+            row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
+            row_at = y_ptr + tl.load(part_ptr) + row
+            token = tl.arange(0, TOKENS)[None, None, :, None]
+            # What the last lines need is loaded beside the codes.
+            worths = ()
+            outputs = ()
+            for unit in tl.static_range(NT):
+                place = (group * NT + unit) * TOKENS + token
+                exists = TOKENS * unit + token < count
+                norm = tl.load(norm_ptr + place, mask=exists, other=0.0)
+                hidden_worth = norm * bound / largest_number(P)
+                input_worth = tl.load(step_ptr + place, mask=exists, other=0.0)
+                worths += (0.5 * tl.where(is_direct, input_worth, hidden_worth),)
+                at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
+                at = row_at + at_token * y_stride
+                outputs += (tl.load(at, mask=exists & (row < n_rows), other=0.0).to(tl.float32),)
+            totals = finish_part(
+                started, record_ptr, slab, first_block, n_rows, source_ptr, stride,
+                columns, weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, NT, WK, U, X_AHEAD,
+                USE_PTX,
+            )  # fmt: skip
+            for unit in tl.static_range(NT):
+                place = (group * NT + unit) * TOKENS + token
+                exists = TOKENS * unit + token < count
+                at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
+                at = row_at + at_token * y_stride
+                y = outputs[unit] + add_shares(totals, unit, P, R, WK, WR) * worths[unit]
+                tl.store(at, y.to(y_ptr.dtype.element_ty), mask=exists & (row < n_rows))
     if OVERLAP:
         gdc_wait()

@@ -133,7 +133,7 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "WIDTHS": _sum_widths(spec.widths(site)),
         "GROUPING": spec.grouping(site),
         "R": shape.blocks,
-        "UNITS": plan.units_per_group,
+        "NT": plan.units_per_group,
         "WK": shape.along_steps,
         "WR": shape.along_rows,
         "U": shape.ahead,
@@ -240,7 +240,7 @@ def launch_layer(
     arena = plan.arena
     spec = arena.spec
     cut = _cut(plan, site, shape, overlap=overlaps())
-    del cut["UNITS"], cut["num_stages"]
+    del cut["NT"], cut["num_stages"]
     n_delta = len(weight) // shape.rows
     n_base = len(weight) // LAYER_ROWS
     layer_kernel[(n_delta + n_base,)](
