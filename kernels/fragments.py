@@ -17,6 +17,7 @@ UNIT_BYTES: Final = 128
 UNIT_COLUMNS: Final = 8
 PLANES: Final = 4
 FAST_PLANES: Final = 2
+PRECISIONS: Final[dict[str, int]] = {"exact": PLANES, "fast": FAST_PLANES}
 # Words of a lane for two steps of the low plane. One bit needs both steps for one word.
 PAIR_WORDS: Final[dict[int, int]] = {1: 1, 2: 2, 3: 2, 4: 4, 8: 8}
 

@@ -170,6 +170,7 @@ def _launch_room(arena: DeltaArena, room: Room) -> None:
         n_tokens=room.n_tokens,
         n_groups=room.n_groups,
         units_per_group=room.units_per_group,
+        planes=room.planes,
     )
     n_tokens = room.n_tokens or 1
     plan.assign([-1] * n_tokens)

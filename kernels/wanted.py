@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.arena import ArenaSpec
+from kernels.fragments import PLANES
 from kernels.image import Site, SiteNeeds
 from kernels.vocabulary import RowKind
 
@@ -26,6 +27,7 @@ class Room:
     n_tokens: int = 0
     n_groups: int = 0
     units_per_group: int = 1
+    planes: int = PLANES
     is_whole: bool = False
     reads: str
     writes: str

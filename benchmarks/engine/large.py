@@ -26,6 +26,7 @@ from deltacome_core.recipe import get_recipe
 from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank
 from kernels.bench.models import HUB, Layout, Pool
 from workers.engine import probes
+from workers.engine.arena_slots import KernelOptions
 from workers.engine.executor import PlainExecutor
 from workers.engine.metrics import EngineMetrics
 from workers.engine.model import LoadedModel, settle_memory
@@ -136,7 +137,7 @@ def open_large(scratch: Path, size: Size, device: str) -> tuple[Large, str]:
     options: dict[str, Any] = {
         "device": device, "kv_bytes": size.kv_bytes, "n_slots": size.n_tenants,
         "delta_bytes": 60 << 30, "arena": True,
-        "prepare": KernelPreparation(EngineMetrics()).prepare,
+        "kernels": KernelOptions(prepare=KernelPreparation(EngineMetrics()).prepare),
     }  # fmt: skip
     check = "passed"
     try:

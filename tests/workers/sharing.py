@@ -9,6 +9,8 @@ from deltacome_core.compress import compress_checkpoint
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
+from kernels.fragments import PLANES
+from workers.engine.arena_slots import KernelOptions
 from workers.engine.model import load_backbone, load_shared
 from workers.engine.shared import SharedExecutor
 
@@ -24,11 +26,13 @@ def make_deltas(folder, tuned, *recipes):
         reconstruct_checkpoint(folder / "base", folder / f"d{number}", folder / f"r{number}")
 
 
-def load_all(folder, n, *, factor_bytes=1 << 30, n_slots=4, arena=False):
+def load_all(folder, n, *, factor_bytes=1 << 30, n_slots=4, arena=False, planes=PLANES):
     """The backbone and its deltas; with `arena` in slots of a GPU, run by the kernels' reference."""
     backbone = load_backbone(folder / "base", device="cpu")
     room = {"device": "cpu", "kv_bytes": 1 << 23, "n_slots": n_slots}
-    executor = SharedExecutor(backbone.module, folder / "base", arena=arena, **room)
+    executor = SharedExecutor(
+        backbone.module, folder / "base", arena=arena, kernels=KernelOptions(planes=planes), **room
+    )
     shared = replace(backbone, executor=executor)
     deltas = [
         load_shared(shared, folder / "base", folder / f"d{number}", factor_bytes=factor_bytes)

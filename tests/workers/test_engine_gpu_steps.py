@@ -1,12 +1,16 @@
 """What a GPU alone does in a step, done here: padding, single-token kernels, captured graphs."""
 
+from functools import partial
+
 import tiny
 import torch
 from interpreters import run_interpreted
 from serving import answer
 from sharing import PROMPTS, ROWS, SHAPES, greedy, load_all, make_deltas, make_models
 
-from workers.engine import shared
+from kernels.arena import DeltaArena
+from kernels.fragments import FAST_PLANES, PLANES
+from workers.engine import arena_slots, shared
 from workers.engine.attention import DecodeRows
 from workers.engine.graphs import DecodeGraphs, StepInputs, _Captured
 from workers.engine.scheduler import Limits
@@ -87,6 +91,24 @@ def compare_tokens(root):
     assert len(captured) < 8
 
 
+def compare_fast(root):
+    """The engine's kernels in fast mode: the backbone's numbers exactly, a delta's nearly."""
+    found = []
+    for planes in (PLANES, FAST_PLANES):
+        # The reference of the kernels says what is exact.
+        is_fast = planes == FAST_PLANES
+        arena_slots.DeltaArena = partial(DeltaArena, operand_order=is_fast)
+        models = load_all(root, 1, arena=True, planes=planes)
+        act_as_on_a_gpu(models)
+        # Five tokens of the delta in one step: a group of four and one of one.
+        heard = answer(models, prompt=PROMPTS[0][:5], max_tokens=1, logprobs=1)
+        found.append([[piece.logprob for piece in one.pieces] for one in heard])
+    exact, fast = torch.tensor(found)
+    assert torch.equal(exact[0], fast[0])
+    far = float((exact[1] - fast[1]).abs().max())
+    assert 0 < far < 5e-3, far
+
+
 def capture_again(root):
     """A graph that is refused, and graphs that are captured in quiet times."""
     models = load_all(root, 3, arena=True)
@@ -126,3 +148,4 @@ def test_a_gpu_captures_in_quiet_times_and_goes_on_where_it_cannot(tmp_path):
     tuned = [tiny.tune(tiny.make_model(), seed=seed, size=0.05) for seed in (1, 2, 3)]
     make_deltas(tmp_path, tuned, ROWS)
     assert run_interpreted(GPU_PATH, capture_again.__name__, str(tmp_path)) == "right\n"
+    assert run_interpreted(GPU_PATH, compare_fast.__name__, str(tmp_path)) == "right\n"

@@ -7,6 +7,7 @@ import pytest
 from interpreters import run_here
 
 from deltacome_core.errors import UserError
+from kernels.fragments import PRECISIONS
 from kernels.vocabulary import RowKind
 from kernels.wanted import RowKernels, dump_wanted, name_wanted, parse_wanted
 from workers.engine.metrics import EngineMetrics
@@ -20,6 +21,7 @@ ROWS = RowKernels(
 # Steps run on a CPU under a driver that notes launches: nothing is computed, everything is asked.
 STEPS = """
 import functools
+import sys
 from dataclasses import replace
 import torch
 from deltacome_core.layout import RankBand
@@ -30,7 +32,7 @@ from kernels.bench.models import HUB, ModelShape, Pool
 from kernels.dense import Unfolder
 from kernels.precompile import list_kernels, noting_launches
 from workers.engine import arena_slots
-from workers.engine.arena_slots import ArenaSlots
+from workers.engine.arena_slots import ArenaSlots, KernelOptions
 from workers.engine.packed_vocabulary import PackedVocabulary
 from workers.engine.parts import ArrivingMatrices, TenantParts
 from workers.engine.rooms import BUCKETS
@@ -56,7 +58,7 @@ def draw_rows(name, has_basis):
 wanted = []
 slots = ArenaSlots(
     sites, head_shape=(vocabulary, 256), n_slots=3, device=torch.device("cpu"), dtype=dtype,
-    delta_bytes=1 << 40, prepare=wanted.extend,
+    delta_bytes=1 << 40, kernels=KernelOptions(prepare=wanted.extend, planes=int(sys.argv[1])),
 )
 table = torch.zeros(vocabulary, 256, dtype=dtype)
 words = PackedVocabulary(table, table, slots)
@@ -108,8 +110,9 @@ print("not listed", name(used.keys() - listed.keys(), used),
 """
 
 
-def test_all_that_steps_launch_is_listed_and_nothing_else():
-    assert run_here(STEPS) == "not listed [] not used [] True\n"
+@pytest.mark.parametrize("planes", PRECISIONS.values())
+def test_all_that_steps_launch_is_listed_and_nothing_else(planes):
+    assert run_here(STEPS, str(planes)) == "not listed [] not used [] True\n"
 
 
 # What the compiler is asked for in this process and in those that compile ahead.

@@ -28,6 +28,7 @@ from deltacome_core.container import open_delta
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
+from kernels.fragments import FAST_PLANES, PLANES
 from kernels.plan import StepPlan
 from workers.engine import arena_slots, shared
 from workers.engine.arena_slots import _choose_short
@@ -152,10 +153,12 @@ def test_short_prompts_are_read_together_as_far_as_there_is_room():
         ]
 
     long, short, shorter = spans(129, 128, 9)
-    assert _choose_short([long, short, shorter]) == ([shorter, short], 5 + 64)
-    assert _choose_short([long]) == ([], 0)
+    both = [shorter, short]
+    assert _choose_short([long, short, shorter], planes=PLANES) == (both, 5 + 64)
+    assert _choose_short([long, short, shorter], planes=FAST_PLANES) == (both, 3 + 32)
+    assert _choose_short([long], planes=PLANES) == ([], 0)
     many = spans(*[64] * 40)
-    chosen, n_groups = _choose_short(many)
+    chosen, n_groups = _choose_short(many, planes=PLANES)
     assert (chosen, n_groups) == (many[:32], 1024)
 
 

@@ -24,6 +24,12 @@ def test_a_number_of_the_engine_that_cannot_be_read_is_named(name):
         engine.read_config(SECRET | {name: "many"})
 
 
+def test_an_unknown_precision_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="ENGINE_PRECISION must be exact or fast, found 'half'"):
+        engine.read_config(SECRET | {"ENGINE_PRECISION": "half"})
+    assert engine.read_config(SECRET | {"ENGINE_PRECISION": "fast"}).precision == "fast"
+
+
 @pytest.mark.parametrize("name", ["CHILD_ADDRESS_BYTES", "CHILD_FILE_BYTES", "STEP_TIMEOUT_S"])
 def test_a_number_of_the_workers_that_cannot_be_read_is_named(name):
     with pytest.raises(ValueError, match=f"{name} must be a .*number, found 'many'"):

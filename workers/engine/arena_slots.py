@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from deltacome_core.packed import PackedLinear, PackedMatrix, PackedRows
 from deltacome_core.rows import BASIS_BITS
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.dense import Unfolder, multiply_prompt
-from kernels.fragments import STEP_COLUMNS, FragmentShape
+from kernels.fragments import PLANES, STEP_COLUMNS, FragmentShape
 from kernels.image import Image, Site, SiteNeeds, build_image
 from kernels.plan import StepPlan, count_groups
 from kernels.serving import add_delta, delta_linear
@@ -54,6 +54,17 @@ def _usual_head(bits: int) -> SiteNeeds:
 _USUAL_HEADS = (_usual_head(4), _usual_head(BASIS_BITS))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelOptions:
+    """prepare: compiles kernels before a delta is in its slot; planes: of each `StepPlan`."""
+
+    prepare: Callable[[Sequence[Wanted]], None] | None = None
+    planes: int = PLANES
+
+
+EXACT = KernelOptions()
+
+
 class ArenaSlots:
     """Slots of one arena, which is made when the first delta comes and its recipe is known."""
 
@@ -66,11 +77,12 @@ class ArenaSlots:
         device: torch.device,
         dtype: torch.dtype,
         delta_bytes: int,
-        prepare: Callable[[Sequence[Wanted]], None] | None = None,
+        kernels: KernelOptions,
     ) -> None:
-        """Make no arena yet; `prepare` compiles kernels before a delta is in its slot."""
+        """Make no arena yet."""
+        self._planes = kernels.planes
         self._n_slots = n_slots
-        self._prepare = prepare
+        self._prepare = kernels.prepare
         self._dtype = dtype
         self._device = device
         self._delta_bytes = delta_bytes
@@ -128,7 +140,7 @@ class ArenaSlots:
         image = build_image(sites, matrices, pin=is_cuda, memory=parts.memory)
         spec = self._find_spec(sites, image)
         if self._prepare is not None:
-            self._prepare(list_wanted(spec, parts, self._dtype))
+            self._prepare(list_wanted(spec, parts, self._dtype, planes=self._planes))
         with lock:
             arena = self._fit(spec)
             if self._stream is None:
@@ -257,7 +269,7 @@ class ArenaSlots:
         slots = slots_of(spans, n_single)
         if any(slot >= 0 for slot in slots):
             self._plan = self._take_plan("step", slots)
-        short, n_groups = _choose_short(chunks)
+        short, n_groups = _choose_short(chunks, planes=self._planes)
         if short:
             owners = np.full(n_rows - n_single, -1)
             for span in short:
@@ -276,7 +288,7 @@ class ArenaSlots:
         arena = self._arena_of(slots)
         key = (use, len(slots))
         if key not in self._plans:
-            self._plans[key] = StepPlan(arena, n_tokens=len(slots))
+            self._plans[key] = StepPlan(arena, n_tokens=len(slots), planes=self._planes)
         self._plans[key].assign(slots)
         return self._plans[key]
 
@@ -285,7 +297,9 @@ class ArenaSlots:
         room = next(size for size in PROMPT_GROUPS if size >= n_groups)
         key = ("prompts", room)
         if key not in self._plans:
-            self._plans[key] = StepPlan(arena, units_per_group=PROMPT_UNITS, n_groups=room)
+            self._plans[key] = StepPlan(
+                arena, units_per_group=PROMPT_UNITS, planes=self._planes, n_groups=room
+            )
         self._plans[key].assign(slots)
         return self._plans[key]
 
@@ -358,13 +372,13 @@ class ArenaSlots:
         return self._take_plan("head", slots)
 
 
-def _choose_short(chunks: Sequence[Span]) -> tuple[list[Span], int]:
+def _choose_short(chunks: Sequence[Span], *, planes: int) -> tuple[list[Span], int]:
     """Chunks that the kernels of single tokens read, as many as there is room for; their groups."""
     short: list[Span] = []
     n_groups = 0
     for span in sorted(chunks, key=lambda span: span.last - span.first):
         n_rows = span.last - span.first
-        more = count_groups(n_rows, units_per_group=PROMPT_UNITS)
+        more = count_groups(n_rows, units_per_group=PROMPT_UNITS, planes=planes)
         if n_rows > PROMPT_ROWS or n_groups + more > PROMPT_GROUPS[-1]:
             break
         short.append(span)

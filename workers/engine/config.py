@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernels.fragments import PRECISIONS
 from workers.env import envint
 
 # The hub keeps its data here too when nobody says where.
@@ -42,6 +43,7 @@ class EngineConfig:
     load_timeout_s: float = 300
     drain_s: float = 30
     pinned: frozenset[str] = frozenset()
+    precision: str = "exact"
 
     def __post_init__(self) -> None:
         if len(self.secret) < _MIN_SECRET_CHARS:
@@ -49,6 +51,8 @@ class EngineConfig:
         for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"ENGINE_PRECISION must be exact or fast, found {self.precision!r}")
         if self.load_timeout_s <= 0 or self.drain_s < 0:
             raise ValueError("load_timeout_s must be positive, drain_s not negative")
 
@@ -77,6 +81,7 @@ def read_config(env: Mapping[str, str] = os.environ) -> EngineConfig:
         max_resident=envint("ENGINE_MAX_RESIDENT", 256, env=env),
         load_timeout_s=envint("ENGINE_LOAD_TIMEOUT_S", 300, env=env),
         drain_s=envint("ENGINE_DRAIN_S", 30, env=env),
+        precision=env.get("ENGINE_PRECISION") or "exact",
         pinned=frozenset(env.get("ENGINE_PINNED", "").replace(",", " ").split()),
     )
 

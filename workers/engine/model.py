@@ -3,7 +3,7 @@
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
@@ -23,7 +23,7 @@ from deltacome_core.manifest import read_manifest
 from deltacome_core.models import build_skeleton, load_config, load_model, load_tokenizer
 from deltacome_core.parameters import locate_parameters
 from deltacome_core.precision import NATIVE
-from kernels.wanted import Wanted
+from workers.engine.arena_slots import EXACT, KernelOptions
 from workers.engine.canary import UNTESTED, CanaryResult
 from workers.engine.executor import Executor, PlainExecutor
 from workers.engine.own_module import (
@@ -90,12 +90,11 @@ def share_backbone(
     kv_bytes: int,
     n_slots: int,
     delta_bytes: int = 1 << 30,
-    prepare: Callable[[Sequence[Wanted]], None] | None = None,
+    kernels: KernelOptions = EXACT,
 ) -> LoadedModel:
     """Let one model serve the backbone and its deltas in common steps.
 
-    On a GPU the slots of deltas take up to `delta_bytes`, and `prepare` compiles kernels for a
-    delta before it is in its slot.
+    On a GPU the slots of deltas take up to `delta_bytes`.
 
     An architecture that the shared model cannot run stays with its own code, one answer at a time.
     """
@@ -107,7 +106,7 @@ def share_backbone(
             kv_bytes=kv_bytes,
             n_slots=n_slots,
             delta_bytes=delta_bytes,
-            prepare=prepare,
+            kernels=kernels,
         )
     except UserError as error:
         if error.code != "architecture_unknown":

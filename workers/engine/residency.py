@@ -15,6 +15,8 @@ import torch
 
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.errors import UserError
+from kernels.fragments import PRECISIONS
+from workers.engine.arena_slots import KernelOptions
 from workers.engine.canary import prove
 from workers.engine.config import EngineConfig
 from workers.engine.errors import ApiError, broken, too_busy
@@ -275,7 +277,10 @@ class Residency:
             kv_bytes=self._config.kv_bytes,
             n_slots=self._config.max_resident,
             delta_bytes=max(0, self._config.memory_bytes - model.size_bytes),
-            prepare=self._preparation.prepare,
+            kernels=KernelOptions(
+                prepare=self._preparation.prepare,
+                planes=PRECISIONS[self._config.precision],
+            ),
         )
         settle_memory()
         model = replace(model, key=snapshot.key)

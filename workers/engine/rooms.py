@@ -16,8 +16,8 @@ BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384)
 # Rows of one tenant above which its factors are unfolded once instead of read for each group of
 # rows: unfolding costs 55 ms a tenant, a group of two rows .4 (7B, one H100).
 PROMPT_ROWS = 128
-# Two rows of a prompt read the codes once, as those of an answer do: the kernels are the same, and
-# those of eight rows take half a minute each to compile. More groups than there is room for are
+# Rows of a prompt read the codes as those of an answer do: the kernels are the same, and those of
+# several units take half a minute each to compile. More groups than there is room for are
 # unfolded.
 PROMPT_UNITS = 1
 PROMPT_GROUPS = (16, 64, 256, 1024)
@@ -25,16 +25,19 @@ PROMPT_GROUPS = (16, 64, 256, 1024)
 N_HEADS = 2
 
 
-def list_wanted(spec: ArenaSpec, parts: TenantParts, dtype: torch.dtype) -> list[Wanted]:
+def list_wanted(
+    spec: ArenaSpec, parts: TenantParts, dtype: torch.dtype, *, planes: int
+) -> list[Wanted]:
     """What is to be compiled before a delta answers.
 
     Args:
         spec: of the arena that takes it.
         parts: of the delta.
         dtype: of the backbone.
+        planes: of `StepPlan`.
     """
     own = str(dtype).removeprefix("torch.")
-    rooms = tuple(_list_rooms(len(spec.sites), own))
+    rooms = tuple(replace(room, planes=planes) for room in _list_rooms(len(spec.sites), own))
     wanted: list[Wanted] = [ArenaKernels(spec=spec, rooms=rooms, dtype=own)]
     tables = [table for table in (parts.embedding, parts.head) if isinstance(table, PackedRows)]
     for table in tables:

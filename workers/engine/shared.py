@@ -1,8 +1,8 @@
 """One model for a backbone and all its deltas: each step mixes tokens of any of them."""
 
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ import numpy.typing as npt
 import torch
 
 from kernels.streams import send
-from kernels.wanted import Wanted
-from workers.engine.arena_slots import ArenaSlots
+from workers.engine.arena_slots import EXACT, ArenaSlots, KernelOptions
 from workers.engine.attention import AttentionStep, Chunk, DecodeRows, put_together, running
 from workers.engine.executor import Work
 from workers.engine.graphs import DecodeGraphs, StepInputs
@@ -69,7 +68,7 @@ class SharedExecutor:
         n_slots: int,
         delta_bytes: int = 1 << 30,
         arena: bool | None = None,
-        prepare: Callable[[Sequence[Wanted]], None] | None = None,
+        kernels: KernelOptions = EXACT,
     ) -> None:
         self._device = torch.device(device)
         self.is_async = self._device.type == "cuda"
@@ -97,7 +96,8 @@ class SharedExecutor:
                 device=self._device,
                 dtype=module.dtype,
                 delta_bytes=delta_bytes,
-                prepare=prepare if self.is_async else None,
+                # The reference of the kernels needs no compiler.
+                kernels=kernels if self.is_async else replace(kernels, prepare=None),
             )
             self.slots = slots
             self.vocabulary = PackedVocabulary(parameters[embedding], parameters[head], slots)
