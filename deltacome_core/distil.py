@@ -25,7 +25,7 @@ from torch.nn.functional import kl_div
 from deltacome_core.batches import cut_batches
 from deltacome_core.checkpoint import Checkpoint
 from deltacome_core.container import Delta
-from deltacome_core.distil_schedule import SMALL_PARAMS, choose_schedule
+from deltacome_core.distil_schedule import SMALL_PARAMS, choose_schedule, limit_steps
 from deltacome_core.distil_texts import Batch, Row, make_batch, split_judge
 from deltacome_core.entries import LowRankEntry, UnchangedEntry
 from deltacome_core.errors import UserError
@@ -214,6 +214,8 @@ class _Distiller:
         self._main = own[0] or general[0]
         self._beside = general[0] if own[0] else []
         self._judge_rows = own[1] + general[1]
+        lengths = [len(rows[at].tokens) for at in self._main]
+        self._schedule = limit_steps(self._schedule, lengths)
 
     @torch.no_grad()
     def _read_states(self) -> torch.Tensor:

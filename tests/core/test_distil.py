@@ -366,3 +366,16 @@ def test_what_a_step_costs_says_how_many_there_are():
     slow = distil_schedule.choose_schedule(135_000_000, cpu)
     assert cheap.steps > dear.steps > slow.steps
     assert cheap.own_tokens > dear.own_tokens > slow.own_tokens
+
+
+def test_little_text_is_not_read_until_it_is_known_by_heart():
+    schedule = distil_schedule.choose_schedule(135_000_000, torch.device("cuda"))
+
+    def count_steps(*lengths):
+        return distil_schedule.limit_steps(schedule, lengths).steps
+
+    # A step takes 32 rows of short ones, as many of long ones as have 4096 tokens, or all.
+    assert count_steps(*[20] * 115) == 50 * 115 // 32
+    assert count_steps(*[512] * 115) == 50 * 115 // 8
+    assert count_steps(7) == 50
+    assert count_steps(*[20] * 4000) == schedule.steps
