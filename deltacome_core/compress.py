@@ -26,6 +26,7 @@ from deltacome_core.delta import (
     describe_subject,
     scan_checkpoint,
 )
+from deltacome_core.device_memory import naming_shortage
 from deltacome_core.distance import check_related
 from deltacome_core.distil import DistilReport, OnStep
 from deltacome_core.distil_parts import distil_parts
@@ -97,6 +98,7 @@ class _Told:
     on_step: OnStep
 
 
+@naming_shortage()
 def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by name
     base_dir: Path,
     tuned_dir: Path,
@@ -137,7 +139,8 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
 
     Raises:
         UserError: output_exists, backbone_mismatch, backbone_unrelated, nan_weights,
-            calibration_too_short, model_not_runnable, device_unavailable, budget_impossible,
+            calibration_too_short, model_not_runnable, device_unavailable, device_memory_short,
+            budget_impossible,
             budget_fixed, precision_unknown, precision_unusable, and those of open_checkpoint.
 
     Source: Delta-CoMe (arXiv 2406.08903).

@@ -1,8 +1,12 @@
-"""Handing cached memory of a GPU back, so that a run takes little more than its tensors need."""
+"""Memory of a GPU: handing cached blocks back, and saying what to do where there is too little."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from deltacome_core.errors import UserError
 
 # Below this a matrix of the next size finds its place, and asking the driver again costs more than
 # it saves: layers of a 7B model leave less behind.
@@ -28,3 +32,18 @@ def return_spare(device: torch.device) -> None:
     if idle > _SPARE_BYTES:
         with RECORDING:
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def naming_shortage() -> Iterator[None]:
+    """Raise what a device says when its memory is full as an error with a code.
+
+    Raises:
+        UserError: device_memory_short.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # What else lies on the device follows the first sentences, at length.
+        said = ". ".join(str(error).split(". ")[:2])
+        raise UserError("device_memory_short", said=said) from error

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deltacome_core.device_memory import naming_shortage
 from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
 from deltacome_core.memory import kv_bytes_per_token
@@ -161,6 +162,7 @@ def summarise_subjects(reports: Mapping[str, EvalReport]) -> dict[str, Any]:
     return summary
 
 
+@naming_shortage()
 def evaluate_subjects(
     items_path: Path,
     *,
@@ -184,7 +186,8 @@ def evaluate_subjects(
         The object of summarise_subjects.
 
     Raises:
-        UserError: texts_invalid, tokenizer_missing, and what opening the folders raises.
+        UserError: texts_invalid, tokenizer_missing, device_memory_short, and what opening the
+            folders raises.
     """
     items = read_evaluation(items_path)
     folders = [folder for folder in (tuned_dir, delta_dir, base_dir) if folder is not None]

@@ -120,6 +120,13 @@ MESSAGES: dict[str, Message] = {
         what="It has format version {found}; this program reads version {supported}.",
         do="Upgrade deltacome and try again.",
     ),
+    "device_memory_short": Message(
+        title="The device has too little free memory",
+        what="It says: {said}.",
+        do="End what else uses the device, choose one with more memory or another recipe "
+        "(distilled needs the whole backbone on it), or use --device cpu. A compression "
+        "that is started again goes on where it stopped.",
+    ),
     "device_unavailable": Message(
         title="The device is not available",
         what="{device} was asked for, but this machine does not offer it.",

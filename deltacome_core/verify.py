@@ -22,6 +22,7 @@ from deltacome_core.comparison import (
     read_scored_texts,
 )
 from deltacome_core.container import open_delta
+from deltacome_core.device_memory import naming_shortage
 from deltacome_core.entries import MatrixEntry, RowsEntry
 from deltacome_core.models import (
     find_max_positions,
@@ -111,6 +112,7 @@ def find_prompts(tuned_dir: Path) -> tuple[Path, ...]:
     return (own,) if own.is_file() else (DEFAULT_PROMPTS,)
 
 
+@naming_shortage()
 def verify_delta(
     base_dir: Path,
     tuned_dir: Path,
@@ -136,7 +138,7 @@ def verify_delta(
 
     Raises:
         UserError: backbone_digest_mismatch, delta_invalid, texts_invalid, tokenizer_missing,
-            architecture_unknown, model_not_runnable.
+            architecture_unknown, model_not_runnable, device_memory_short.
     """
     started, tokenizer = time.monotonic(), load_tokenizer(tuned_dir, delta_dir, base_dir)
     texts = _read_prompts(prompts or find_prompts(tuned_dir), tokenizer, tuned_dir)

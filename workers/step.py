@@ -26,7 +26,9 @@ from workers.workspace import open_workspace, remove_workspace
 log = logging.getLogger(__name__)
 
 # Trying again can help where the world changed, never where the upload is wrong.
-RETRYABLE_CODES = frozenset({"disk_full", "out_of_memory", "file_digest_mismatch", "file_missing"})
+RETRYABLE_CODES = frozenset(
+    {"disk_full", "out_of_memory", "device_memory_short", "file_digest_mismatch", "file_missing"}
+)
 EVENT_INTERVAL_S = 0.2
 
 Result = TypeVar("Result")

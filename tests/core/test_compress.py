@@ -258,6 +258,20 @@ def test_a_stopped_run_goes_on_after_its_last_layer(tmp_path):
     assert report.resumed_layers == 1
 
 
+def test_a_full_device_is_named_and_the_next_run_goes_on(tmp_path):
+    base, tuned = finetunes.save_pair(tmp_path)
+    said = "CUDA out of memory. Tried to allocate 40.00 MiB. GPU 0 has 79 GiB, and so on."
+
+    def fill(_done):
+        raise torch.OutOfMemoryError(said)
+
+    with pytest.raises(UserError) as caught:
+        compress_checkpoint(base, tuned, tmp_path / "delta", COME, on_layer=fill)
+    assert caught.value.code == "device_memory_short"
+    assert "It says: CUDA out of memory. Tried to allocate 40.00 MiB." in str(caught.value)
+    assert compress_checkpoint(base, tuned, tmp_path / "delta", COME).resumed_layers == 1
+
+
 def test_a_run_stopped_before_the_vocabulary_writes_the_same_bytes(tmp_path):
     base, tuned = finetunes.save_pair(tmp_path, tie_word_embeddings=True)
     recipe = replace(get_recipe("hub", matrix_bits=3.0), vocabulary_rank=16)
