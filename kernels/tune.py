@@ -20,7 +20,7 @@ import torch
 from deltacome_core.layout import RankBand
 from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
-from kernels.bench.models import HUB, LLAMA_7B, Layout, Pool
+from kernels.bench.models import HUB, LLAMA_7B, Pool
 from kernels.bench.sections import fill_slots
 from kernels.bench.timing import time_graph
 from kernels.image import Site, build_image
@@ -97,30 +97,26 @@ _ROTATED_BYTES: Final = 256 << 20
 _WORKERS: Final = 15
 
 
-def build_tiny(layout: Layout) -> DeltaArena:
-    """The smallest arena whose kernels are those of a real one of the same recipe."""
+def build_tiny() -> DeltaArena:
+    """The smallest arena whose kernels are those of a real one of the default recipe."""
     site = Site(name="tiny", parts=("a",), out_features=(_TINY_OUT,), in_features=256)
-    bands = tuple(RankBand(band.bits, 16) for band in layout.wide)
-    tiny = replace(layout, square=bands, wide=bands, deep=bands)
+    bands = tuple(RankBand(band.bits, 16) for band in HUB.wide)
+    tiny = replace(HUB, square=bands, wide=bands, deep=bands)
     image = build_image((site,), Pool(0).delta((site,), tiny))
     arena = DeltaArena(ArenaSpec.covering((site,), [image]), n_slots=1, device="cuda")
     arena.load(image)
     return arena
 
 
-def compile_shape(
-    arena: DeltaArena, stage: Stage, shape: Shape, *, planes: int, units: int
-) -> None:
+def compile_shape(arena: DeltaArena, stage: Stage, shape: Shape) -> None:
     """Compile one kernel by running it on a tiny arena.
 
     Args:
         arena: of `build_tiny`.
         stage: which kernel.
         shape: its shape.
-        planes: of the activations.
-        units: of two tokens a group.
     """
-    plan = StepPlan(arena, n_tokens=1, planes=planes, units_per_group=units)
+    plan = StepPlan(arena, n_tokens=1)
     plan.assign([0])
     x = torch.randn(1, 256, device="cuda").bfloat16()
     if stage == "layer":
@@ -144,10 +140,10 @@ def compile_share(worker: int, stages: Sequence[Stage]) -> None:
         worker: which share.
         stages: whose candidates.
     """
-    arena = build_tiny(HUB)
+    arena = build_tiny()
     jobs = [(stage, shape) for stage in stages for shape in CANDIDATES[stage]]
     for stage, shape in jobs[worker::_WORKERS]:
-        compile_shape(arena, stage, shape, planes=4, units=1)
+        compile_shape(arena, stage, shape)
     torch.cuda.synchronize()
 
 

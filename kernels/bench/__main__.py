@@ -9,24 +9,21 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from kernels.bench import baselines, checks, correctness, products, sections, timing
+from kernels.bench import baselines, checks, compiling, correctness, sections, timing
 from kernels.bench.bars import judge
-from kernels.bench.models import COME, HUB, LAYOUTS, LLAMA_7B, Layout
+from kernels.bench.models import COME, HUB, LLAMA_7B
 from kernels.fragments import FAST_PLANES, PLANES
 from kernels.gpu_check import describe_device
-from kernels.triton_ops.launch_batch import current_arch
-from kernels.tune import build_tiny, compile_shape
-from kernels.tuning import Shape, Stage, choose_shape, load_table
+from kernels.wanted import ArenaKernels
 
 _N_SLOTS: Final = 64
 _ZIPF_TOKENS: Final = 64
-_WORKERS: Final = 12
+_TENANTS: Final = (1, 8, 32)
 # A case whose kernels are compiled takes no longer.
 _CASE_S: Final = 60.0
 SECTIONS: Final = (
@@ -86,41 +83,6 @@ class Run:
             self._out.write_text(json.dumps(self.report(), indent=1) + "\n")
 
 
-def list_kernels(names: frozenset[str]) -> list[tuple[Layout, Stage, Shape, int]]:
-    """Triton kernels of some sections: layout, stage, shape and planes, the slowest first.
-
-    Args:
-        names: of the sections.
-
-    Returns:
-        What they launch.
-    """
-    wanted: set[tuple[str, Stage, Shape, int]] = set()
-    for choice in load_table(current_arch()):
-        stage, shape = choice.stage, choice.shape
-        if names & {"decode", "zipf"}:
-            wanted |= {(HUB.name, stage, shape, planes) for planes in (PLANES, FAST_PLANES)}
-        if "decode_come" in names:
-            wanted.add((COME.name, stage, shape, PLANES))
-    layer = choose_shape("layer", groups=1, steps=1, rows=1, arch=current_arch())
-    if "decode" in names:
-        wanted |= {(HUB.name, "layer", layer, planes) for planes in (PLANES, FAST_PLANES)}
-    if "decode_come" in names:
-        wanted.add((COME.name, "layer", layer, PLANES))
-    ordered = sorted(wanted, key=lambda one: (one[0] == HUB.name, one[1] == "shrink", str(one)))
-    return [(LAYOUTS[name], stage, shape, planes) for name, stage, shape, planes in ordered]
-
-
-def warm(worker: int, names: frozenset[str]) -> None:
-    """Compile every `_WORKERS`-th kernel of the sections into the cache on disk."""
-    arenas: dict[str, Any] = {}
-    for layout, stage, shape, planes in list_kernels(names)[worker::_WORKERS]:
-        if layout.name not in arenas:
-            arenas[layout.name] = build_tiny(layout)
-        compile_shape(arenas[layout.name], stage, shape, planes=planes, units=1)
-    torch.cuda.synchronize()
-
-
 def _ask_process(arguments: Sequence[str], limit_s: float) -> str:
     """The last line that a process of this module writes; empty where it writes none."""
     command = [sys.executable, "-m", "kernels.bench", *arguments]
@@ -128,41 +90,6 @@ def _ask_process(arguments: Sequence[str], limit_s: float) -> str:
         command, stdout=subprocess.PIPE, text=True, timeout=max(1.0, limit_s), check=False
     )
     return done.stdout.splitlines()[-1] if done.stdout else ""
-
-
-def list_compilations() -> list[tuple[int, int]]:
-    """Each product of the correctness cases once, the slowest to compile first.
-
-    Returns:
-        Numbers of a case that launches it, and of the product among those of the case.
-    """
-    first: dict[products.Product, tuple[int, int]] = {}
-    for case_number, case in enumerate(correctness.list_cases()):
-        plan = products.plan_case(case, "cpu")
-        for number, product in enumerate(products.list_products(plan, 0)):
-            first.setdefault(product, (case_number, number))
-    return [first[product] for product in sorted(first, key=lambda one: -one.cost)]
-
-
-def _count_cpus() -> int:
-    # Those this process may use; a machine may have more.
-    return len(os.sched_getaffinity(0))
-
-
-def _compile_products(deadline: float) -> None:
-    """Compile what the cases launch, as many products at a time as there are CPUs.
-
-    What fails here or is late is missing from the cache: its case then compiles it, and says so.
-    """
-
-    def compile_one(numbers: tuple[int, int]) -> None:
-        case, product = map(str, numbers)
-        left = deadline - time.monotonic()
-        with suppress(subprocess.TimeoutExpired):
-            _ask_process(["--case", case, "--product", product], left)
-
-    with ThreadPoolExecutor(_count_cpus()) as pool:
-        list(pool.map(compile_one, list_compilations()))
 
 
 def check_correctness(limit_s: float) -> list[dict[str, Any]]:
@@ -174,7 +101,8 @@ def check_correctness(limit_s: float) -> list[dict[str, Any]]:
     Returns:
         One row a case.
     """
-    _compile_products(time.monotonic() + limit_s)
+    cases = list(correctness.list_cases())
+    compiling.compile_within([compiling.want_case(case) for case in cases], limit_s)
 
     def check(numbered: tuple[int, correctness.BatchCase]) -> dict[str, Any]:
         number, case = numbered
@@ -187,15 +115,15 @@ def check_correctness(limit_s: float) -> list[dict[str, Any]]:
             row["exception"] = "ended without a result"
         return row
 
-    with ThreadPoolExecutor(_count_cpus()) as pool:
-        return list(pool.map(check, enumerate(correctness.list_cases())))
+    with ThreadPoolExecutor(compiling.count_cpus()) as pool:
+        return list(pool.map(check, enumerate(cases)))
 
 
 def _decode(bench: sections.Bench) -> list[dict[str, Any]]:
     return [
         sections.time_decode(bench, list(range(n)), planes=planes)
-        for n in (1, 8, 32)
-        for planes in (4, 2)
+        for n in _TENANTS
+        for planes in (PLANES, FAST_PLANES)
     ]
 
 
@@ -208,7 +136,7 @@ def _decode_come(benches: list[sections.Bench]) -> list[dict[str, Any]]:
     benches.clear()
     torch.cuda.empty_cache()
     bench = sections.build_bench(LLAMA_7B, COME, n_slots=32, weights=weights)
-    return [sections.time_decode(bench, list(range(n)), planes=4) for n in (1, 8, 32)]
+    return [sections.time_decode(bench, list(range(n)), planes=PLANES) for n in _TENANTS]
 
 
 def _baselines(benches: list[sections.Bench]) -> dict[str, float]:
@@ -226,18 +154,34 @@ def _zipf(bench: sections.Bench) -> list[dict[str, Any]]:
     return [sections.time_decode(bench, slots, planes=planes) for planes in (PLANES, FAST_PLANES)]
 
 
-def start_workers(names: frozenset[str]) -> list[subprocess.Popen[bytes]]:
+def list_wanted(names: frozenset[str]) -> list[ArenaKernels]:
+    """What steps of the chosen sections launch.
+
+    Args:
+        names: of SECTIONS.
+
+    Returns:
+        The kernels, by recipe.
+    """
+    both = (PLANES, FAST_PLANES)
+    wanted = []
+    if names & {"decode", "zipf"}:
+        sizes = (*_TENANTS, _ZIPF_TOKENS)
+        wanted.append(compiling.want_steps(LLAMA_7B, HUB, sizes, all_planes=both))
+    if "decode_come" in names:
+        wanted.append(compiling.want_steps(LLAMA_7B, COME, _TENANTS, all_planes=(PLANES,)))
+    return wanted
+
+
+def start_workers(names: frozenset[str]) -> list[subprocess.Popen[Any]]:
     """Processes that compile what the sections will run."""
-    command = [sys.executable, "-m", "kernels.bench"]
-    workers = []
+    workers: list[subprocess.Popen[Any]] = []
     if "compiled" in names:
-        workers.append(subprocess.Popen([*command, "--compile-baseline"]))
-    if names & {"decode", "zipf", "decode_come"}:
-        chosen = ["--sections", *sorted(names)]
-        workers += [
-            subprocess.Popen([*command, "--warm", str(number), *chosen])
-            for number in range(_WORKERS)
-        ]
+        command = [sys.executable, "-m", "kernels.bench", "--compile-baseline"]
+        workers.append(subprocess.Popen(command))
+    wanted = list_wanted(names)
+    if wanted:
+        workers.append(compiling.start_compiler(wanted))
     return workers
 
 
@@ -289,9 +233,7 @@ def main() -> int:
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--update", type=Path, help="a report whose other sections are kept")
     parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--product", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--compile-baseline", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--warm", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.stderr.write("No CUDA device is available: nothing was measured.\n")
@@ -299,15 +241,7 @@ def main() -> int:
     names = frozenset(arguments.sections)
     if arguments.case is not None:
         case = list(correctness.list_cases())[arguments.case]
-        if arguments.product is not None:
-            plan = products.plan_case(case, "cuda")
-            product = list(products.list_products(plan, 0))[arguments.product]
-            products.compile_product(product, plan, 0)
-            return 0
         sys.stdout.write(json.dumps(correctness.run_case(case, "cuda")) + "\n")
-        return 0
-    if arguments.warm is not None:
-        warm(arguments.warm, names)
         return 0
     if arguments.compile_baseline:
         baselines.time_compiled(HUB)

@@ -93,7 +93,6 @@ BITDELTA: Final = Layout(
     symmetric=True,
     direct_bits=1,
 )
-LAYOUTS: Final = {layout.name: layout for layout in (HUB, COME, BITDELTA)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

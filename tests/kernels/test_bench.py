@@ -1,25 +1,25 @@
 import json
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from interpreters import run_here
 from source_tree import ROOT
 
 import kernels.arena
-import kernels.triton_ops.launch_batch as launches
 import kernels.triton_ops.unfold
 from deltacome_core.bands import plan_bands
 from deltacome_core.layout import RankBand
 from deltacome_core.packed import PackedMatrix
 from deltacome_core.recipe import get_recipe
-from kernels import reference, serving, tune
+from kernels import reference, tune
 from kernels.bench import __main__ as bench
-from kernels.bench import baselines, chart, checks, models, products, sections
+from kernels.bench import baselines, chart, checks, compiling, models, sections
 from kernels.bench.bars import TARGETS, judge, prefill_floor
-from kernels.bench.correctness import BatchCase, cover_case, list_cases, run_case
+from kernels.bench.correctness import cover_case, list_cases
 from kernels.image import build_image
-from kernels.tuning import choose_shape
 
 REPORT = ROOT / "docs/benchmarks/kernels.json"
 
@@ -138,54 +138,6 @@ def test_cases_of_a_device_mix_recipes_and_precisions():
             assert all(bands) != bool(layout.direct_bits), (str(case), layout.name)
 
 
-class Recorder:
-    """Stands in for kernels: notes what Triton would compile for a launch, and may run it."""
-
-    def __init__(self, monkeypatch, *, runs=False):
-        self.seen = []
-        for name in ("prepare", "repack", "batch_shrink", "batch_expand", "layer"):
-            kernel = getattr(launches, f"{name}_kernel")
-            is_slow = name not in {"prepare", "repack"}
-            monkeypatch.setattr(launches, f"{name}_kernel", _Stand(self, kernel, is_slow, runs))
-
-    def take(self):
-        """The distinct launches since the last call."""
-        seen, self.seen = self.seen, []
-        return set(seen)
-
-
-class _Stand:
-    def __init__(self, recorder, kernel, is_slow, runs):
-        self.recorder, self.kernel, self.is_slow, self.runs = recorder, kernel, is_slow, runs
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **constants):
-            if self.is_slow:
-                types = tuple(getattr(one, "dtype", type(one)) for one in arguments)
-                key = (self.kernel.fn.__name__, types, tuple(sorted(constants.items())))
-                self.recorder.seen.append(key)
-            if self.runs:
-                self.kernel[grid](*arguments, **constants)
-
-        return launch
-
-
-def launch_case(case):
-    """What `run_case` launches on a device, where a layer is not the sum that it is on a CPU."""
-    plan = products.plan_case(case, "cpu")
-    x = torch.zeros(len(case.slots), case.width).bfloat16()
-    y = torch.zeros(len(case.slots), sum(case.outs))
-    serving.add_delta(y, x, plan, 0)
-    serving.add_delta(y.bfloat16(), x, plan, 0)
-    weight = torch.zeros(sum(case.outs), case.width).bfloat16()
-    shape = serving.choose_layer(weight, plan, 0)
-    if shape is not None:
-        serving.multiply_layer(x, weight, None, plan, 0, shape)
-    else:
-        serving._launch_first(x, plan, 0)
-        serving._launch_last(y.bfloat16(), plan, 0, overlap=False)
-
-
 def test_the_arena_of_a_case_takes_all_of_its_deltas():
     case = next(case for case in list_cases() if len(set(case.layouts)) == 3)
     spec = cover_case(case)
@@ -193,81 +145,89 @@ def test_the_arena_of_a_case_takes_all_of_its_deltas():
         spec.check(build_image(spec.sites, models.Pool(seed).delta(spec.sites, layout)))
 
 
-def test_what_the_cases_launch_is_compiled_once_each(monkeypatch):
-    monkeypatch.setattr(launches, "current_arch", lambda: 90)
-    monkeypatch.setattr(launches, "is_compiled", lambda: True)
-    recorder = Recorder(monkeypatch)
-    cases = list(list_cases())
-    for case in cases:
-        launch_case(case)
-    wanted = recorder.take()
-    assert {name for name, *_ in wanted} == {
-        "batch_shrink_kernel",
-        "batch_expand_kernel",
-        "layer_kernel",
-    }
-    compilations = bench.list_compilations()
-    costs = []
-    for number, product in compilations:
-        plan = products.plan_case(cases[number], "cpu")
-        chosen = list(products.list_products(plan, 0))[product]
-        products.compile_product(chosen, plan, 0)
-        costs.append(chosen.cost)
-    assert len(compilations) == len(wanted)
-    assert recorder.take() == wanted
-    assert costs == sorted(costs, reverse=True)
+# Launches are noted on a CPU, by a driver that replaces the process's own.
+LAUNCHES = """
+import torch
+from dataclasses import replace
+from deltacome_core.layout import RankBand
+from kernels import serving
+from kernels.arena import ArenaSpec, DeltaArena
+from kernels.bench.compiling import want_case, want_steps
+from kernels.bench.correctness import cover_case, list_cases
+from kernels.bench.models import HUB, ModelShape, Pool
+from kernels.fragments import PRECISIONS
+from kernels.image import build_image
+from kernels.plan import StepPlan
+from kernels.precompile import list_kernels, noting_launches
+
+serving.functional.linear = lambda x, weight, _: x.new_empty(len(x), len(weight))
+bands = tuple(RankBand(bits, 16) for bits in (4, 3, 2, 1))
+layout = replace(HUB, square=bands, wide=bands, deep=bands)
+model = ModelShape(name="small", n_layers=2, hidden=256, intermediate=384, key_value=128)
+sites, sizes = model.sites(), (1, 3, 17)
+
+def launch(spec, n_tokens, units=1, planes=4):
+    arena = DeltaArena(spec, n_slots=1, device="cpu", operand_order=True)
+    plan = StepPlan(arena, n_tokens=n_tokens, units_per_group=units, planes=planes)
+    plan.assign([-1] * n_tokens)
+    for number, site in enumerate(spec.sites):
+        x = torch.zeros(n_tokens, site.in_features).bfloat16()
+        y = torch.zeros(n_tokens, site.total_out)
+        serving.add_delta(y, x, plan, number)
+        serving.add_delta(y.bfloat16(), x, plan, number)
+        weight = torch.zeros(site.total_out, site.in_features).bfloat16()
+        serving.delta_linear(x, weight, arena, number, plan)
+
+def compare(used, wanted):
+    listed = {job.specialization: job.name for one in wanted for job in list_kernels(one, arch=90)}
+    idle = {listed[key] for key in listed.keys() - used.keys()}
+    print(len(used.keys() - listed.keys()), sorted(idle), end=" ")
+
+with noting_launches(90) as used:
+    for case in list_cases():
+        launch(cover_case(case), len(case.slots), case.units, case.planes)
+compare(used, map(want_case, list_cases()))
+spec = ArenaSpec.covering(sites, [build_image(sites, Pool(1).delta(sites, layout))])
+with noting_launches(90) as used:
+    for n_tokens in sizes:
+        for planes in PRECISIONS.values():
+            launch(spec, n_tokens, planes=planes)
+compare(used, [want_steps(model, layout, sizes, all_planes=(4, 2))])
+"""
 
 
-def test_products_of_a_case_leave_nothing_to_compile(monkeypatch):
-    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
-    recorder = Recorder(monkeypatch, runs=True)
-    few = models.Layout(
-        name="few",
-        square=(),
-        wide=(RankBand(2, 5),),
-        group_v=(1, 0),
-        group_u=(0, 1),
-        symmetric=True,
-    )
-    case = BatchCase(layouts=(few, few), slots=(0, -1), outs=(17,), width=40, planes=2)
-    assert run_case(case, "cpu")["passed"]
-    wanted = recorder.take()
-    plan = products.plan_case(case, "cpu")
-    for product in products.list_products(plan, 0):
-        products.compile_product(product, plan, 0)
-    assert recorder.take() == wanted
-    assert len(wanted) == 3
+def test_what_cases_and_steps_launch_is_compiled_before_and_little_else():
+    idle = "['repack_kernel', 'unfold_kernel']"
+    assert run_here(LAUNCHES) == f"0 {idle} 0 {idle} "
 
 
-def test_layers_of_lone_tokens_are_compiled_before_they_are_timed(monkeypatch):
-    monkeypatch.setattr(bench, "current_arch", lambda: 90)
-    sites = models.LLAMA_7B.sites()[:4]
-    needed = {
-        choose_shape("layer", groups=1, steps=site.input_steps, rows=site.total_out, arch=90)
-        for site in sites
-    }
-    for section, layout in (("decode", models.HUB), ("decode_come", models.COME)):
-        listed = bench.list_kernels(frozenset({section}))
-        assert {one[0] for one in listed} == {layout}
-        assert {one[2] for one in listed if one[1] == "layer"} >= needed
+def test_a_compiler_that_is_late_is_ended(monkeypatch):
+    monkeypatch.setattr(compiling, "current_arch", lambda: 90)
+    started = []
+
+    def start(wanted):
+        started.append(start_compiler(wanted))
+        return started[-1]
+
+    start_compiler = compiling.start_compiler
+    monkeypatch.setattr(compiling, "start_compiler", start)
+    case = next(list_cases())
+    compiling.compile_within([compiling.want_case(case)], 0.1)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
-def test_a_product_that_is_late_costs_no_other_case_its_result(monkeypatch):
-    asked = []
+def test_a_case_that_is_late_costs_no_other_its_result(monkeypatch):
+    compiled = []
 
     def ask(arguments, limit_s):
-        asked.append(arguments)
-        if "--product" in arguments:
-            raise subprocess.TimeoutExpired("compiler", limit_s)
         if arguments == ["--case", "7"]:
             raise subprocess.TimeoutExpired("case", limit_s)
         return "" if arguments == ["--case", "8"] else json.dumps({"passed": True})
 
+    monkeypatch.setattr(compiling, "compile_within", lambda wanted, _: compiled.extend(wanted))
     monkeypatch.setattr(bench, "_ask_process", ask)
     rows = bench.check_correctness(60.0)
-    n_products = len(bench.list_compilations())
-    assert all("--product" in arguments for arguments in asked[:n_products])
-    assert sorted(asked[n_products:]) == sorted(["--case", str(n)] for n in range(len(rows)))
+    assert len(rows) == len(compiled) == len(list(list_cases()))
     missed = {row["exception"] for row in rows if not row["passed"]}
     assert missed == {"not compiled in time", "ended without a result"}
     assert [number for number, row in enumerate(rows) if not row["passed"]] == [7, 8]

@@ -39,7 +39,7 @@ def test_graphs_of_another_arena_are_recorded_into_another_pool():
 
 GPU_PATH = """
 import sys
-sys.path.insert(0, "tests/workers")
+sys.path[:0] = ["tests/workers", "tests"]
 from pathlib import Path
 import test_engine_gpu_steps
 for folder in sys.argv[2:]:
