@@ -35,6 +35,7 @@ from benchmarks.engine.bars import judge
 from benchmarks.engine.large import SEVEN_B, TRIAL
 from benchmarks.engine.session import Session
 from benchmarks.engine.timing import used_bytes
+from kernels.fragments import PRECISIONS
 
 HELPERS_LIMIT_S = 90
 TOKENS_LIMIT_S = 100
@@ -126,6 +127,7 @@ class Helper:
         self._out = folder / f"{name}.json"
         command = [sys.executable, "-m", "benchmarks.engine", "--out", str(self._out)]
         command += ["--device", args.device, "--items", str(args.items), *options]
+        command += ["--precision", args.precision]
         command += ["--made", str(args.made)] if args.made else []
         command += ["--trial"] if args.trial else []
         command += ["--limit", str(args.warm_limit)]
@@ -144,7 +146,14 @@ class Helper:
 
 def measure_tokens(args: argparse.Namespace, report: Report, made: Path) -> None:
     for name, exact in (("tokens_fp32", True), ("tokens", False)):
-        compare = partial(tokens.compare_tokens, made, args.device, n_items=args.items, exact=exact)
+        compare = partial(
+            tokens.compare_tokens,
+            made,
+            args.device,
+            n_items=args.items,
+            exact=exact,
+            precision=args.precision,
+        )
         report.measure(name, TOKENS_LIMIT_S, compare)
     if args.device != "cuda" and not args.trial:
         report.measure("loops", 300, lambda: tokens.compare_loops(made, args.device))
@@ -153,7 +162,11 @@ def measure_tokens(args: argparse.Namespace, report: Report, made: Path) -> None
 def measure_large(args: argparse.Namespace, report: Report, scratch: Path) -> None:
     started = time.perf_counter()
     helpers = [] if args.skip_tokens else [Helper(args, scratch, "tokens", "--part", "tokens")]
-    size = replace(TRIAL if args.trial else SEVEN_B, changes_vocabulary=not args.same_vocabulary)
+    size = replace(
+        TRIAL if args.trial else SEVEN_B,
+        changes_vocabulary=not args.same_vocabulary,
+        precision=args.precision,
+    )
     session = Session(size, args.device, scratch)
     report.measure("setup", 120, session.set_up)
     for helper in helpers:
@@ -177,6 +190,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--made", type=Path, help="where the tiny deltas are, or will be, kept")
     parser.add_argument("--items", type=int, default=12, help="prompts of each tiny fine-tune")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="exact", help="of deltas")
     parser.add_argument("--trial", action="store_true", help="small shapes, to try the benchmark")
     parser.add_argument("--part", choices=("all", "tokens"), default="all")
     parser.add_argument("--skip-tokens", action="store_true", help="compare no tokens")
@@ -190,6 +204,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     torch.backends.cuda.matmul.allow_tf32 = False
     report = Report(args.out, args.device, args.limit)
+    report.record["precision"] = args.precision
     end_after(args.limit + GRACE_S)
     with tempfile.TemporaryDirectory() as scratch:
         if args.part == "tokens":

@@ -25,6 +25,7 @@ from deltacome_core.parts import write_delta, write_part
 from deltacome_core.recipe import get_recipe
 from deltacome_core.rows import BASIS_BITS, BASIS_GROUP, choose_rank
 from kernels.bench.models import HUB, Layout, Pool
+from kernels.fragments import PRECISIONS
 from workers.engine import probes
 from workers.engine.arena_slots import KernelOptions
 from workers.engine.executor import PlainExecutor
@@ -56,6 +57,7 @@ class Size:
     long_prompt: int
     trace_s: float
     changes_vocabulary: bool = True
+    precision: str = "exact"
 
 
 SEVEN_B = Size(
@@ -137,7 +139,10 @@ def open_large(scratch: Path, size: Size, device: str) -> tuple[Large, str]:
     options: dict[str, Any] = {
         "device": device, "kv_bytes": size.kv_bytes, "n_slots": size.n_tenants,
         "delta_bytes": 60 << 30, "arena": True,
-        "kernels": KernelOptions(prepare=KernelPreparation(EngineMetrics()).prepare),
+        "kernels": KernelOptions(
+            prepare=KernelPreparation(EngineMetrics()).prepare,
+            planes=PRECISIONS[size.precision],
+        ),
     }  # fmt: skip
     check = "passed"
     try:

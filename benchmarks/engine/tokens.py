@@ -13,6 +13,8 @@ from benchmarks.engine.loop import Loop, draw_prompts, endless, rate
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
+from kernels.fragments import PRECISIONS
+from workers.engine.arena_slots import KernelOptions
 from workers.engine.model import LoadedModel, load_backbone, load_shared, share_backbone
 from workers.engine.shared import SharedExecutor
 
@@ -48,13 +50,21 @@ def make_deltas(made: Path, *, exact: bool) -> None:
 
 
 def load_tenants(
-    made: Path, device: str, *, exact: bool
+    made: Path, device: str, *, exact: bool, precision: str = "exact"
 ) -> tuple[list[LoadedModel], list[LoadedModel]]:
-    """Backbone and deltas in one executor, and each as a dense checkpoint of its own."""
+    """Backbone and deltas in one executor, and each as a dense checkpoint of its own.
+
+    exact says what the models are, precision how the kernels compute the deltas.
+    """
     make_deltas(made, exact=exact)
     base = widen(EXAMPLES / "backbone", made / "backbone-fp32") if exact else EXAMPLES / "backbone"
     shared = share_backbone(
-        load_backbone(base, device=device), base, kv_bytes=1 << 27, n_slots=4, delta_bytes=1 << 28
+        load_backbone(base, device=device),
+        base,
+        kv_bytes=1 << 27,
+        n_slots=4,
+        delta_bytes=1 << 28,
+        kernels=KernelOptions(planes=PRECISIONS[precision]),
     )
     if not isinstance(shared.executor, SharedExecutor):
         raise TypeError("the backbone is not shared")
@@ -72,8 +82,10 @@ def load_tenants(
     return models, dense
 
 
-def compare_tokens(made: Path, device: str, *, n_items: int, exact: bool) -> dict[str, Any]:
-    models, dense = load_tenants(made, device, exact=exact)
+def compare_tokens(
+    made: Path, device: str, *, n_items: int, exact: bool, precision: str
+) -> dict[str, Any]:
+    models, dense = load_tenants(made, device, exact=exact, precision=precision)
     prompts = []
     for task in TASKS:
         lines = (EXAMPLES / task / "evaluation.jsonl").read_text().splitlines()[:n_items]
