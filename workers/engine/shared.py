@@ -87,7 +87,7 @@ class SharedExecutor:
         self.slots: Slots
         self.vocabulary: Vocabulary
         self._graphs: DecodeGraphs | None = None
-        # Slots of an arena also run without a GPU, by the reference of their kernels.
+        # Slots of an arena also run without a GPU, by the reference of their kernels, uncompiled.
         if self.is_async if arena is None else arena:
             slots = ArenaSlots(
                 sites,
@@ -96,7 +96,6 @@ class SharedExecutor:
                 device=self._device,
                 dtype=module.dtype,
                 delta_bytes=delta_bytes,
-                # The reference of the kernels needs no compiler.
                 kernels=kernels if self.is_async else replace(kernels, prepare=None),
             )
             self.slots = slots
