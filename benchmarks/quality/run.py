@@ -3,13 +3,12 @@
     python -m benchmarks.quality.run --base SMOLLM2_DIR --work DIR --out DIR --device cuda
 
 Trains the fine-tunes that are not in the work folder yet, then measures them, some side by side,
-each in one or several parts that take what no other has taken. Rows already in the out folder are
-kept, so a run that was cut off goes on where it stopped.
+each in one or several parts that take what no other has taken. Rows already in the out folder, or
+in a table given by --keep, are kept, so a run that was cut off goes on where it stopped.
 Candidates are rebuilt and compared in fp32: rounding to bf16 would hide the small ones.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,12 +24,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.chart import draw, read_points
 from benchmarks.quality.drawing import SEED
 from benchmarks.quality.lora import train_lora
 from benchmarks.quality.measure import Bench, BenchOptions, Measurement
 from benchmarks.quality.models import State, read_state
 from benchmarks.quality.sample import sample_texts
+from benchmarks.quality.table import (
+    CANDIDATES,
+    Candidate,
+    keep_rows,
+    read_rows,
+    read_task,
+    write_table,
+)
 from benchmarks.quality.tasks import TASKS, write_items
 from benchmarks.quality.train import TrainOptions
 from deltacome_core.budget import Budget
@@ -41,62 +46,11 @@ from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.texts import DEFAULT_CALIBRATION
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A recipe at a ratio of whole files (None: it has one size), and its calibration text.
-
-    "lora" is no recipe: it is trained, to the bytes of the budget.
-    """
-
-    method: str
-    ratio: float | None = None
-    calibration: str = "none"
-
-    @property
-    def budget(self) -> str | None:
-        return None if self.ratio is None else f"1/{self.ratio:g}"
-
-
 # Columns of rows that are recipes; the two parts do not add up to the whole.
 PARTS = ("kl_task_matrices", "kl_task_vocabulary", "kl_text_matrices", "kl_text_vocabulary")
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 # What parts have taken, beside their rows; a new run begins with none.
 CLAIMS = "claims"
-
-_CALIBRATED = ("hub", "distilled", "come")
-# Distilling takes ten times as long as the others.
-_QUICK = ("hub", "come")
-
-
-def _at(
-    ratio: float, calibration: str, *, methods: tuple[str, ...] = _QUICK
-) -> tuple[Candidate, ...]:
-    return tuple(Candidate(method=m, ratio=ratio, calibration=calibration) for m in methods)
-
-
-# What is cut off when a run has no more seconds comes last.
-CANDIDATES = (
-    *_at(16, "own", methods=_CALIBRATED),
-    *_at(32, "own", methods=_CALIBRATED),
-    *_at(16, "general"),
-    *_at(16, "self"),
-    *_at(8, "own"),
-    Candidate(method="datafree", ratio=16),
-    Candidate(method="lowrank", ratio=16),
-    Candidate(method="lora", ratio=16, calibration="trained"),
-    Candidate(method="bitdelta"),
-    Candidate(method="bitdelta-row"),
-    *_at(32, "general"),
-    Candidate(method="datafree", ratio=32),
-    Candidate(method="lowrank", ratio=32),
-    *_at(8, "general"),
-    Candidate(method="datafree", ratio=8),
-    Candidate(method="lowrank", ratio=8),
-    *_at(16, "self", methods=("distilled",)),
-    *_at(8, "own", methods=("distilled",)),
-    *_at(16, "general", methods=("distilled",)),
-)
 
 
 class FineTune:
@@ -112,7 +66,7 @@ class FineTune:
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
         self._bench = Bench(self._tuned, base, options)
-        self._rows: list[dict[str, Any]] = _read_rows(self._out)
+        self._rows: list[dict[str, Any]] = read_rows(self._out)
         if not self._rows and part == 0:
             self._add(Candidate(method="backbone"), self._bench.backbone, size={})
             self._add(Candidate(method="fine-tune"), self._bench.reference, size={})
@@ -285,27 +239,6 @@ def run_all(
         list(pool.map(run, commands))
 
 
-def write_table(out: Path) -> None:
-    """Join the rows of all fine-tunes as quality.csv and draw them."""
-    rows = [row for task in TASKS for row in read_task(out, task)]
-    with (out / "quality.csv").open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (out / "quality.svg").write_text(draw(read_points(out / "quality.csv")))
-
-
-def read_task(out: Path, task: str) -> list[dict[str, Any]]:
-    """Rows of all parts of a task, first those that no recipe made, then in CANDIDATES' order."""
-    rows = [row for path in sorted(out.glob(f"{task}.*.json")) for row in _read_rows(path)]
-    order = {(c.method, c.calibration, c.budget): n for n, c in enumerate(CANDIDATES)}
-    return sorted(rows, key=lambda r: order.get((r["method"], r["calibration"], r["budget"]), -1))
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
 def describe(device: str) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     packages = ("torch", "transformers", "safetensors")
@@ -327,6 +260,7 @@ def main() -> None:
     parser.add_argument("--measure-at-once", type=int, default=3, help="so do six of these")
     parser.add_argument("--parts", type=int, default=1, help="processes that share a fine-tune")
     parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--keep", type=Path, help="a table whose rows are not measured again")
     parser.add_argument("--commit", default="unknown", help="which code ran")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
@@ -335,6 +269,8 @@ def main() -> None:
     if args.only:
         measure_one(args)
         return
+    if args.keep:
+        keep_rows(args.keep, args.out)
     args.work.mkdir(parents=True, exist_ok=True)
     common = ["--base", str(args.base), "--device", args.device]
     here = [sys.executable, "-m"]

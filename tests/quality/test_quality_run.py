@@ -3,9 +3,11 @@
 import json
 
 import torch
+from source_tree import ROOT
 
 from benchmarks.quality.measure import BenchOptions
-from benchmarks.quality.run import CANDIDATES, CLAIMS, PARTS, Candidate, FineTune, read_task
+from benchmarks.quality.run import CLAIMS, PARTS, FineTune
+from benchmarks.quality.table import CANDIDATES, Candidate, keep_rows, read_task, write_table
 
 _OPTIONS = BenchOptions(
     device="cpu", n_items=6, text_rows=2, text_tokens=64, greedy_tokens=16, dtype=torch.float32
@@ -58,6 +60,19 @@ def test_parts_of_a_fine_tune_take_what_no_other_has_taken(tiny, tmp_path):
         "fine-tune",
         "bitdelta",
     ]
+
+
+def test_the_committed_table_is_kept_whole_by_a_run_that_measures_nothing(tmp_path):
+    table = ROOT / "docs/benchmarks/quality.csv"
+    keep_rows(table, tmp_path)
+    write_table(tmp_path)
+    for name in ("quality.csv", "quality.svg"):
+        assert (tmp_path / name).read_text() == table.with_name(name).read_text()
+    # What a run has measured itself is not put back.
+    own = read_task(tmp_path, "code")[:1]
+    (tmp_path / "code.0.json").write_text(json.dumps(own))
+    keep_rows(table, tmp_path)
+    assert read_task(tmp_path, "code") == own
 
 
 def test_no_candidate_is_asked_for_twice():
