@@ -6,6 +6,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from kernels import directory
 from kernels.triton_ops.batch import INPUT, largest_number
+from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.parts import finish_part, mask_columns, start_part, weigh_planes
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
@@ -222,6 +223,6 @@ def layer_kernel(
                 arrival_ptr + number // block, 1 << number % block, sem="acq_rel"
             )
             tl.debug_barrier()
-            is_last &= arrived >= HAS_DELTA
+            is_last = mask_if(is_last, arrived >= HAS_DELTA)
             y += tl.load(term_ptr + rows, mask=is_last, other=0.0, cache_modifier=".cg")
         tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=is_last)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.records import (
     N_WIDTHS,
     RECORD_INTS,
@@ -61,7 +62,7 @@ def scale_rows(products, factors_ptr, exist, first_block, n_rows, lane, R: tl.co
     scaled = ()
     for i in tl.static_range(len(products)):
         row = (first_block + i // 2 % R) * 16 + lane // 4 + 8 * (i % 2)
-        factor = tl.load(factors_ptr + row, mask=exist & (row < n_rows), other=1.0)
+        factor = tl.load(factors_ptr + row, mask=mask_if(row < n_rows, exist), other=1.0)
         scaled += (products[i] * factor,)
     return scaled
 

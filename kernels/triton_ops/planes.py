@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from deltacome_core.layout import TILE_CODES
+from kernels.triton_ops.masks import mask_if
 
 TILE = tl.constexpr(TILE_CODES)
 # Terms of one running fp32 sum: over a whole row of 18,944 rounding alone would cost 2e-6.
@@ -123,7 +124,8 @@ def load_values(
     Returns:
         fp32 values in the broadcast shape, 0 outside the factor.
     """
-    mask = (row < n_rows) & (col < n_cols)
+    # In `gather_kernel` the row is a scalar.
+    mask = mask_if(col < n_cols, row < n_rows)
     row = row.to(tl.int64)
     codes = load_codes(codes_ptr, row, col, tile, n_cols, row_words, mask, BITS)
     group = (row // group_rows) * row_groups + col // group_cols

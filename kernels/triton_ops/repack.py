@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.planes import TILE, join_planes
 
 # Jobs of `repack_kernel`, one row of int64 each.
@@ -101,7 +102,7 @@ def repack_pair(
             if BITS > 1:
                 # Three bits have their sign in the other plane.
                 signed = low ^ -0x55555556 if BITS == 2 else low  # noqa: PLR2004 same
-                tl.store(target_ptr + number * 32 + lane, signed, mask=inside & (side == 1))
+                tl.store(target_ptr + number * 32 + lane, signed, mask=mask_if(inside, side == 1))
     if BITS == 1:
         tl.store(target_ptr + (block * n_pairs + pair) * 32 + lane, ~high, mask=mask)
     elif BITS == 3:  # noqa: PLR2004 same
@@ -149,12 +150,12 @@ def repack_factors(job_ptr, source_ptr, slab_ptr, BLOCK: tl.constexpr) -> None:
     for start in range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
         row = start + tl.arange(0, BLOCK)
         inside = row < n_rows
-        factor = tl.load(sigma_ptr + row, mask=inside & (sigma >= 0), other=1.0)
+        factor = tl.load(sigma_ptr + row, mask=mask_if(inside, sigma >= 0), other=1.0)
         for number in tl.static_range(2):
             scale = tl.load(job_ptr + 5 + 2 * number)
             group = tl.load(job_ptr + 6 + 2 * number).to(tl.int32)
             scale_ptr = (source_ptr + scale).to(tl.pointer_type(tl.float16))
-            found = tl.load(scale_ptr + row // group, mask=inside & (scale >= 0), other=1.0)
+            found = tl.load(scale_ptr + row // group, mask=mask_if(inside, scale >= 0), other=1.0)
             factor *= found.to(tl.float32)
         tl.store(target_ptr + row, factor, mask=inside)
 
@@ -180,7 +181,8 @@ def repack_groups(job_ptr, source_ptr, slab_ptr, BLOCK: tl.constexpr) -> None:
         group = row // group_rows * row_groups + element // padded * 128 // group_cols
         inside = (element < total) & (row < n_rows)
         scale = tl.load(scale_ptr + group, mask=inside, other=0).to(tl.int32) & 0xFFFF
-        twice_zero = 2 * tl.load(zero_ptr + group, mask=inside & (zero >= 0), other=0).to(tl.int32)
+        has_zero = mask_if(inside, zero >= 0)
+        twice_zero = 2 * tl.load(zero_ptr + group, mask=has_zero, other=0).to(tl.int32)
         twice_zero = tl.where(zero >= 0, twice_zero, middle)
         tl.store(target_ptr + element, scale | (twice_zero << 16), mask=element < total)
 

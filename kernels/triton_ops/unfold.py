@@ -8,6 +8,7 @@ import triton.language as tl
 
 from kernels.triton_ops.codes import load_pair, locate_pair, unpack_step
 from kernels.triton_ops.keys import settle_keys
+from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.mma import spare_bits
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
@@ -103,11 +104,11 @@ def unfold_record(
         words = load_pair(places, tl.where(exists, n_steps - 2 * pair, 0), 0, BITS)
         for half in tl.static_range(2):
             row = block * 16 + lane // 4 + 8 * half
-            factor = tl.load(factors_ptr + row, mask=(row < n_rows) & (factors > 0), other=1.0)
+            factor = tl.load(factors_ptr + row, mask=mask_if(row < n_rows, factors > 0), other=1.0)
             twice_zero = tl.zeros_like(lane) + ((1 << BITS) - 1)
             if GROUPING > 0:
                 at = group_ptr + pair // 2 * (n_blocks * 16) + row
-                word = tl.load(at, mask=exists & (group > 0), other=0)
+                word = tl.load(at, mask=mask_if(exists, group > 0), other=0)
                 scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                 twice_zero = tl.where(group > 0, (word >> 16) & 511, twice_zero)
                 factor *= tl.where(group > 0, scale, 1.0)
