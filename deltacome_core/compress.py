@@ -140,8 +140,8 @@ def compress_checkpoint(  # noqa: PLR0913 - what a run is asked for, each by nam
     Raises:
         UserError: output_exists, backbone_mismatch, backbone_unrelated, nan_weights,
             calibration_too_short, model_not_runnable, device_unavailable, device_memory_short,
-            budget_impossible,
-            budget_fixed, precision_unknown, precision_unusable, and those of open_checkpoint.
+            budget_impossible, budget_fixed, precision_unknown, precision_unusable, and those of
+            open_checkpoint.
 
     Source: Delta-CoMe (arXiv 2406.08903).
     """

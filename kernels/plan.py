@@ -12,8 +12,8 @@ import torch
 from deltacome_core.errors import InternalError
 from kernels.arena import DeltaArena
 from kernels.fragments import (
-    FAST_PLANES,
     PLANES,
+    PRECISIONS,
     STEP_COLUMNS,
     STEP_ROWS,
     UNIT_COLUMNS,
@@ -98,7 +98,7 @@ class StepPlan:
         planes: int = PLANES,
         n_groups: int = 0,
     ) -> None:
-        if planes not in {FAST_PLANES, PLANES} or units_per_group < 1:
+        if planes not in PRECISIONS.values() or units_per_group < 1:
             raise InternalError(f"{planes} planes, {units_per_group} units a group")
         self.handle = next(_HANDLES)
         PLANS[self.handle] = self
@@ -148,11 +148,7 @@ class StepPlan:
         if self.n_tokens and len(slots) != self.n_tokens:
             raise InternalError(f"{len(slots)} slots for {self.n_tokens} tokens")
         self.arena.check_slots(slots)
-        groups = group_tokens(
-            slots,
-            group_size=self.group_size,
-            n_groups=self.n_groups,
-        )
+        groups = group_tokens(slots, group_size=self.group_size, n_groups=self.n_groups)
         self.token_slots = list(slots)
         numbers = np.zeros(len(self._groups), dtype=np.int32)
         numbers[: self.n_groups] = groups.slots

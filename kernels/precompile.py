@@ -1,7 +1,7 @@
 """Compile kernels into Triton's cache before the first launch: `python -m kernels.precompile`.
 
-Reads {"arch", "wanted": [of `dump_wanted`]} from its input and needs no GPU, so it may run beside
-an engine that answers. What is launched is found by launching it: the launchers of a step run on
+Reads what `dump_request` wrote from its input and needs no GPU, so it may run beside an engine that
+answers. What is launched is found by launching it: the launchers of a step run on
 tensors that nobody reads, under a driver that has no device, and every launch is noted and skipped.
 """
 

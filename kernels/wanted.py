@@ -66,6 +66,19 @@ def dump_wanted(wanted: Wanted) -> str:
     return json.dumps(text, default=sorted, sort_keys=True)
 
 
+def dump_request(wanted: Iterable[Wanted], *, arch: int) -> str:
+    """Write what `python -m kernels.precompile` reads.
+
+    Args:
+        wanted: what to compile.
+        arch: compute capability, 90 for Hopper.
+
+    Returns:
+        The JSON.
+    """
+    return json.dumps({"arch": arch, "wanted": [dump_wanted(one) for one in wanted]})
+
+
 def parse_wanted(text: str) -> Wanted:
     """Read what `dump_wanted` wrote.
 

@@ -75,16 +75,19 @@ def keep_rows(table: Path, out: Path) -> None:
     kept: dict[str, list[dict[str, Any]]] = {}
     with table.open(newline="") as handle:
         for row in csv.DictReader(handle):
-            numbers = {
-                name: int(text) if name == "total_bytes" else float(text)
-                for name, text in row.items()
-                if name not in NAMES and text
-            }
-            empty = {name: text or None for name, text in row.items() if name in NAMES or not text}
-            kept.setdefault(row["finetune"], []).append({**row, **empty, **numbers})
+            values = {name: _parse(name, text) for name, text in row.items()}
+            kept.setdefault(row["finetune"], []).append(values)
     for task, rows in kept.items():
         if not read_task(out, task):
             (out / f"{task}.0.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _parse(name: str, text: str) -> str | int | float | None:
+    if not text:
+        return None
+    if name in NAMES:
+        return text
+    return int(text) if name == "total_bytes" else float(text)
 
 
 def write_table(out: Path) -> None:

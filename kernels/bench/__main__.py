@@ -17,13 +17,14 @@ import torch
 from kernels.bench import baselines, checks, compiling, correctness, sections, timing
 from kernels.bench.bars import judge
 from kernels.bench.models import COME, HUB, LLAMA_7B
-from kernels.fragments import FAST_PLANES, PLANES
+from kernels.fragments import PLANES, PRECISIONS
 from kernels.gpu_check import describe_device
 from kernels.wanted import ArenaKernels
 
 _N_SLOTS: Final = 64
 _ZIPF_TOKENS: Final = 64
 _TENANTS: Final = (1, 8, 32)
+_MODES: Final = tuple(PRECISIONS.values())
 # A case whose kernels are compiled takes no longer.
 _CASE_S: Final = 60.0
 SECTIONS: Final = (
@@ -123,7 +124,7 @@ def _decode(bench: sections.Bench) -> list[dict[str, Any]]:
     return [
         sections.time_decode(bench, list(range(n)), planes=planes)
         for n in _TENANTS
-        for planes in (PLANES, FAST_PLANES)
+        for planes in _MODES
     ]
 
 
@@ -151,7 +152,7 @@ def _baselines(benches: list[sections.Bench]) -> dict[str, float]:
 
 def _zipf(bench: sections.Bench) -> list[dict[str, Any]]:
     slots = sections.draw_zipf(_ZIPF_TOKENS, _N_SLOTS, seed=0)
-    return [sections.time_decode(bench, slots, planes=planes) for planes in (PLANES, FAST_PLANES)]
+    return [sections.time_decode(bench, slots, planes=planes) for planes in _MODES]
 
 
 def list_wanted(names: frozenset[str]) -> list[ArenaKernels]:
@@ -163,11 +164,10 @@ def list_wanted(names: frozenset[str]) -> list[ArenaKernels]:
     Returns:
         The kernels, by recipe.
     """
-    both = (PLANES, FAST_PLANES)
     wanted = []
     if names & {"decode", "zipf"}:
         sizes = (*_TENANTS, _ZIPF_TOKENS)
-        wanted.append(compiling.want_steps(LLAMA_7B, HUB, sizes, all_planes=both))
+        wanted.append(compiling.want_steps(LLAMA_7B, HUB, sizes, all_planes=_MODES))
     if "decode_come" in names:
         wanted.append(compiling.want_steps(LLAMA_7B, COME, _TENANTS, all_planes=(PLANES,)))
     return wanted

@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from kernels.bench.models import HUB, LLAMA_7B
-from kernels.fragments import FAST_PLANES, PLANES
+from kernels.fragments import PRECISIONS
 
 # name: (target, whether more is better)
 TARGETS: Final[dict[str, tuple[float, bool]]] = {
@@ -27,7 +27,7 @@ TARGETS: Final[dict[str, tuple[float, bool]]] = {
     "7B deltas in 80 GB": (64, True),
     "7B deltas in 80 GB beside 16 GB of KV": (50, True),
 }
-_MODES: Final = {FAST_PLANES: "fast", PLANES: "exact"}
+_MODES: Final = {planes: mode for mode, planes in PRECISIONS.items()}
 
 
 def _find(rows: list[dict[str, Any]], **wanted: object) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What the benchmark launches, compiled side by side before anything waits for it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from kernels.bench.correctness import BatchCase, cover_case
 from kernels.bench.models import Layout, ModelShape, Pool
 from kernels.image import build_image
 from kernels.triton_ops.launch_batch import current_arch
-from kernels.wanted import ArenaKernels, Room, dump_wanted
+from kernels.wanted import ArenaKernels, Room, dump_request
 
 # Terms by themselves are summed in fp32, whatever the model is.
 _TERMS: Final = "float32"
@@ -90,9 +89,8 @@ def start_compiler(wanted: Sequence[ArenaKernels]) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    asked = {"arch": current_arch(), "wanted": [dump_wanted(one) for one in wanted]}
     if process.stdin is not None:
-        process.stdin.write(json.dumps(asked))
+        process.stdin.write(dump_request(wanted, arch=current_arch()))
         process.stdin.close()
     return process
 

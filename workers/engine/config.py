@@ -52,7 +52,8 @@ class EngineConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"ENGINE_PRECISION must be exact or fast, found {self.precision!r}")
+            known = " or ".join(PRECISIONS)
+            raise ValueError(f"ENGINE_PRECISION must be {known}, found {self.precision!r}")
         if self.load_timeout_s <= 0 or self.drain_s < 0:
             raise ValueError("load_timeout_s must be positive, drain_s not negative")
 

@@ -3,7 +3,6 @@
 A process that compiled while it answers would make every answer wait for Python's lock.
 """
 
-import json
 import logging
 import os
 import signal
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from deltacome_core.errors import UserError
-from kernels.wanted import Wanted, dump_wanted
+from kernels.wanted import Wanted, dump_request
 from workers.engine.config import SOURCE_DIR
 from workers.engine.metrics import EngineMetrics
 
@@ -70,7 +69,7 @@ class KernelPreparation:
         Raises:
             UserError: kernels_not_compiled.
         """
-        asked = json.dumps({"arch": arch, "wanted": [dump_wanted(one) for one in wanted]})
+        asked = dump_request(wanted, arch=arch)
         # Answers keep half of the machine.
         workers = max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // 2))
         with subprocess.Popen(
