@@ -75,7 +75,7 @@ def end_demo(demo, children, number):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_demo_that_is_still_starting_leaves_no_process_behind(tmp_path, number):
     with start_demo("--data-dir", str(tmp_path), "--port", "0") as demo:
-        threading.Thread(target=demo.stderr.read, daemon=True).start()
+        threading.Thread(target=lambda: sys.stderr.write(demo.stderr.read()), daemon=True).start()
         deadline = time.monotonic() + START_TIMEOUT_S
         children = []
         while len(children) < N_PROCESSES and time.monotonic() < deadline:
@@ -96,6 +96,31 @@ demo.Command().handle()
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "stopped\n")
+
+
+def test_a_demo_ends_although_the_interrupt_was_lost():
+    script = """
+import os, signal, time
+from hub.management.commands import demo
+
+class Lost:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def run(_):
+    Lost()
+    time.sleep(60)
+
+demo.END_TIMEOUT_S = 1
+demo._run = run
+demo.Command().handle()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "Exception ignored in: <function Lost.__del__" in done.stderr
+    assert done.stderr.endswith("stopped\n")
 
 
 def find_child(demo, *words):

@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from hub.demo.stack import ROOT, Stack
 
 DEFAULT_PORT = 8000
 WATCH_S = 0.5
+# Stack ends its processes in half of it.
+END_TIMEOUT_S = 10
 # SIGINT is named as well: what a script starts in the background inherits it ignored.
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The examples have 8 MB: with parts of 16 MiB an upload that breaks off would have kept nothing.
@@ -85,7 +88,16 @@ def _end(_number: int, _frame: FrameType | None) -> NoReturn:
     # Once is enough: another one would break off what ends the children.
     for number in ENDS:
         signal.signal(number, signal.SIG_IGN)
+    # Python drops what is raised in a callback of its collector, and an interrupted wait can leave
+    # its lock taken. The children end with this process in any case.
+    signal.signal(signal.SIGALRM, _leave)
+    signal.alarm(END_TIMEOUT_S)
     raise _Ended
+
+
+def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
+    _say("stopped")
+    os._exit(0)
 
 
 def _say(text: str) -> None:
