@@ -55,6 +55,21 @@ def test_the_fine_tune_and_the_backbone_stand_beside_a_delta(open_playground, ba
     expect(page.locator("#cpu-note")).to_be_visible()
 
 
+def test_nothing_is_asked_before_the_page_can_hear_the_answer(sign_in, delta):
+    page = sign_in("/jobs")
+    held = []
+    page.route("**/hub/playground*.js", lambda route: held.append(route))  # noqa: PLW0108
+    page.goto(f"/playground?max=16&mode=text&d={delta}", wait_until="commit")
+    run = page.get_by_role("button", name="Run")
+    expect(run).to_be_disabled()
+    page.get_by_label("Prompt for all").fill(QUESTION)
+    assert len(held) == 1
+    held[0].continue_()
+    expect(run).to_be_enabled()
+    ask(page)
+    assert answers(page)[0].strip() == "2043-03-06"
+
+
 def test_with_the_keyboard_alone_one_finds_where_a_model_departs(open_playground, backbone, delta):
     page = open_playground(f"d={delta}&d={delta}:finetune&d={backbone}")
     page.get_by_label("Prompt for all").focus()
