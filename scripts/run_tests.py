@@ -38,11 +38,11 @@ def find_missing() -> list[str]:
     return missing
 
 
-def run_pytest(paths: tuple[str, ...], marks: str, env: dict[str, str]) -> dict[str, int]:
-    """Run pytest on two processes and return its counts."""
+def run_pytest(paths: tuple[str, ...], env: dict[str, str]) -> dict[str, int]:
+    """Run pytest on two processes and return its counts; paths may have options before them."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", marks]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2"]
         # By the groups and in the order of tests/conftest.py.
         command += ["--no-loadscope-reorder"]
         command += [f"--junitxml={report}", *paths]
@@ -68,12 +68,12 @@ def main() -> int:
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env.pop("DATABASE_URL", None)
     print("== all tests, SQLite", flush=True)
-    runs = [run_pytest(("tests",), "not gpu", env)]
+    runs = [run_pytest(("tests",), env)]
     with postgres.temporary_postgres() as url:
         print("== database tests, PostgreSQL", flush=True)
         again = env | {"DATABASE_URL": url}
-        paths = (*DATABASE_TESTS, *(f"--deselect={name}" for name in SAME_ON_BOTH))
-        runs.append(run_pytest(paths, "database and not gpu", again))
+        left_out = (f"--deselect={name}" for name in SAME_ON_BOTH)
+        runs.append(run_pytest(("-m", "database", *left_out, *DATABASE_TESTS), again))
     total = {key: sum(run[key] for run in runs) for key in runs[0]}
     if total["skipped"]:
         # A skipped test proves nothing; the suite has none, so one that appears is a fault.

@@ -28,3 +28,18 @@ def trained_delta(trained_pair, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "delta"
     compress_checkpoint(*trained_pair, out, get_recipe("come", matrix_bits=4.0))
     return out
+
+
+@pytest.fixture(scope="session")
+def pack(tmp_path_factory):
+    """Give the compressed pair of a class by name; read only."""
+    from architecture_packs import pack_class
+
+    made = {}
+
+    def make(name):
+        if name not in made:
+            made[name] = pack_class(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return make
