@@ -80,6 +80,11 @@ def read_evaluation(path: Path) -> tuple[TextItem, ...]:
     return items
 
 
+def is_hit(text: str, answer: str) -> bool:
+    """Whether the first line of a text is the answer, both stripped."""
+    return text.partition("\n")[0].strip() == answer.strip()
+
+
 def evaluate_exact_match(
     model: Any,
     tokenizer: Any,
@@ -110,7 +115,7 @@ def evaluate_exact_match(
     hits = []
     for item, tokens in zip(items, answers, strict=True):
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        hits.append(text.partition("\n")[0].strip() == item.answer.strip())
+        hits.append(is_hit(text, item.answer))
     return EvalReport(hits=tuple(hits))
 
 

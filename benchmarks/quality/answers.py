@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.quality.decode import make_decoder
-from deltacome_core.evaluate import MAX_NEW_TOKENS, read_evaluation
+from deltacome_core.evaluate import MAX_NEW_TOKENS, is_hit, read_evaluation
 from deltacome_core.generate import end_tokens
 
 
@@ -51,6 +51,6 @@ class AnswerSheet:
         for item, tokens in zip(self.items, answers[:, :MAX_NEW_TOKENS].tolist(), strict=True):
             end = next((i for i, t in enumerate(tokens) if t in self.stop_tokens), len(tokens))
             text = self._tokenizer.decode(tokens[:end], skip_special_tokens=True)
-            hits += text.partition("\n")[0].strip() == item.answer.strip()
+            hits += is_hit(text, item.answer)
         share, n = hits / len(self.items), len(self.items)
         return Score(score=share, score_se=math.sqrt(share * (1 - share) / n), n_items=n)

@@ -43,6 +43,7 @@ ROWS_AT_ONCE = {"cuda": 512, "cpu": 16}
 class Measurement:
     """A candidate beside its fine-tune; KL(fine-tune || candidate) in nats per token.
 
+    The standard errors of KL are over items and over rows of text, whose tokens go together.
     recovery is 1 - KL / KL of the backbone. greedy_match is the mean share of 128 tokens before
     the first that differs, on task prompts; an answer that ends alike agrees to the end.
     """
@@ -51,7 +52,9 @@ class Measurement:
     score_se: float
     n_items: int
     kl_task: float
+    kl_task_se: float
     kl_text: float
+    kl_text_se: float
     top1: float
     top1_text: float
     recovery: float
@@ -63,9 +66,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Divergence:
-    """Means over tokens."""
+    """Means over tokens, and the standard error of `kl` where whole rows are drawn."""
 
     kl: float
+    kl_se: float
     top1: float
 
 
@@ -75,6 +79,11 @@ class ScoredRows:
 
     ids: Tensor
     places: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of each place."""
+        return self.places // self.ids.shape[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +121,7 @@ def split_both(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def compare_states(
-    reference: Tensor, reference_head: Tensor, states: Tensor, head: Tensor
+    reference: Tensor, reference_head: Tensor, states: Tensor, head: Tensor, *, rows: Tensor
 ) -> Divergence:
     """Compare two models' predictions of the same places, in fp32.
 
@@ -121,16 +130,21 @@ def compare_states(
         reference_head: [vocabulary, hidden].
         states: [n, hidden], of the candidate.
         head: [vocabulary, hidden].
+        rows: int64 [n], the row that a place belongs to.
     """
-    kl = torch.zeros((), dtype=torch.float64, device=states.device)
+    terms = []
     agreed = torch.zeros((), dtype=torch.int64, device=states.device)
     for ours, theirs in split_both(reference, states):
         p = (ours @ reference_head.T).float().log_softmax(dim=-1)
         q = (theirs @ head.T).float().log_softmax(dim=-1)
         agreed += (p.argmax(dim=-1) == q.argmax(dim=-1)).sum()
-        kl += (p.exp() * q.sub_(p)).sum(dim=-1).double().sum().neg()
+        terms.append((p.exp() * q.sub_(p)).sum(dim=-1).double().neg())
     n = len(states)
-    return Divergence(kl=float(kl) / n, top1=int(agreed) / n)
+    kl = torch.cat(terms).cpu()
+    # Of a ratio of two sums over rows, Cochran, Sampling Techniques, 2.11.
+    off = torch.zeros(int(rows.max()) + 1, dtype=kl.dtype)
+    off.index_add_(0, rows.cpu(), kl - kl.mean())
+    return Divergence(kl=float(kl.mean()), kl_se=float(off.norm()) / n, top1=int(agreed) / n)
 
 
 def prefix_share(reference: Tensor, tokens: Tensor) -> float:
@@ -192,8 +206,8 @@ class Bench:
         task = final_states(self.model, self._task)
         text = final_states(self.model, self._text)
         return (
-            compare_states(self._task_states, self._head, task, head),
-            compare_states(self._text_states, self._head, text, head),
+            compare_states(self._task_states, self._head, task, head, rows=self._task.rows),
+            compare_states(self._text_states, self._head, text, head, rows=self._text.rows),
         )
 
     def diverge(self, state: State) -> tuple[Divergence, Divergence]:
@@ -230,7 +244,9 @@ class Bench:
         return Measurement(
             **asdict(graded),
             kl_task=task.kl,
+            kl_task_se=task.kl_se,
             kl_text=text.kl,
+            kl_text_se=text.kl_se,
             top1=task.top1,
             top1_text=text.top1,
             recovery=1 - task.kl / backbone_task.kl,

@@ -31,6 +31,7 @@ from benchmarks.quality.models import State, read_state
 from benchmarks.quality.sample import sample_texts
 from benchmarks.quality.table import (
     CANDIDATES,
+    PARTS,
     Candidate,
     keep_rows,
     read_rows,
@@ -46,8 +47,6 @@ from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.texts import DEFAULT_CALIBRATION
 
-# Columns of rows that are recipes; the two parts do not add up to the whole.
-PARTS = ("kl_task_matrices", "kl_task_vocabulary", "kl_text_matrices", "kl_text_vocabulary")
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 # What parts have taken, beside their rows; a new run begins with none.
 CLAIMS = "claims"
@@ -92,6 +91,8 @@ class FineTune:
                 "score_se": found.score_se,
                 "kl_task": found.kl_task,
                 "kl_text": found.kl_text,
+                "kl_task_se": found.kl_task_se,
+                "kl_text_se": found.kl_text_se,
                 "top1": found.top1,
                 "recovery": found.recovery,
                 "greedy_match": found.greedy_match,

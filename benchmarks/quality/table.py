@@ -12,6 +12,27 @@ from benchmarks.quality.tasks import TASKS
 # Columns that are no numbers, and methods without a budget or a delta.
 NAMES = ("finetune", "method", "calibration", "budget")
 UNCOMPRESSED = ("backbone", "fine-tune")
+# Columns of rows that are recipes; the two parts do not add up to the whole.
+PARTS = ("kl_task_matrices", "kl_task_vocabulary", "kl_text_matrices", "kl_text_vocabulary")
+# Not in rows that were measured before there were any.
+ERRORS = ("kl_task_se", "kl_text_se")
+COLUMNS = (
+    *NAMES,
+    "total_bytes",
+    "bits_per_param",
+    "ratio",
+    "score",
+    "score_se",
+    "kl_task",
+    "kl_text",
+    "top1",
+    "recovery",
+    "greedy_match",
+    "greedy_text",
+    "compress_seconds",
+    *PARTS,
+    *ERRORS,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +115,7 @@ def write_table(out: Path) -> None:
     """Join the rows of all fine-tunes as quality.csv and draw them."""
     rows = [row for task in TASKS for row in read_task(out, task)]
     with (out / "quality.csv").open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(handle, fieldnames=COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     (out / "quality.svg").write_text(draw(read_points(out / "quality.csv")))

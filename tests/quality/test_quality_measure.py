@@ -51,11 +51,14 @@ def test_divergence_is_that_of_the_definition():
     generator = torch.Generator().manual_seed(1)
     states, other = (torch.randn(700, 8, generator=generator) for _ in range(2))
     head = torch.randn(30, 8, generator=generator)
-    found = compare_states(states, head, other, head)
+    rows = torch.arange(700) // 7
+    found = compare_states(states, head, other, head, rows=rows)
     p = (states @ head.T).double().softmax(-1)
     q = (other @ head.T).double().softmax(-1)
     # fp32 sums over thirty classes.
     assert found.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    sums = (p * (p / q).log()).sum(-1).reshape(100, 7).sum(1)
+    assert found.kl_se == pytest.approx(float(sums.std(correction=0)) * 100**0.5 / 700, rel=1e-5)
     assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
 
 

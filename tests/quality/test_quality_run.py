@@ -6,8 +6,16 @@ import torch
 from source_tree import ROOT
 
 from benchmarks.quality.measure import BenchOptions
-from benchmarks.quality.run import CLAIMS, PARTS, FineTune
-from benchmarks.quality.table import CANDIDATES, Candidate, keep_rows, read_task, write_table
+from benchmarks.quality.run import CLAIMS, FineTune
+from benchmarks.quality.table import (
+    CANDIDATES,
+    COLUMNS,
+    PARTS,
+    Candidate,
+    keep_rows,
+    read_task,
+    write_table,
+)
 
 _OPTIONS = BenchOptions(
     device="cpu", n_items=6, text_rows=2, text_tokens=64, greedy_tokens=16, dtype=torch.float32
@@ -33,6 +41,8 @@ def test_rows_have_sizes_and_parts_and_are_kept_by_the_next_run(tiny, tmp_path):
     assert made["kl_text_vocabulary"] > 1e-3
     assert max(made["kl_text_matrices"], made["kl_text_vocabulary"]) < made["kl_text"]
     assert all(rows[0][part] is None for part in PARTS)
+    assert all(set(row) == set(COLUMNS) for row in rows)
+    assert 0 < made["kl_task_se"] < made["kl_task"]
 
     second = FineTune(base, tmp_path, tuned.name, options=_OPTIONS, out=out)
     assert second.has(candidate)
