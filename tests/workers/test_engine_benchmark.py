@@ -12,7 +12,9 @@ from benchmarks.engine.chart import draw
 from benchmarks.engine.cold import store_canary, time_cold, time_raw
 from benchmarks.engine.large import TRIAL, draw_rows, fill, open_large, write_files
 from benchmarks.engine.loop import Heard, Loop, rate
+from benchmarks.engine.scores import make_deltas, score_all
 from benchmarks.engine.trace import draw_trace
+from deltacome_core.evaluate import read_evaluation
 from deltacome_core.held_files import HeldFiles
 from kernels.bench.models import Pool
 from workers.engine.model import load_shared
@@ -88,6 +90,22 @@ def test_the_timeline_of_a_cold_load_has_its_checks_before_its_answer(tmp_path):
     assert at["forward"]["calls"] == 2
     assert large.slots._arena.resident_slots == []
     assert {"1", "2", "4", "8"} == time_raw(large).keys()
+
+
+def test_tenants_are_scored_on_their_own_items_in_common_steps(tmp_path):
+    examples = Path(__file__).parents[2] / "examples" / "tiny-llama"
+    tuned = [examples / "dates", examples / "extraction"]
+    made = tmp_path / "made"
+    made.mkdir()
+    deltas = make_deltas(examples / "backbone", tuned, made, ratio=None, device="cpu")
+    items = {folder.name: read_evaluation(folder / "evaluation.jsonl")[:6] for folder in tuned}
+    # One has fewer questions than the other.
+    items["dates"] = items["dates"][:4]
+    rows = score_all(examples / "backbone", deltas, items, device="cpu", scratch=tmp_path)
+    for name, row in rows.items():
+        assert row["items"] == row["same_answers"] == len(items[name])
+        assert row["exact"]["score"] == 1
+        assert row["exact_beside_rebuilt"]["lost"] == row["exact_beside_rebuilt"]["gained"] == 0
 
 
 def test_every_row_of_a_vocabulary_changed():
