@@ -7,12 +7,13 @@ One entry is int32 [ENTRY_INTS] for each slot and site:
 | 32 | rows of each shrink record, rounded up to whole steps |
 | 32 | output rows of each part |
 | 32 x 16 | shrink records, one a band of each part |
-| 8 x 8 | parts: first output row, bound (fp32 bits), source, first step of hidden values |
+| 8 x 8 | parts: first output row, source, first step of hidden values |
 | 8 x 5 x 16 | expand records of each part, one for each of WIDTHS, empty where absent |
 
 A record is: bits, codes, plane of the third bit, rows, row blocks, steps, row factors, group words,
-first step in its source (expand) or its target (shrink), part, marker of its codes. Places count
-units of 128 bytes from the slab's start; 0 means absent, since a slab begins with an empty unit.
+first step in its source (expand) or its target (shrink), bound (fp32 bits), marker of its codes.
+Places count units of 128 bytes from the slab's start; 0 means absent, since a slab begins with an
+empty unit.
 """
 
 from dataclasses import dataclass
@@ -46,9 +47,16 @@ def mark_codes(bits: int) -> int:
     return 0x01010101 << max(0, 7 - bits)
 
 
+def _bits_of(value: float) -> int:
+    return int(np.float32(value).view(np.int32))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One band of one part in a slab; places count units of 128 bytes, 0 is absent."""
+    """One band of one part in a slab; places count units of 128 bytes, 0 is absent.
+
+    bound: limits |h| of the band for an input of length 1; 1 where the source is the input.
+    """
 
     bits: int
     codes: int
@@ -59,7 +67,7 @@ class Record:
     factors: int
     groups: int
     first_step: int
-    part: int
+    bound: float
 
     def fields(self) -> list[int]:
         """The record as a kernel reads it."""
@@ -73,18 +81,17 @@ class Record:
             self.factors,
             self.groups,
             self.first_step,
-            self.part,
+            _bits_of(self.bound),
             mark_codes(self.bits),
         ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """One matrix of a site in a slab; `bound` limits |h| for an input of length 1."""
+    """One matrix of a site in a slab."""
 
     first_row: int
     rows: int
-    bound: float
     source: int
     first_step: int
     expand: tuple[Record, ...]
@@ -110,8 +117,7 @@ def encode_site(shrink: list[Record], parts: list[Part | None]) -> npt.NDArray[n
             continue
         entry[EXPAND_SIZES + number] = part.rows
         at = EXPAND_PARTS + number * PART_INTS
-        bound = int(np.float32(part.bound).view(np.int32))
-        entry[at : at + 4] = [part.first_row, bound, part.source, part.first_step]
+        entry[at : at + 3] = [part.first_row, part.source, part.first_step]
         for record in part.expand:
             place = number * len(WIDTHS) + WIDTHS.index(record.bits)
             at, fields = EXPAND_RECORDS + place * RECORD_INTS, record.fields()

@@ -124,7 +124,7 @@ def _add_site(writer: JobWriter, site: Site, matrices: Mapping[str, PackedLinear
     parts: list[Part | None] = []
     cuts: list[Cut] = []
     step = first_row = 0
-    for number, (name, out) in enumerate(zip(site.parts, site.out_features, strict=True)):
+    for name, out in zip(site.parts, site.out_features, strict=True):
         matrix = matrices.get(name)
         if matrix is None:
             parts.append(None)
@@ -132,7 +132,7 @@ def _add_site(writer: JobWriter, site: Site, matrices: Mapping[str, PackedLinear
             continue
         if (matrix.out_features, matrix.in_features) != (out, site.in_features):
             raise refuse(name, f"{matrix.out_features} x {matrix.in_features} at {site.name}")
-        part, records = add_matrix(writer, matrix, number=number, first_row=first_row, step=step)
+        part, records = add_matrix(writer, matrix, first_row=first_row, step=step)
         columns = STEP_COLUMNS * sum(record.steps for record in part.expand)
         is_direct = isinstance(matrix, PackedDirect)
         if is_direct:

@@ -204,9 +204,9 @@ def _row_lengths(factor: PackedFactor) -> npt.NDArray[np.float64]:
 
 
 def _add_band(
-    writer: JobWriter, name: str, band: PackedBand, sigma: torch.Tensor, *, step: int, part: int
-) -> tuple[Record, Record, float]:
-    """Records of V and U of one band, and the bound of its h."""
+    writer: JobWriter, name: str, band: PackedBand, sigma: torch.Tensor, *, step: int
+) -> tuple[Record, Record]:
+    """Records of V and U of one band."""
     v, u = band.v, band.u
     folded = _is_by_column(u)
     by_row = _is_by_row(v)
@@ -221,6 +221,7 @@ def _add_band(
     if not by_row:
         _check_tiles(name, v)
         groups = writer.add_groups(v, shape)
+    bound = max(_LEAST_BOUND, float(lengths.max()) * _BOUND_MARGIN)
     first = Record(
         bits=v.bits,
         codes=codes,
@@ -231,14 +232,14 @@ def _add_band(
         factors=writer.add_factors(v.rows, sigma, scales),
         groups=groups,
         first_step=step,
-        part=part,
+        bound=bound,
     )
-    last = _add_output(writer, name, u, scaled=not folded, step=step, part=part)
-    return first, last, float(lengths.max())
+    last = _add_output(writer, name, u, scaled=not folded, step=step, bound=bound)
+    return first, last
 
 
 def _add_output(
-    writer: JobWriter, name: str, factor: PackedFactor, *, scaled: bool, step: int, part: int
+    writer: JobWriter, name: str, factor: PackedFactor, *, scaled: bool, step: int, bound: float
 ) -> Record:
     """Record of a factor whose rows are outputs; without `scaled` its scales lie elsewhere."""
     shape = FragmentShape(factor.rows, factor.cols, factor.bits)
@@ -260,19 +261,18 @@ def _add_output(
         factors=factors,
         groups=groups,
         first_step=step,
-        part=part,
+        bound=bound,
     )
 
 
 def add_matrix(
-    writer: JobWriter, matrix: PackedLinear, *, number: int, first_row: int, step: int
+    writer: JobWriter, matrix: PackedLinear, *, first_row: int, step: int
 ) -> tuple[Part, list[Record]]:
     """Jobs of one matrix of a site.
 
     Args:
         writer: of the delta.
         matrix: on the CPU.
-        number: of the part in its site.
         first_row: its first output among those of the site.
         step: its first step of hidden values.
 
@@ -284,28 +284,25 @@ def add_matrix(
     """
     shrink: list[Record] = []
     expand: list[Record] = []
-    bound = _LEAST_BOUND
     source, first_step = SOURCE_HIDDEN, step
     if isinstance(matrix, PackedMatrix):
         first = 0
         for band in matrix.bands:
             sigma = matrix.sigma[first : first + band.rank]
-            v, u, limit = _add_band(writer, matrix.name, band, sigma, step=step, part=number)
+            v, u = _add_band(writer, matrix.name, band, sigma, step=step)
             shrink.append(v)
             expand.append(u)
-            bound = max(bound, limit * _BOUND_MARGIN)
             step += u.steps
             first += band.rank
     else:
         source = SOURCE_INPUT
         factor = matrix.factor
-        expand.append(_add_output(writer, matrix.name, factor, scaled=True, step=0, part=number))
+        expand.append(_add_output(writer, matrix.name, factor, scaled=True, step=0, bound=1.0))
     if len({record.bits for record in expand}) < len(expand):
         raise refuse(matrix.name, "two rank bands of one width")
     part = Part(
         first_row=first_row,
         rows=matrix.out_features,
-        bound=bound,
         source=source,
         first_step=first_step,
         expand=tuple(expand),

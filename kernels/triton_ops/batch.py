@@ -175,8 +175,7 @@ def batch_shrink_kernel(
             factors_ptr = load_pointer(slab, fields[5], tl.float32)
             factor = tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
             first_step = fields[7]
-            part_ptr = entry_ptr + EXPAND_PARTS + fields[8] * PART_INTS
-            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
+            bound = fields[8].to(tl.float32, bitcast=True)
             first_block = (block * WR + wr) * R
             source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
             totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
@@ -255,7 +254,6 @@ def batch_expand_kernel(
             slab = tl.load(table_ptr + slot)
             part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
             record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
-            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
             n_rows = tl.load(entry_ptr + MAX_RECORDS + number)
             thread = tl.arange(0, 32 * WK * WR)
             lane = thread % 32
@@ -265,7 +263,7 @@ def batch_expand_kernel(
             weights = weigh_planes(lane, P)
             source_ptr = hidden_ptr + group.to(tl.int64) * NT * h_steps * 32
             stride = h_steps * 32
-            is_direct = tl.load(part_ptr + 2) == INPUT
+            is_direct = tl.load(part_ptr + 1) == INPUT
             if HAS_DIRECT:
                 if is_direct:
                     source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
@@ -284,7 +282,7 @@ def batch_expand_kernel(
                 place = (group * NT + unit) * TOKENS + token
                 exists = TOKENS * unit + token < count
                 norm = tl.load(norm_ptr + place, mask=exists, other=0.0)
-                hidden_worth = norm * bound / largest_number(P)
+                hidden_worth = norm / largest_number(P)
                 input_worth = tl.load(step_ptr + place, mask=exists, other=0.0)
                 worths += (0.5 * tl.where(is_direct, input_worth, hidden_worth),)
                 at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)

@@ -88,16 +88,15 @@ def sum_delta(
             wk = thread // 32 % WK
             first_block = (row_in_part // ROWS * WR + thread // 32 // WK) * R
             started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U)
-            bound = tl.load(part_ptr + 1).to(tl.float32, bitcast=True)
             n_rows = tl.load(entry_ptr + EXPAND_SIZES + number)
-            source = tl.load(part_ptr + 2)
+            source = tl.load(part_ptr + 1)
             if OVERLAP:
                 gdc_wait()
             source_ptr = hidden_ptr
             one = tl.zeros_like(slot) + 1
             columns = mask_columns(lane, one, 1, P)
             weights = weigh_planes(lane, P)
-            worth = 0.5 * tl.load(norm_ptr) * bound / largest_number(P)
+            worth = 0.5 * tl.load(norm_ptr) / largest_number(P)
             if HAS_DIRECT:
                 if source == INPUT:
                     source_ptr = planes_ptr

@@ -48,11 +48,11 @@ def count_widths(widths, number):
 
 
 @triton.jit
-def add_items(items, others):
-    """Sums of two tuples, item by item."""
+def add_scaled(items, others, scale):
+    """Items of a tuple, each with that of another one added, times a number."""
     sums = ()
     for i in tl.static_range(len(items)):
-        sums += (items[i] + others[i],)
+        sums += (items[i] + others[i] * scale,)
     return sums
 
 
@@ -110,7 +110,7 @@ def finish_part(
     X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Sums of `finish_record` over the widths; `started` is of `start_part`."""
+    """Sums of `finish_record` over the widths, each times its bound; `started` of `start_part`."""
     totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
     for i in tl.static_range(N_WIDTHS):
         if (WIDTHS >> width_of(i)) & 1:
@@ -125,5 +125,5 @@ def finish_part(
                 products = scale_rows(
                     products, factors_ptr, factors > 0, first_block, n_rows, lane, R
                 )
-            totals = add_items(totals, products)
+            totals = add_scaled(totals, products, band[7].to(tl.float32, bitcast=True))
     return totals

@@ -80,7 +80,7 @@ def start_record(
     Returns:
         What `finish_record` takes.
     """
-    codes, high, _, n_blocks, n_steps, _, group, first_step, _, marker = fields
+    codes, high, _, n_blocks, n_steps, _, group, first_step, bound, marker = fields
     codes_ptr = load_pointer(slab, codes, tl.int32)
     high_ptr = load_pointer(slab, high, tl.int32)
     pairs: tl.constexpr = pairs_ahead(BITS, U)
@@ -88,7 +88,7 @@ def start_record(
         codes_ptr, high_ptr, first_block, n_blocks, n_steps, wk * pairs, lane, BITS, R
     )
     ahead = load_ahead(places, n_steps - 2 * pairs * wk, BITS, pairs)
-    return ahead, places, marker, n_blocks, n_steps, group, first_step
+    return ahead, places, marker, n_blocks, n_steps, group, first_step, bound
 
 
 @triton.constexpr_function
@@ -141,7 +141,7 @@ def finish_record(
     Returns:
         NT x R x 2 fp32 [threads].
     """
-    ahead, places, marker, n_blocks, n_steps, group, _ = started
+    ahead, places, marker, n_blocks, n_steps, group, _, _ = started
     group_ptr = load_pointer(slab, group, tl.int32)
     if GROUPING == 1:
         if group > 0:

@@ -171,7 +171,7 @@ def unfold_kernel(
         part_ptr = entry_ptr + EXPAND_PARTS + number // N_WIDTHS * PART_INTS
         n_out_rows = tl.load(record_ptr + 3)
         n_out_cols = tl.load(record_ptr + 5) * 32
-        column = (tl.load(record_ptr + 8) - tl.load(part_ptr + 3)) * 32
+        column = (tl.load(record_ptr + 8) - tl.load(part_ptr + 2)) * 32
         out_ptr = left_ptr + tl.load(part_ptr).to(tl.int64) * left_stride + column
         out_stride = left_stride
     bits = tl.load(record_ptr)
