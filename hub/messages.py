@@ -174,7 +174,8 @@ HUB_MESSAGES: dict[str, Message] = {
     "permission_denied": Message(
         title="You may not do this",
         what="Your role or your token's scope does not allow it.",
-        do="Ask an owner of the namespace, or use a token with the write scope.",
+        do="Ask an owner of the namespace, or use a token of the right scope: write, or members for"
+        " who is in an organisation.",
     ),
     "quota_exceeded": Message(
         title="The quota is used up",

@@ -6,14 +6,14 @@ from django.db.models import Count, QuerySet
 from deltacome_core.errors import UserError
 from hub import accounts, audit
 from hub.access import Right, require_in
-from hub.models import Membership, Namespace, User
+from hub.models import ApiToken, Membership, Namespace, User
 
 Role = Membership.Role
 # Each has a quota of bytes of its own, and names are scarce.
 MAX_OWNED = 50
 
 
-def create(name: str, owner: User) -> Namespace:
+def create(name: str, owner: User, *, token: ApiToken | None = None) -> Namespace:
     """Make an organisation; its maker owns it.
 
     Raises:
@@ -28,7 +28,7 @@ def create(name: str, owner: User) -> Namespace:
     with transaction.atomic():
         org = accounts.create_namespace(name, Namespace.Kind.ORG)
         set_role(org, owner, Role.OWNER)
-        audit.record(owner, "org_create", f"org:{org}")
+        audit.record(owner, "org_create", f"org:{org}", token=token)
     return org
 
 
@@ -54,7 +54,9 @@ def get_membership(user: User, name: str) -> Membership:
     return found
 
 
-def put_member(actor: User, org: Namespace, username: str, role: str) -> Membership:
+def put_member(
+    actor: User, org: Namespace, username: str, role: str, *, token: ApiToken | None = None
+) -> Membership:
     """Let somebody in, or change what they are.
 
     Raises:
@@ -68,13 +70,14 @@ def put_member(actor: User, org: Namespace, username: str, role: str) -> Members
         _lock(org)
         membership = set_role(org, user, role)
         _keep_an_owner(org)
-        audit.record(
-            actor, "member_put", f"org:{org}", detail={"user": user.username, "role": role}
-        )
+        detail = {"user": user.username, "role": role}
+        audit.record(actor, "member_put", f"org:{org}", token=token, detail=detail)
     return membership
 
 
-def remove_member(actor: User, org: Namespace, username: str) -> None:
+def remove_member(
+    actor: User, org: Namespace, username: str, *, token: ApiToken | None = None
+) -> None:
     """Take somebody out; everybody may leave. One who is not in it stays so.
 
     Raises:
@@ -84,10 +87,14 @@ def remove_member(actor: User, org: Namespace, username: str) -> None:
         require_in(actor, org, Right.ADMIN)
     with transaction.atomic():
         _lock(org)
-        gone, _ = org.memberships.filter(user__username__iexact=username).delete()
+        named = org.memberships.select_related("user").filter(user__username__iexact=username)
+        member = named.first()
+        if member is None:
+            return
+        member.delete()
         _keep_an_owner(org)
-        if gone:
-            audit.record(actor, "member_remove", f"org:{org}", detail={"user": username})
+        detail = {"user": member.user.username}
+        audit.record(actor, "member_remove", f"org:{org}", token=token, detail=detail)
 
 
 def set_role(org: Namespace, user: User, role: str) -> Membership:

@@ -1,6 +1,6 @@
 """Two ways in, never mixed: a bearer token ignores cookies, a session needs the CSRF header."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.contrib.auth.models import AnonymousUser
 from django.http import HttpRequest
@@ -81,13 +81,14 @@ class Refuse(permissions.BasePermission):
 class Anyone(permissions.BasePermission):
     """Open to visitors; a token still needs the scope of the method."""
 
+    scope: ClassVar = ApiToken.Scope.WRITE
+
     def has_permission(self, request: Request, _view: "APIView") -> bool:
         token = request.auth
         if not isinstance(token, ApiToken):
             return True
-        if request.method in permissions.SAFE_METHODS:
-            return may_read(token)
-        return ApiToken.Scope.WRITE in token.scopes
+        is_enough = self.scope in token.scopes
+        return is_enough or (request.method in permissions.SAFE_METHODS and may_read(token))
 
 
 class SignedIn(Anyone):
@@ -95,6 +96,12 @@ class SignedIn(Anyone):
         if not request.user.is_authenticated:
             raise UserError("not_signed_in")
         return super().has_permission(request, view)
+
+
+class SaysWhoIsIn(SignedIn):
+    """A token that uploads for a pipeline must not be able to let people in."""
+
+    scope = ApiToken.Scope.MEMBERS
 
 
 class InBrowser(SignedIn):

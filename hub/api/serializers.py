@@ -8,7 +8,7 @@ from rest_framework import serializers
 
 from deltacome_core.recipe import DEFAULT_RECIPE
 from hub import jobs, messages
-from hub.models import ApiToken, Job, Repo, Revision, Upload, Vote
+from hub.models import ApiToken, Job, Membership, Repo, Revision, Upload, Vote
 from hub.recipes import list_recipes
 from hub.upload_opening import FileSpec, UploadSpec
 from hub.uploads import upload_status
@@ -274,7 +274,7 @@ class JobSerializer(serializers.ModelSerializer[Job]):
 class TokenRequestSerializer(serializers.Serializer[Any]):
     name = serializers.CharField(max_length=100)
     scopes = serializers.ListField(
-        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=3
+        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=4
     )
     expires_in_days = serializers.IntegerField(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
 
@@ -299,6 +299,26 @@ class NamespaceSerializer(serializers.Serializer[Any]):
     name = serializers.CharField(source="namespace.name")
     kind = serializers.CharField(source="namespace.kind")
     role = serializers.CharField()
+
+
+class OrganisationRequestSerializer(serializers.Serializer[Any]):
+    name = serializers.CharField(max_length=63)
+
+
+class OrganisationSerializer(serializers.Serializer[Any]):
+    # Of the caller's own membership.
+    name = serializers.CharField(source="namespace.name")
+    role = serializers.ChoiceField(choices=Membership.Role.choices)
+    created_at = serializers.DateTimeField(source="namespace.created_at")
+
+
+class RoleSerializer(serializers.Serializer[Any]):
+    role = serializers.ChoiceField(choices=Membership.Role.choices)
+
+
+class MemberSerializer(serializers.Serializer[Any]):
+    username = serializers.CharField(source="user.username")
+    role = serializers.ChoiceField(choices=Membership.Role.choices)
 
 
 class WhoamiSerializer(serializers.Serializer[Any]):

@@ -1,10 +1,21 @@
 from django.urls import path
 
-from hub.api import downloads, job_events, jobs, repos, schema, tokens, uploads, votes
+from hub.api import (
+    downloads,
+    job_events,
+    jobs,
+    organisations,
+    repos,
+    schema,
+    tokens,
+    uploads,
+    votes,
+)
 
 REPO = "repos/<str:namespace>/<str:name>"
 REVISION = f"{REPO}/revisions/<str:revision>"
 UPLOAD = "uploads/<uuid:upload_id>"
+ORG = "orgs/<str:org>"
 
 urlpatterns = [
     path("uploads", uploads.Uploads.as_view(), name="api-uploads"),
@@ -34,6 +45,10 @@ urlpatterns = [
     path("jobs/<uuid:job_id>/cancel", jobs.JobCancel.as_view(), name="api-job-cancel"),
     path("jobs/<uuid:job_id>/retry", jobs.JobRetry.as_view(), name="api-job-retry"),
     path("jobs/<uuid:job_id>/events", job_events.job_events, name="api-job-events"),
+    path("orgs", organisations.Organisations.as_view(), name="api-orgs"),
+    path(ORG, organisations.OrganisationDetail.as_view(), name="api-org"),
+    path(f"{ORG}/members", organisations.Members.as_view(), name="api-members"),
+    path(f"{ORG}/members/<str:username>", organisations.MemberDetail.as_view(), name="api-member"),
     path("tokens", tokens.Tokens.as_view(), name="api-tokens"),
     path("tokens/<uuid:token_id>", tokens.TokenDetail.as_view(), name="api-token"),
     path("votes", votes.Votes.as_view(), name="api-votes"),

@@ -65,6 +65,8 @@ class ApiToken(UUIDModel):
         WRITE = "write"
         # Ask models and nothing else: the key of an application that serves strangers.
         INFER = "infer"
+        # Say who is in the organisations one owns: more than what a pipeline's token should do.
+        MEMBERS = "members"
 
     user = models.ForeignKey(User, models.CASCADE, related_name="tokens")
     name = models.CharField(max_length=100)

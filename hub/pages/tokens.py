@@ -24,7 +24,7 @@ class TokenForm(forms.Form):
         initial=[ApiToken.Scope.READ],
         widget=forms.CheckboxSelectMultiple,
         help_text="Write includes uploads, retries and yanking. Infer asks models and reads nothing"
-        " else: the key for an application.",
+        " else: the key for an application. Members says who is in the organisations you own.",
     )
     days = forms.IntegerField(
         min_value=1,

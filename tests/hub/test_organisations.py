@@ -53,6 +53,13 @@ def test_a_member_is_let_in_changed_and_taken_out(acme, alice, charlie):
     assert list(told)[-3:] == ["member_put", "member_put", "member_remove"]
 
 
+def test_who_was_taken_out_is_recorded_by_name_and_nobody_is_not(acme, alice):
+    organisations.remove_member(alice, acme, "BOB")
+    organisations.remove_member(alice, acme, "nobody")
+    told = AuditEvent.objects.filter(action="member_remove")
+    assert [event.detail for event in told] == [{"user": "bob"}]
+
+
 def test_nobody_who_does_not_exist_is_let_in(acme, alice):
     assert refused(organisations.put_member, alice, acme, "nobody", "reader") == "member_unknown"
 

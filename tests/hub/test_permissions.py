@@ -41,6 +41,14 @@ EXPECTED = {
     ("api-job-cancel", "POST"): (401, 404, 403, 200, 403, 200),
     ("api-job-retry", "POST"): (401, 404, 403, 409, 403, 409),
     ("api-job-events", "GET"): MEMBERS_SEE,
+    # Who is in an organisation is said with a token of its own scope.
+    ("api-orgs", "GET"): (401, 200, 200, 200, 200, 200),
+    ("api-orgs", "POST"): (401, 400, 400, 400, 403, 403),
+    ("api-org", "GET"): MEMBERS_SEE,
+    ("api-members", "GET"): MEMBERS_SEE,
+    ("api-member", "PUT"): (401, 404, 403, 400, 403, 403),
+    # Everybody may leave.
+    ("api-member", "DELETE"): (401, 404, 204, 204, 403, 403),
     # Tokens are made and ended in a browser only.
     ("api-tokens", "GET"): (401, 200, 200, 200, 403, 403),
     ("api-tokens", "POST"): (401, 400, 400, 400, 403, 403),
@@ -78,6 +86,7 @@ def world(acme, alice):
     names = {"namespace": "acme", "name": "secret", "revision": "v1", "path": "README.md"}
     names |= {"alias": "stable", "rest": "no/such/route"}
     names |= {"upload_id": upload.pk, "index": file.index, "number": 0}
+    names |= {"org": "acme", "username": "bob"}
     return names | {"job_id": job.pk, "token_id": token.pk}
 
 
