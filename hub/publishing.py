@@ -181,7 +181,9 @@ def yank_revision(
     revision.refresh_from_db()
 
 
-def set_alias(repo: Repo, name: str, revision: Revision) -> Alias:
+def set_alias(
+    repo: Repo, name: str, revision: Revision, actor: User, *, token: ApiToken | None = None
+) -> Alias:
     """Point a name of the repo at a revision.
 
     Raises:
@@ -194,7 +196,11 @@ def set_alias(repo: Repo, name: str, revision: Revision) -> Alias:
         raise UserError("name_unsafe", name=ascii(name[:80])) from None
     if name == catalog.LATEST or catalog.NUMBER.match(name):
         raise UserError("name_unsafe", name=name)
-    alias, _ = Alias.objects.update_or_create(repo=repo, name=name, defaults={"revision": revision})
+    with transaction.atomic():
+        alias, _ = Alias.objects.update_or_create(
+            repo=repo, name=name, defaults={"revision": revision}
+        )
+        audit.record(actor, "alias", str(revision), token=token, detail={"name": name})
     return alias
 
 

@@ -133,7 +133,9 @@ class RepoAlias(APIView):
         asked = AliasSerializer(data=request.data)
         asked.is_valid(raise_exception=True)
         revision = catalog.get_revision(repo, asked.validated_data["revision"])
-        publishing.set_alias(repo, alias, revision)
+        publishing.set_alias(
+            repo, alias, revision, current_user(request), token=current_token(request)
+        )
         return _print_revision(request, revision, RevisionSerializer)
 
 

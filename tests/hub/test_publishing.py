@@ -142,6 +142,12 @@ def test_an_alias_moves(repo, bearer, ci_bot, client):
         browser.put(url, {"revision": name}, content_type="application/json")
         found = client.get("/api/v1/repos/acme/math/revisions/stable").json()
         assert found["label"] == name
+    told = AuditEvent.objects.filter(action="alias")
+    assert [(event.object, event.detail) for event in told] == [
+        ("acme/math@v1", {"name": "stable"}),
+        ("acme/math@v2", {"name": "stable"}),
+    ]
+    assert all(event.token is not None for event in told)
 
 
 @pytest.mark.parametrize("alias", ["v3", "latest", "sha256:" + "a" * 64, "a b", "x" * 64])
