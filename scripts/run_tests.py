@@ -38,14 +38,14 @@ def find_missing() -> list[str]:
     return missing
 
 
-def run_pytest(paths: tuple[str, ...], env: dict[str, str]) -> dict[str, int]:
-    """Run pytest on two processes and return its counts; paths may have options before them."""
+def run_pytest(arguments: tuple[str, ...], env: dict[str, str]) -> dict[str, int]:
+    """Run pytest on two processes and return its counts."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-n", "2"]
         # By the groups and in the order of tests/conftest.py.
         command += ["--no-loadscope-reorder"]
-        command += [f"--junitxml={report}", *paths]
+        command += [f"--junitxml={report}", *arguments]
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
         if not report.exists():
             return {"passed": 0, "failed": 1, "skipped": 0}

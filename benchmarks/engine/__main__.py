@@ -27,14 +27,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-import transformers
-import triton
 
 from benchmarks.engine import tokens
 from benchmarks.engine.bars import judge
 from benchmarks.engine.large import SEVEN_B, TRIAL
 from benchmarks.engine.session import Session
-from benchmarks.engine.timing import used_bytes
+from benchmarks.engine.timing import describe_machine, used_bytes
 from kernels.fragments import PRECISIONS
 
 HELPERS_LIMIT_S = 90
@@ -52,14 +50,7 @@ class Report:
         self._out = out
         self._device = device
         self._ends_s = time.perf_counter() + limit_s
-        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        self.record: dict[str, Any] = {
-            "device": name,
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "triton": triton.__version__,
-            },
+        self.record: dict[str, Any] = describe_machine(device) | {
             "rows": {},
             "errors": {},
             "seconds": {},

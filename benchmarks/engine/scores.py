@@ -12,15 +12,15 @@ import argparse
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-import triton
 
 from benchmarks.engine.loop import Loop
+from benchmarks.engine.tenants import BACKBONE, share_tenants
+from benchmarks.engine.timing import describe_machine
 from deltacome_core.budget import Budget
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.evaluate import (
@@ -36,11 +36,10 @@ from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.texts import TextItem
 from kernels.fragments import PRECISIONS
-from workers.engine.arena_slots import KernelOptions
-from workers.engine.model import LoadedModel, load_backbone, load_shared, share_backbone
+from workers.engine.model import LoadedModel
 
 KV_BYTES = 1 << 30
-FACTOR_BYTES = 1 << 28
+DELTA_BYTES = 1 << 30
 Items = Mapping[str, tuple[TextItem, ...]]
 
 
@@ -61,26 +60,6 @@ def make_deltas(
                 device=device,
             )
     return {folder.name: made / folder.name for folder in tuned}
-
-
-def load_tenants(
-    base: Path, deltas: Mapping[str, Path], *, device: str, planes: int
-) -> dict[str, LoadedModel]:
-    """All deltas in slots of one backbone."""
-    shared = share_backbone(
-        load_backbone(base, device=device),
-        base,
-        kv_bytes=KV_BYTES,
-        n_slots=len(deltas),
-        kernels=KernelOptions(planes=planes),
-    )
-    models = {}
-    for name, folder in deltas.items():
-        model = load_shared(shared, base, folder, factor_bytes=FACTOR_BYTES)
-        if model is None:
-            raise RuntimeError(f"{name} is not shared")
-        models[name] = replace(model, key=name)
-    return models
 
 
 def answer_items(models: Mapping[str, LoadedModel], items: Items) -> dict[str, list[str]]:
@@ -124,8 +103,17 @@ def score_all(
 ) -> dict[str, Any]:
     """Scores by fine-tune: of each precision and of the rebuilt checkpoint, and how they differ."""
     answers = {}
-    for precision, planes in PRECISIONS.items():
-        models = load_tenants(base, deltas, device=device, planes=planes)
+    for precision in PRECISIONS:
+        models = share_tenants(
+            base,
+            deltas,
+            device=device,
+            precision=precision,
+            n_slots=len(deltas),
+            kv_bytes=KV_BYTES,
+            delta_bytes=DELTA_BYTES,
+        )
+        del models[BACKBONE]
         answers[precision] = answer_items(models, items)
     rows = {}
     for name, delta in deltas.items():
@@ -165,16 +153,7 @@ def main() -> None:
         made.mkdir(parents=True, exist_ok=True)
         deltas = make_deltas(args.base, args.tuned, made, ratio=args.ratio, device=args.device)
         rows = score_all(args.base, deltas, items, device=args.device, scratch=Path(scratch))
-    record = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "triton": triton.__version__,
-        },
-        "ratio": args.ratio,
-        "rows": rows,
-    }
+    record = describe_machine(args.device) | {"ratio": args.ratio, "rows": rows}
     text = json.dumps(record, indent=1) + "\n"
     print(text)
     args.out.write_text(text)

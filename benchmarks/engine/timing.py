@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
+import triton
 
 from kernels.bench import timing
 
@@ -29,6 +31,18 @@ def time_ms(work: Callable[[], object], device: str, *, n_calls: int = 15) -> fl
         work()
         times.append(time.perf_counter() - started)
     return 1e3 * statistics.median(times)
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Device and versions, as they stand beside figures."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "triton": triton.__version__,
+        },
+    }
 
 
 def used_bytes(device: str) -> int:

@@ -1,7 +1,6 @@
 """Greedy answers of several tenants in common steps beside those of the rebuilt checkpoints."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +9,11 @@ import transformers
 
 from benchmarks.engine.library import time_library
 from benchmarks.engine.loop import Loop, draw_prompts, endless, rate
+from benchmarks.engine.tenants import share_tenants
 from deltacome_core.compress import compress_checkpoint
 from deltacome_core.recipe import get_recipe
 from deltacome_core.reconstruct import reconstruct_checkpoint
-from kernels.fragments import PRECISIONS
-from workers.engine.arena_slots import KernelOptions
-from workers.engine.model import LoadedModel, load_backbone, load_shared, share_backbone
-from workers.engine.shared import SharedExecutor
+from workers.engine.model import LoadedModel, load_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,17 +33,18 @@ def widen(source: Path, target: Path) -> Path:
     return target
 
 
-def make_deltas(made: Path, *, exact: bool) -> None:
+def make_deltas(made: Path, *, exact: bool) -> dict[str, Path]:
     """Deltas of the demo's fine-tunes by the default recipe; `exact` in fp32, else as published."""
     find: Callable[[str], Path] = (
         (lambda name: widen(EXAMPLES / name, made / f"{name}-fp32"))
         if exact
         else (lambda name: EXAMPLES / name)
     )
-    for task in TASKS:
-        folder = made / f"{task}-{'exact' if exact else 'bf16'}"
+    deltas = {task: made / f"{task}-{'exact' if exact else 'bf16'}" for task in TASKS}
+    for task, folder in deltas.items():
         if not folder.exists():
             compress_checkpoint(find("backbone"), find(task), folder, get_recipe("hub"))
+    return deltas
 
 
 def load_tenants(
@@ -56,30 +54,24 @@ def load_tenants(
 
     exact says what the models are, precision how the kernels compute the deltas.
     """
-    make_deltas(made, exact=exact)
+    deltas = make_deltas(made, exact=exact)
     base = widen(EXAMPLES / "backbone", made / "backbone-fp32") if exact else EXAMPLES / "backbone"
-    shared = share_backbone(
-        load_backbone(base, device=device),
+    tenants = share_tenants(
         base,
-        kv_bytes=1 << 27,
+        deltas,
+        device=device,
+        precision=precision,
         n_slots=4,
+        kv_bytes=1 << 27,
         delta_bytes=1 << 28,
-        kernels=KernelOptions(planes=PRECISIONS[precision]),
     )
-    if not isinstance(shared.executor, SharedExecutor):
-        raise TypeError("the backbone is not shared")
-    models, dense = [replace(shared, key="backbone")], [load_backbone(base, device=device)]
-    for task in TASKS:
-        folder = made / f"{task}-{'exact' if exact else 'bf16'}"
+    dense = [load_backbone(base, device=device)]
+    for folder in deltas.values():
         rebuilt = made / f"{folder.name}-rebuilt"
         if not rebuilt.exists():
             reconstruct_checkpoint(base, folder, rebuilt)
-        model = load_shared(shared, base, folder, factor_bytes=1 << 28)
-        if model is None:
-            raise RuntimeError(f"{task} is not shared")
-        models.append(replace(model, key=task))
         dense.append(load_backbone(rebuilt, device=device))
-    return models, dense
+    return list(tenants.values()), dense
 
 
 def compare_tokens(

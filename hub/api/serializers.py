@@ -274,7 +274,9 @@ class JobSerializer(serializers.ModelSerializer[Job]):
 class TokenRequestSerializer(serializers.Serializer[Any]):
     name = serializers.CharField(max_length=100)
     scopes = serializers.ListField(
-        child=serializers.ChoiceField(choices=ApiToken.Scope.choices), min_length=1, max_length=4
+        child=serializers.ChoiceField(choices=ApiToken.Scope.choices),
+        min_length=1,
+        max_length=len(ApiToken.Scope),
     )
     expires_in_days = serializers.IntegerField(min_value=1, max_value=MAX_TOKEN_DAYS, default=90)
 

@@ -49,7 +49,7 @@ def count_widths(widths, number):
 
 @triton.jit
 def add_scaled(items, others, scale):
-    """Items of a tuple, each with that of another one added, times a number."""
+    """Items of a tuple, plus `scale` times those of another."""
     sums = ()
     for i in tl.static_range(len(items)):
         sums += (items[i] + others[i] * scale,)

@@ -21,12 +21,7 @@ from deltacome_core.entries import UnchangedEntry
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.inspection import inspect_delta
 from deltacome_core.layout import PLANES, RankBand
-from deltacome_core.packed import (
-    ExactTensor,
-    PackedDirect,
-    PackedRows,
-    PackedStack,
-)
+from deltacome_core.packed import ExactTensor, PackedDirect, PackedRows, PackedStack
 from deltacome_core.parts import describe, read_part, write_delta, write_part
 from deltacome_core.payload import matrix_from_payload, matrix_to_payload
 from deltacome_core.reconstruct import reconstruct_checkpoint

@@ -5,10 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories_core import (
-    rewrite_entry,
-    rewrite_manifest,
-)
+from factories_core import rewrite_entry, rewrite_manifest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from packed_folders import DOWN, EMBED, KEY, LAYER, NORM, QUERY, make_folders
@@ -18,10 +15,7 @@ from deltacome_core.delta_folder import hash_file
 from deltacome_core.errors import UserError
 from deltacome_core.layout import RankBand
 from deltacome_core.manifest import read_manifest
-from deltacome_core.packed import (
-    PackedLinear,
-    PackedRows,
-)
+from deltacome_core.packed import PackedLinear, PackedRows
 
 HALF_NAN, HALF_INF, HALF_MINUS_ONE = b"\x00\x7e", b"\x00\x7c", b"\x00\xbc"
 

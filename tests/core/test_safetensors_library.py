@@ -7,12 +7,7 @@ from hypothesis import strategies as st
 from safetensors_frames import entry, frame
 
 from deltacome_core.errors import UserError
-from deltacome_core.safetensors_file import (
-    ITEM_BYTES,
-    parse_header,
-    read_header,
-    write_safetensors,
-)
+from deltacome_core.safetensors_file import ITEM_BYTES, parse_header, read_header, write_safetensors
 
 NUMPY_DTYPES = {
     "F64": np.float64,
@@ -28,14 +23,8 @@ NUMPY_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
 DTYPES = st.sampled_from(sorted(NUMPY_DTYPES))
-
-
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-
-
 NAMES = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=8)
 
 
@@ -74,8 +63,6 @@ JUNK = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(NAMES, inner, max_size=3)),
     max_leaves=6,
 )
-
-
 ENTRIES = st.fixed_dictionaries(
     {
         "dtype": st.one_of(st.sampled_from(["U8", "F16", "F32"]), JUNK),

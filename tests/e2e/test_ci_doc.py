@@ -1,4 +1,4 @@
-"""The script that docs/ci.md shows, run as it stands by a maintainer's token."""
+"""The script that docs/ci.md shows, run as it stands with a token that reads and writes."""
 
 import json
 import os

@@ -18,8 +18,6 @@ BY_VECTOR = Layout(
     group_u=(0, 1),
     symmetric=True,
 )
-
-
 BY_TILE = replace(
     BY_VECTOR,
     name="tile",
@@ -28,11 +26,7 @@ BY_TILE = replace(
     group_u=(1, 128),
     symmetric=False,
 )
-
-
 DIRECT = replace(BY_VECTOR, name="direct", group_v=(0, 0), direct_bits=1)
-
-
 SITE = Site(name="qk", parts=("q", "k"), out_features=(17, 16), in_features=70)
 
 

@@ -23,6 +23,14 @@ def poisoned_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
 
 
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Let one program do a repacking job: the interpreter runs programs one after the other."""
+    import kernels.arena
+
+    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
+
+
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch):
     """Round fp32 to bf16 as a GPU does.

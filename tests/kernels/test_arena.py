@@ -6,8 +6,6 @@ import torch
 from arenas import BY_TILE, BY_VECTOR, DIRECT, SITE, build_arena, draw, expected_terms, relative
 from safetensors.torch import load_file
 
-import kernels.arena
-import kernels.image
 from deltacome_core.errors import InternalError, UserError
 from deltacome_core.layout import RankBand
 from kernels import batch_reference, serving
@@ -18,11 +16,7 @@ from kernels.image import Site
 from kernels.plan import StepPlan
 from kernels.tuning import Shape
 
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Let one program do a repacking job: the interpreter runs programs one after the other."""
-    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 def test_a_batch_of_one_recipe_is_exact_repeatable_and_free_of_order():

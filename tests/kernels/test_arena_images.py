@@ -16,11 +16,7 @@ from kernels.fragments import FragmentShape
 from kernels.image import build_image
 from kernels.plan import StepPlan
 
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Let one program do a repacking job: the interpreter runs programs one after the other."""
-    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 def take_apart(factor):

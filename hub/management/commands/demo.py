@@ -18,12 +18,12 @@ from deltacome_core.errors import DeltaError
 from hub.demo import seed
 from hub.demo.main_job import PART_BYTES, run_main_job
 from hub.demo.smollm import prepare_checkpoint
-from hub.demo.stack import ROOT, Stack
+from hub.demo.stack import ROOT, STOP_TIMEOUT_S, Stack
 
 DEFAULT_PORT = 8000
 WATCH_S = 0.5
-# Stack ends its processes in half of it.
-END_TIMEOUT_S = 10
+# A Stack ends its processes in half of it.
+END_TIMEOUT_S = 2 * STOP_TIMEOUT_S
 # SIGINT is named as well: what a script starts in the background inherits it ignored.
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The examples have 8 MB: with parts of 16 MiB an upload that breaks off would have kept nothing.
@@ -91,7 +91,7 @@ def _end(_number: int, _frame: FrameType | None) -> NoReturn:
     # Python drops what is raised in a callback of its collector, and an interrupted wait can leave
     # its lock taken. The children end with this process in any case.
     signal.signal(signal.SIGALRM, _leave)
-    signal.alarm(END_TIMEOUT_S)
+    signal.setitimer(signal.ITIMER_REAL, END_TIMEOUT_S)
     raise _Ended
 
 
