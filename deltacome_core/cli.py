@@ -31,7 +31,6 @@ from deltacome_core.precision import NATIVE
 from deltacome_core.recipe import DEFAULT_RECIPE
 
 if TYPE_CHECKING:
-    from deltacome_core.distil import DistilReport
     from deltacome_core.units import LayerDone
 
 EXIT_INTEGRITY = 7
@@ -106,21 +105,10 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         f"{report.with_feedback} of {report.n_matrices} matrices calibrated"
     )
     if report.distilled is not None:
-        tell(_describe_training(report.distilled))
+        tell(report.distilled.describe())
     if not report.payload_bytes:
         tell("The fine-tune equals the backbone: 0 bytes of payload, nothing to store.")
     print_json(report.to_json(), wanted=as_json)
-
-
-def _describe_training(report: "DistilReport") -> str:
-    """Say what training a delta gave, in nats per token of held-out text."""
-    if not report.is_kept:
-        return f"Not distilled ({report.reason}): the delta is as hub makes it."
-    changes = ", ".join(
-        f"{part} {before:.2e} to {report.kl_after[part]:.2e}"
-        for part, before in report.kl_before.items()
-    )
-    return f"Distilled in {report.seconds:.1f} s: {changes}"
 
 
 def _tell_layer(done: "LayerDone") -> None:

@@ -42,7 +42,11 @@ _BETAS = (0.9, 0.98)
 # those of their kind, noise must not move a number as far as the others.
 _FLOOR = 0.5
 _LEAST_KL = 1e-9
-NOTHING_TO_TRAIN, NOT_BETTER = "nothing_to_train", "not_better"
+NOTHING_TO_TRAIN, NO_OWN_TEXT, NOT_BETTER = "nothing_to_train", "no_own_text", "not_better"
+_NEEDS_TEXT = (
+    "Put a calibration.jsonl beside the fine-tune's weights: a few thousand items of "
+    '{"prompt", "answer"} like those it answers.'
+)
 OnStep = Callable[[int, int], None]
 """Told after each step how many are done, and how many there are."""
 _UNTRAINABLE = {"architecture_unknown", "model_not_runnable", "activations_not_finite"}
@@ -71,6 +75,17 @@ class DistilReport:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def describe(self) -> str:
+        """Say in a line what training gave, in nats per token of held-out text."""
+        if not self.is_kept:
+            told = f"Not distilled ({self.reason}): the delta is as hub makes it."
+            return told if self.reason != NO_OWN_TEXT else f"{told} {_NEEDS_TEXT}"
+        changes = ", ".join(
+            f"{part} {before:.2e} to {self.kl_after[part]:.2e}"
+            for part, before in self.kl_before.items()
+        )
+        return f"Distilled in {self.seconds:.1f} s: {changes}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distilled:
@@ -95,7 +110,8 @@ def distil_delta(
         backbone: at the precision that it is served with.
         tuned: the fine-tune.
         delta: of both; not changed.
-        rows: text, a tenth of which judges. On a GPU backbone and factors must fit the device.
+        rows: text, a tenth of which judges; with general text alone nothing is trained. On a GPU
+            backbone and factors must fit the device.
         device: where the models run, one after the other.
         on_step: told about each step.
 
@@ -106,6 +122,9 @@ def distil_delta(
     started = time.monotonic()
     if all(isinstance(entry, UnchangedEntry) for entry in delta.entries.values()):
         return Distilled(tensors={}, report=_report(delta, started, reason=NOTHING_TO_TRAIN))
+    if all(row.is_general for row in rows):
+        # It gained little, and on one task of six it lost threefold, which no general text shows.
+        return Distilled(tensors={}, report=_report(delta, started, reason=NO_OWN_TEXT))
     try:
         with _arithmetic():
             tensors, found = _Distiller(backbone, tuned, delta, rows, device).run(on_step)
@@ -210,9 +229,7 @@ class _Distiller:
                 self._sets.setdefault(kind, []).append((name, shape))
         own = split_judge([at for at, row in enumerate(rows) if not row.is_general])
         general = split_judge([at for at, row in enumerate(rows) if row.is_general])
-        # Without text of the user's, general text is all there is.
-        self._main = own[0] or general[0]
-        self._beside = general[0] if own[0] else []
+        self._main, self._beside = own[0], general[0]
         self._judge_rows = own[1] + general[1]
         lengths = [len(rows[at].tokens) for at in self._main]
         self._schedule = limit_steps(self._schedule, lengths)

@@ -4,7 +4,7 @@ from deltacome_core.recipe import PRESETS
 
 LABELS = {
     "hub": "Bits by spectrum, calibrated",
-    "distilled": "Bits by spectrum, calibrated, then trained; takes longer, on a GPU best",
+    "distilled": "Bits by spectrum, then trained on your calibration.jsonl; slow, best on a GPU",
     "come": "Delta-CoMe, 8 + 3 + 2 bit bands, calibrated",
     "datafree": "Bits by spectrum, no calibration data",
     "lowrank": "One band of 8 bits: plain low rank, for comparison",

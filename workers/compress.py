@@ -31,7 +31,7 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
 
     if not _is_whole(spec):
         shutil.rmtree(spec.delta, ignore_errors=True)
-        compress_checkpoint(
+        made = compress_checkpoint(
             spec.backbone,
             spec.tuned,
             spec.delta,
@@ -41,6 +41,8 @@ def run(spec: StepSpec, report: Report) -> dict[str, Any]:
             on_layer=on_layer,
             on_step=on_step,
         )
+        if made.distilled is not None:
+            report.log(made.distilled.describe())
     return {"size": inspect_delta(spec.delta).to_json()}
 
 

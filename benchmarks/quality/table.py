@@ -82,7 +82,6 @@ CANDIDATES = (
     Candidate(method="lowrank", ratio=8),
     *_at(16, "self", methods=("distilled",)),
     *_at(8, "own", methods=("distilled",)),
-    *_at(16, "general", methods=("distilled",)),
 )
 
 

@@ -257,23 +257,31 @@ def test_equal_checkpoints_need_no_training(tmp_path):
     assert report.payload_bytes == 0
 
 
-def test_without_text_of_the_users_general_text_is_all_there_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(distil_schedule, "ON_CPU", replace(distil_schedule.ON_CPU, steps=20))
+def test_without_text_of_the_users_the_delta_stays_as_hub_makes_it(tmp_path):
     base, tuned = finetunes.save_pair(tmp_path)
     (tuned / "calibration.txt").unlink()
-    told = []
+    steps = []
     report = compress_checkpoint(
-        base,
-        tuned,
+        base, tuned, tmp_path / "delta", DISTILLED, on_step=lambda *done: steps.append(done)
+    )
+    assert report.calibration.source == "calibration.txt"
+    assert (report.distilled.reason, steps) == (distil.NO_OWN_TEXT, [])
+    compress_checkpoint(base, tuned, tmp_path / "hub", HUB)
+    name = "delta.safetensors"
+    assert (tmp_path / "delta" / name).read_bytes() == (tmp_path / "hub" / name).read_bytes()
+
+
+def test_steps_are_told_once_the_last_layer_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(distil_schedule, "ON_CPU", replace(distil_schedule.ON_CPU, steps=20))
+    told = []
+    compress_checkpoint(
+        *finetunes.save_pair(tmp_path),
         tmp_path / "delta",
         DISTILLED,
         on_layer=told.append,
         on_step=lambda done, total: told.append((done, total)),
     )
-    # Steps come after the last layer, each once.
     assert told[3:] == [(step, 20) for step in range(1, 21)]
-    assert set(report.distilled.kl_before) == {GENERAL}
-    assert report.calibration.source == "calibration.txt"
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -31,13 +31,13 @@ class Told:
     """A report that is kept instead of sent."""
 
     def __init__(self):
-        self.progresses = []
+        self.progresses, self.texts = [], []
 
     def progress(self, **said):
         self.progresses.append(said)
 
     def log(self, text):
-        raise AssertionError(text)
+        self.texts.append(text)
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def test_layers_and_then_the_steps_of_training_are_told(tmp_path, monkeypatch):
     model = tiny.make_model()
     tiny.save(model, spec.backbone)
     tiny.save(tiny.tune(model), spec.tuned)
+    tiny.write_calibration(spec.tuned)
     told = Told()
     compress.run(spec, told)
     layers = [said["layer"] for said in told.progresses if "layer" in said]
@@ -92,6 +93,21 @@ def test_layers_and_then_the_steps_of_training_are_told(tmp_path, monkeypatch):
     assert told.progresses[len(layers) :] == [
         {"done": step, "total": 2, "stage": "training"} for step in (1, 2)
     ]
+    assert told.texts[-1].startswith(("Distilled in", "Not distilled (not_better)"))
+
+
+def test_a_job_without_text_to_train_on_says_which_file_to_bring(tmp_path):
+    spec = make_spec(
+        tmp_path, step="compress", kind="delta", recipe="distilled", bits_per_param=4.0
+    )
+    model = tiny.make_model()
+    tiny.save(model, spec.backbone)
+    tiny.save(tiny.tune(model), spec.tuned)
+    told = Told()
+    compress.run(spec, told)
+    assert not any("stage" in said for said in told.progresses)
+    assert "no_own_text" in told.texts[-1]
+    assert "calibration.jsonl" in told.texts[-1]
 
 
 def test_a_spec_crosses_the_border_unchanged(tmp_path):
