@@ -154,6 +154,8 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "WR": 2,
         "U": 2,
         "X_AHEAD": variant.arch >= _OVERLAP_FROM,
+        "IN_PLACE": variant.arch < _OVERLAP_FROM,
+        "PAST_L1": variant.arch < _OVERLAP_FROM,
         "USE_PTX": True,
         "OVERLAP": variant.arch >= _OVERLAP_FROM,
         "GROUP_TOKENS": 2,

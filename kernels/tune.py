@@ -20,6 +20,7 @@ import torch
 from deltacome_core.layout import RankBand
 from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
+from kernels.bench.compiling import count_cpus
 from kernels.bench.models import HUB, LLAMA_7B, Pool
 from kernels.bench.sections import fill_slots
 from kernels.bench.timing import time_graph
@@ -36,16 +37,23 @@ def _shape(
     ahead: int,
     *,
     x: bool = False,
+    lean: bool = False,
     first: int = 0,
     registers: int = 0,
+    stream: tuple[int, int] = (256, 4),
 ) -> Shape:
+    """A candidate; `lean` loads codes in place and past the first cache."""
     return Shape(
         blocks=blocks,
         along_steps=along_steps,
         along_rows=along_rows,
         ahead=ahead,
         inputs_ahead=x,
+        in_place=lean,
+        past_l1=lean,
         streams_first=first,
+        stream_columns=stream[0],
+        stream_stages=stream[1],
         registers=registers,
     )
 
@@ -63,6 +71,13 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(2, 4, 1, 2, x=True),
         _shape(2, 4, 2, 2, x=True),
         _shape(2, 4, 2, 4),
+        replace(_shape(2, 4, 1, 4, x=True, registers=96), past_l1=True),
+        _shape(1, 16, 1, 4, lean=True),
+        _shape(1, 8, 1, 4, lean=True),
+        _shape(2, 8, 1, 4, lean=True),
+        _shape(2, 4, 1, 4, x=True, lean=True),
+        _shape(2, 4, 1, 8, x=True, lean=True),
+        _shape(4, 4, 1, 4, x=True, lean=True),
     ),
     "expand": (
         _shape(1, 4, 1, 2, x=True),
@@ -75,6 +90,15 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(2, 1, 2, 2, x=True, registers=96),
         _shape(4, 1, 2, 2, registers=128),
         _shape(4, 1, 2, 2, x=True, registers=128),
+        replace(_shape(2, 1, 4, 2, x=True, registers=80), past_l1=True),
+        replace(_shape(4, 1, 2, 2, x=True, registers=128), past_l1=True),
+        _shape(1, 4, 1, 2, x=True, lean=True),
+        _shape(2, 2, 2, 2, lean=True),
+        _shape(2, 1, 4, 2, x=True, lean=True, registers=80),
+        _shape(2, 1, 4, 2, x=True, lean=True, registers=96),
+        _shape(2, 1, 4, 4, x=True, lean=True, registers=128),
+        _shape(4, 1, 2, 2, x=True, lean=True, registers=128),
+        _shape(4, 1, 1, 2, x=True, lean=True, registers=128),
     ),
     "layer": (
         _shape(2, 2, 2, 2),
@@ -84,6 +108,10 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(2, 2, 2, 2, first=264, x=True),
         _shape(2, 2, 2, 2, first=264, registers=168),
         _shape(2, 4, 1, 2, first=264),
+        _shape(2, 2, 2, 2, first=264, lean=True),
+        _shape(2, 2, 2, 2, first=264, lean=True, stream=(512, 3)),
+        _shape(2, 2, 2, 2, first=264, lean=True, stream=(256, 6)),
+        _shape(2, 2, 2, 2, first=528, lean=True, stream=(512, 4)),
     ),
 }
 GROUPS: Final = (1, 8, 32)
@@ -94,7 +122,6 @@ _N_SLOTS: Final = 160
 _TINY_OUT: Final = 128
 # Weights that a launch reads in turn, so that none is found in the cache.
 _ROTATED_BYTES: Final = 256 << 20
-_WORKERS: Final = 15
 
 
 def build_tiny() -> DeltaArena:
@@ -134,15 +161,15 @@ def compile_shape(arena: DeltaArena, stage: Stage, shape: Shape) -> None:
 
 
 def compile_share(worker: int, stages: Sequence[Stage]) -> None:
-    """Compile every `_WORKERS`-th candidate.
+    """Compile a share of the candidates.
 
     Args:
-        worker: which share.
+        worker: which share, of as many as there are CPUs.
         stages: whose candidates.
     """
     arena = build_tiny()
     jobs = [(stage, shape) for stage in stages for shape in CANDIDATES[stage]]
-    for stage, shape in jobs[worker::_WORKERS]:
+    for stage, shape in jobs[worker :: count_cpus()]:
         compile_shape(arena, stage, shape)
     torch.cuda.synchronize()
 
@@ -157,7 +184,7 @@ def precompile(stages: Sequence[Stage]) -> None:
         RuntimeError: a candidate does not compile.
     """
     command = [sys.executable, "-m", "kernels.tune", "--stages", *stages, "--worker"]
-    workers = [subprocess.Popen([*command, str(number)]) for number in range(_WORKERS)]
+    workers = [subprocess.Popen([*command, str(number)]) for number in range(count_cpus())]
     if any(worker.wait() for worker in workers):
         raise RuntimeError("a worker could not compile its candidates")
 

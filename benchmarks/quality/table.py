@@ -82,6 +82,8 @@ CANDIDATES = (
     Candidate(method="lowrank", ratio=8),
     *_at(16, "self", methods=("distilled",)),
     *_at(8, "own", methods=("distilled",)),
+    Candidate(method="lora", ratio=8, calibration="trained"),
+    Candidate(method="lora", ratio=32, calibration="trained"),
 )
 
 

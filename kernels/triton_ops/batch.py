@@ -145,6 +145,8 @@ def batch_shrink_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PAST_L1: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
@@ -182,12 +184,15 @@ def batch_shrink_kernel(
             for width in tl.static_range(1, 9):
                 if (WIDTHS >> width) & 1:
                     if bits == width:
-                        started = start_record(fields, slab, first_block, wk, lane, width, R, U)
+                        started = start_record(
+                            fields, slab, first_block, wk, lane, width, R, U, PAST_L1
+                        )
                         if OVERLAP:
                             gdc_wait()
                         totals = finish_record(
                             started, slab, first_block, source_ptr, x_steps * 32, columns,
-                            weights, wk, lane, width, GROUPING, R, NT, WK, U, X_AHEAD, USE_PTX,
+                            weights, wk, lane, width, GROUPING, R, NT, WK, U,
+                            X_AHEAD, IN_PLACE, PAST_L1, USE_PTX,
                         )  # fmt: skip
             # A band is read in whole steps: the rows that fill its last one are written as 0.
             inside = row < (n_rows + 31) // 32 * 32
@@ -239,6 +244,8 @@ def batch_expand_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PAST_L1: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
@@ -269,7 +276,7 @@ def batch_expand_kernel(
                     source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
                     stride = x_steps * 32
             first_block = (block * WR + wr) * R
-            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U)
+            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U, PAST_L1)
             if OVERLAP:
                 gdc_wait()
             row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
@@ -291,7 +298,7 @@ def batch_expand_kernel(
             totals = finish_part(
                 started, record_ptr, slab, first_block, n_rows, source_ptr, stride,
                 columns, weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, NT, WK, U, X_AHEAD,
-                USE_PTX,
+                IN_PLACE, PAST_L1, USE_PTX,
             )  # fmt: skip
             for unit in tl.static_range(NT):
                 place = (group * NT + unit) * TOKENS + token

@@ -49,8 +49,32 @@ def move_places(places, PAIRS: tl.constexpr, BITS: tl.constexpr):
     return moved
 
 
+@triton.constexpr_function
+def cache_of(past_l1):
+    """The cache modifier of codes."""
+    return ".cg" if past_l1 else ""
+
+
+@triton.constexpr_function
+def policy_of(past_l1):
+    """The eviction policy of codes; each load builds its own, in four instructions."""
+    return "" if past_l1 else "evict_first"
+
+
 @triton.jit
-def load_pair(places, left, PAIR: tl.constexpr, BITS: tl.constexpr):
+def load_words(at, mask, PAST_L1: tl.constexpr) -> tl.tensor:
+    """Codes, which are read once: they should not push activations out of the caches."""
+    return tl.load(
+        at,
+        mask=mask,
+        other=0,
+        cache_modifier=cache_of(PAST_L1),
+        eviction_policy=policy_of(PAST_L1),
+    )
+
+
+@triton.jit
+def load_pair(places, left, PAIR: tl.constexpr, BITS: tl.constexpr, PAST_L1: tl.constexpr):
     """Words of two steps of one block of 16 rows, one int32 [threads] each.
 
     Args:
@@ -58,6 +82,7 @@ def load_pair(places, left, PAIR: tl.constexpr, BITS: tl.constexpr):
         left: int32 [threads], steps from there to the end of the row.
         PAIR: Which of the pairs that follow.
         BITS: 1, 2, 3, 4 or 8.
+        PAST_L1: Load past the first cache, not to be evicted first from both.
 
     Returns:
         1, 2, 3, 4 or 8 words; those of a step that does not exist are 0.
@@ -67,22 +92,16 @@ def load_pair(places, left, PAIR: tl.constexpr, BITS: tl.constexpr):
     first = left > 2 * PAIR
     second = left > 2 * PAIR + 1
     words = ()
-    # Codes are read once: they should not push activations out of the caches.
     if BITS == 1:
-        words += (tl.load(at[0], mask=first, other=0, eviction_policy="evict_first"),)
+        words += (load_words(at[0], first, PAST_L1),)
     elif BITS <= 3:  # noqa: PLR2004 same
-        words += (tl.load(at[0], mask=first, other=0, eviction_policy="evict_first"),)
-        words += (tl.load(at[0] + 32, mask=second, other=0, eviction_policy="evict_first"),)
+        words += (load_words(at[0], first, PAST_L1), load_words(at[0] + 32, second, PAST_L1))
         if BITS == 3:  # noqa: PLR2004 same
-            words += (tl.load(at[1], mask=first, other=0, eviction_policy="evict_first"),)
+            words += (load_words(at[1], first, PAST_L1),)
     else:
         for part in tl.static_range(BITS // 2):
-            wide = tl.load(
-                at[0] + 32 * part,
-                mask=second if part >= BITS // 4 else first,
-                other=0,
-                eviction_policy="evict_first",
-            )
+            mask = second if part >= BITS // 4 else first
+            wide = load_words(at[0] + 32 * part, mask, PAST_L1)
             words += (wide.to(tl.int32), (wide >> 32).to(tl.int32))
     return words
 
@@ -117,7 +136,24 @@ def move_blocks(places, PAIRS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_ahead(places, left, BITS: tl.constexpr, U: tl.constexpr):
+def load_blocks(places, left, PAIR: tl.constexpr, BITS: tl.constexpr, PAST_L1: tl.constexpr):
+    """Words of one pair of all row blocks, a tuple of `load_pair` for each.
+
+    Args:
+        places: Of `locate_blocks`.
+        left: Of `load_pair`.
+        PAIR: Same.
+        BITS: Same.
+        PAST_L1: Same.
+    """
+    words = ()
+    for r in tl.static_range(len(places)):
+        words += (load_pair(places[r], left, PAIR, BITS, PAST_L1),)
+    return words
+
+
+@triton.jit
+def load_ahead(places, left, BITS: tl.constexpr, U: tl.constexpr, PAST_L1: tl.constexpr):
     """Words of U pairs of all row blocks, those of a pair together.
 
     Args:
@@ -125,14 +161,25 @@ def load_ahead(places, left, BITS: tl.constexpr, U: tl.constexpr):
         left: Of `load_pair`.
         BITS: Same.
         U: Pairs of steps.
+        PAST_L1: Of `load_pair`.
 
     Returns:
         U times as many tuples of `load_pair` as there are blocks.
     """
     words = ()
-    for i in tl.static_range(U * len(places)):
-        words += (load_pair(places[i % len(places)], left, i // len(places), BITS),)
+    for i in tl.static_range(U):
+        words += load_blocks(places, left, i, BITS, PAST_L1)
     return words
+
+
+@triton.jit
+def replace_blocks(ahead, later, PAIR: tl.constexpr, BITS: tl.constexpr):  # noqa: ARG001
+    """`ahead` with the words of the PAIR-th pair replaced by `later`, of `load_blocks`.
+
+    BITS tells apart what Triton 3.6 names alike: six tuples of three words and eighteen of one.
+    """
+    first: tl.constexpr = PAIR * len(later)
+    return ahead[:first] + later + ahead[first + len(later) :]
 
 
 @triton.jit

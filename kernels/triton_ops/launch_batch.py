@@ -27,9 +27,6 @@ settle_keys(batch, layer, repack, gather)
 # Eight ranks by 512 columns: 32 values of a basis a thread in flight.
 _PROJECT_RANKS = 8
 _PROJECT_COLUMNS = 512
-# Columns of the backbone's weights that a program of `layer_kernel` takes at a time.
-_LAYER_BLOCK = 256
-_LAYER_STAGES = 4
 LAYER_ROWS = 16
 
 
@@ -138,6 +135,8 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "WR": shape.along_rows,
         "U": shape.ahead,
         "X_AHEAD": shape.inputs_ahead,
+        "IN_PLACE": shape.in_place,
+        "PAST_L1": shape.past_l1,
         "USE_PTX": is_compiled(),
         "OVERLAP": overlap,
         "num_warps": shape.warps,
@@ -268,8 +267,8 @@ def launch_layer(
         HAS_FACTORS=spec.has_factors(site),
         HAS_BIAS=bias is not None,
         ROWS=LAYER_ROWS,
-        BLOCK=_LAYER_BLOCK,
-        STAGES=_LAYER_STAGES,
+        BLOCK=shape.stream_columns,
+        STAGES=shape.stream_stages,
         **cut,
     )
 

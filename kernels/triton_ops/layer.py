@@ -66,6 +66,8 @@ def sum_delta(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PAST_L1: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
@@ -87,7 +89,7 @@ def sum_delta(
             lane = thread % 32
             wk = thread // 32 % WK
             first_block = (row_in_part // ROWS * WR + thread // 32 // WK) * R
-            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U)
+            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U, PAST_L1)
             n_rows = tl.load(entry_ptr + EXPAND_SIZES + number)
             source = tl.load(part_ptr + 1)
             if OVERLAP:
@@ -103,7 +105,8 @@ def sum_delta(
                     worth = 0.5 * tl.load(step_ptr)
             totals = finish_part(
                 started, record_ptr, slab, first_block, n_rows, source_ptr, 0, columns,
-                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U, X_AHEAD, USE_PTX,
+                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U,
+                X_AHEAD, IN_PLACE, PAST_L1, USE_PTX,
             )  # fmt: skip
             delta = add_shares(totals, 0, P, R, WK, WR) * worth
     return delta
@@ -165,6 +168,8 @@ def layer_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PAST_L1: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -186,7 +191,7 @@ def layer_kernel(
             delta = sum_delta(
                 first_row, planes_ptr, step_ptr, norm_ptr, hidden_ptr, table_ptr, directory_ptr,
                 slot_stride, site_offset, group_slot_ptr, P, WIDTHS, GROUPING, HAS_DIRECT,
-                HAS_FACTORS, R, WK, WR, U, X_AHEAD, USE_PTX, OVERLAP,
+                HAS_FACTORS, R, WK, WR, U, X_AHEAD, IN_PLACE, PAST_L1, USE_PTX, OVERLAP,
             )  # fmt: skip
             # A part without a delta has waited for nothing yet.
             if OVERLAP:

@@ -11,7 +11,9 @@ import triton.language as tl
 
 from kernels.triton_ops.codes import (
     load_ahead,
+    load_blocks,
     move_blocks,
+    replace_blocks,
     unpack_step,
 )
 
@@ -101,15 +103,21 @@ def spare_bits(bits):
     return 7 - bits if bits < 8 else 0  # noqa: PLR2004 bits of a byte
 
 
+@triton.constexpr_function
+def needs_ones(bits, has_zero):
+    """Whether sums of x are needed: less wide codes lose a mid-range zero as they are unpacked."""
+    return has_zero or bits == 8  # noqa: PLR2004 bits of a byte
+
+
 @triton.jit
 def double_sum(c, ones, twice_zero, BITS: tl.constexpr, HAS_ZERO: tl.constexpr):
     """Sum of (2 code - twice_zero) x from the sum of the bytes of `unpack_step` times x.
 
     Args:
         c: int32 [threads], the sum.
-        ones: int32 [threads], the sum of x; unread at less than eight bits without HAS_ZERO.
+        ones: int32 [threads], the sum of x.
         twice_zero: Twice the zero point, int32 scalar or [threads]; unread without HAS_ZERO.
-        BITS: 1, 2, 3, 4 or 8.
+        BITS: 1, 2, 3, 4 or 8; 8 without HAS_ZERO.
         HAS_ZERO: Without it zero is mid-range, 2 twice_zero = 2^BITS - 1.
 
     Returns:
@@ -122,9 +130,7 @@ def double_sum(c, ones, twice_zero, BITS: tl.constexpr, HAS_ZERO: tl.constexpr):
         else:
             c += ones
     else:
-        c = c >> spare_bits(BITS)
-        if HAS_ZERO:
-            c += ((1 << BITS) - 1 - twice_zero) * ones
+        c = (c >> spare_bits(BITS)) + ((1 << BITS) - 1 - twice_zero) * ones
     return c
 
 
@@ -136,7 +142,7 @@ def fold_planes(
 
     Args:
         c: Of `multiply_step`.
-        sums: Two int32 [threads], the sums of the planes themselves; unread as `double_sum` says.
+        sums: Two int32 [threads], the sums of the planes themselves; unread without `needs_ones`.
         twice_zero: Of `double_sum`.
         weights: Two fp32 [threads], what a unit of either plane is worth.
         HALF: 0 for row g, 1 for row g + 8.
@@ -146,9 +152,14 @@ def fold_planes(
     Returns:
         fp32 [threads], twice the product of this lane's planes.
     """
-    first = double_sum(c[2 * HALF], sums[0], twice_zero, BITS, HAS_ZERO)
-    second = double_sum(c[2 * HALF + 1], sums[1], twice_zero, BITS, HAS_ZERO)
-    return first.to(tl.float32) * weights[0] + second.to(tl.float32) * weights[1]
+    first, second = c[2 * HALF], c[2 * HALF + 1]
+    worth: tl.constexpr = 1.0 if needs_ones(BITS, HAS_ZERO) else 2.0 ** -spare_bits(BITS)
+    if needs_ones(BITS, HAS_ZERO):
+        first = double_sum(first, sums[0], twice_zero, BITS, HAS_ZERO)
+        second = double_sum(second, sums[1], twice_zero, BITS, HAS_ZERO)
+    # A power of two scales a weight once, not every sum, and rounds nothing.
+    high = first.to(tl.float32) * (worth * weights[0])
+    return high + second.to(tl.float32) * (worth * weights[1])
 
 
 @triton.jit
@@ -244,6 +255,8 @@ def multiply_band(
     WK: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PAST_L1: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Twice the products of R blocks of 16 rows and NT units of activations, this warp's share.
@@ -270,6 +283,9 @@ def multiply_band(
         WK: Warps that share the steps.
         U: Pairs of steps loaded ahead.
         X_AHEAD: Whether their activations are loaded ahead too.
+        IN_PLACE: Whether what is loaded takes the registers of what was just used: half of them,
+            and nothing is copied, but the compiler loads later.
+        PAST_L1: Of `load_pair`.
         USE_PTX: Of `multiply_step`.
 
     Returns:
@@ -277,8 +293,7 @@ def multiply_band(
     """
     zero = tl.zeros_like(lane)
     n_pairs = (n_steps + 1) // 2
-    # Less wide codes lose their zero point as they are unpacked.
-    needs_sums: tl.constexpr = GROUPED or BITS == 8  # noqa: PLR2004 same
+    needs_sums: tl.constexpr = needs_ones(BITS, GROUPED)
     totals = (zero.to(tl.float32),) * (NT * R * 2)
     acc = (zero,) * (NT * R * 4)
     sums = (zero,) * (NT * 2)
@@ -293,13 +308,15 @@ def multiply_band(
         planes = load_planes(planes_at, unit_stride, own_left, 0, 2 * U, NT)
     for start in range(0, n_pairs, WK * U):
         words = ahead
+        present = planes
         places = move_blocks(places, WK * U, BITS)
         left -= 2 * WK * U
-        ahead = load_ahead(places, left, BITS, U)
-        present = planes
+        next_at = planes_at + 2 * WK * U * 32
         next_left = add_to_items(own_left, -2 * WK * U)
-        if X_AHEAD:
-            planes = load_planes(planes_at + 2 * WK * U * 32, unit_stride, next_left, 0, 2 * U, NT)
+        if not IN_PLACE:
+            ahead = load_ahead(places, left, BITS, U, PAST_L1)
+            if X_AHEAD:
+                planes = load_planes(next_at, unit_stride, next_left, 0, 2 * U, NT)
         for u in tl.static_range(U):
             pair = start + wk * U + u
             for step in tl.static_range(2):
@@ -312,6 +329,12 @@ def multiply_band(
                         acc, sums, words[u * R : u * R + R], marker, own[unit],
                         step, unit, BITS, R, needs_sums, USE_PTX,
                     )  # fmt: skip
+                if IN_PLACE and X_AHEAD:
+                    fresh = load_planes(next_at, unit_stride, next_left, 2 * u + step, 1, NT)
+                    planes = replace_items(planes, fresh, (2 * u + step) * NT, NT)
+            if IN_PLACE:
+                later = load_blocks(places, left, u, BITS, PAST_L1)
+                ahead = replace_blocks(ahead, later, u, BITS)
             if GROUPED:
                 for unit in tl.static_range(NT):
                     ones = (sums[2 * unit], sums[2 * unit + 1])
@@ -331,7 +354,7 @@ def multiply_band(
                             totals = replace_items(totals, (term,), 2 * (unit * R + r) + half, 1)
                 acc = (zero,) * (NT * R * 4)
                 sums = (zero,) * (NT * 2)
-        planes_at += 2 * WK * U * 32
+        planes_at = next_at
         own_left = next_left
     if not GROUPED:
         totals = ()

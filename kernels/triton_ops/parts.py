@@ -77,13 +77,15 @@ def start_part(
     WIDTHS: tl.constexpr,
     R: tl.constexpr,
     U: tl.constexpr,
+    PAST_L1: tl.constexpr,
 ):
     """`start_record` of each width that may occur: all start before the first is finished."""
     started = ()
     for i in tl.static_range(N_WIDTHS):
         if (WIDTHS >> width_of(i)) & 1:
             fields = load_record(record_ptr + i * RECORD_INTS)
-            started += (start_record(fields, slab, first_block, wk, lane, width_of(i), R, U),)
+            record = start_record(fields, slab, first_block, wk, lane, width_of(i), R, U, PAST_L1)
+            started += (record,)
     return started
 
 
@@ -108,6 +110,8 @@ def finish_part(
     WK: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PAST_L1: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Sums of `finish_record` over the widths, each times its bound; `started` of `start_part`."""
@@ -117,7 +121,8 @@ def finish_part(
             band = started[count_widths(WIDTHS, i)]
             products = finish_record(
                 band, slab, first_block, source_ptr + band[6].to(tl.int64) * 32, stride,
-                columns, weights, wk, lane, width_of(i), GROUPING, R, NT, WK, U, X_AHEAD, USE_PTX,
+                columns, weights, wk, lane, width_of(i), GROUPING, R, NT, WK, U,
+                X_AHEAD, IN_PLACE, PAST_L1, USE_PTX,
             )  # fmt: skip
             if HAS_FACTORS:
                 factors = tl.load(record_ptr + i * RECORD_INTS + 6)

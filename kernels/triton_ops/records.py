@@ -64,6 +64,7 @@ def start_record(
     BITS: tl.constexpr,
     R: tl.constexpr,
     U: tl.constexpr,
+    PAST_L1: tl.constexpr,
 ):
     """Start the first loads of a record's codes.
 
@@ -76,6 +77,7 @@ def start_record(
         BITS: Same.
         R: Same.
         U: Same, for the two-bit codes; wider ones are loaded fewer at a time.
+        PAST_L1: Same.
 
     Returns:
         What `finish_record` takes.
@@ -87,7 +89,7 @@ def start_record(
     places = locate_blocks(
         codes_ptr, high_ptr, first_block, n_blocks, n_steps, wk * pairs, lane, BITS, R
     )
-    ahead = load_ahead(places, n_steps - 2 * pairs * wk, BITS, pairs)
+    ahead = load_ahead(places, n_steps - 2 * pairs * wk, BITS, pairs, PAST_L1)
     return ahead, places, marker, n_blocks, n_steps, group, first_step, bound
 
 
@@ -115,6 +117,8 @@ def finish_record(
     WK: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    PAST_L1: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """`multiply_band` of a started record.
@@ -136,6 +140,8 @@ def finish_record(
         WK: Same.
         U: Of `start_record`.
         X_AHEAD: Of `multiply_band`.
+        IN_PLACE: Same.
+        PAST_L1: Same.
         USE_PTX: Same.
 
     Returns:
@@ -148,19 +154,20 @@ def finish_record(
             totals = multiply_band(
                 ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                BITS, True, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
+                BITS, True, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, IN_PLACE, PAST_L1, USE_PTX,
             )  # fmt: skip
         else:
             totals = multiply_band(
                 ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
                 n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-                BITS, False, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
+                BITS, False, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, IN_PLACE, PAST_L1, USE_PTX,
             )  # fmt: skip
     else:
         totals = multiply_band(
             ahead, places, marker, group_ptr, n_blocks * 16, first_block, n_blocks,
             n_steps, planes_ptr, unit_stride, columns, weights, wk, lane,
-            BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD, USE_PTX,
+            BITS, GROUPING == ALL, R, NT, WK, pairs_ahead(BITS, U), X_AHEAD,
+            IN_PLACE, PAST_L1, USE_PTX,
         )  # fmt: skip
     return totals
 

@@ -101,7 +101,7 @@ def unfold_record(
         pair = item % n_pairs
         exists = block < n_blocks
         places = locate_pair(codes_ptr, high_ptr, block, pair, n_steps, lane, BITS)
-        words = load_pair(places, tl.where(exists, n_steps - 2 * pair, 0), 0, BITS)
+        words = load_pair(places, tl.where(exists, n_steps - 2 * pair, 0), 0, BITS, False)
         for half in tl.static_range(2):
             row = block * 16 + lane // 4 + 8 * half
             factor = tl.load(factors_ptr + row, mask=mask_if(row < n_rows, factors > 0), other=1.0)

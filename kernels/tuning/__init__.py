@@ -15,7 +15,10 @@ class Shape:
     """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
 
     inputs_ahead: load the activations of those pairs ahead too.
+    in_place: what is loaded ahead takes the registers of what was just used.
+    past_l1: codes are loaded past the first cache, not with an order to evict them first.
     streams_first: programs of a lone token's layer that stream weights before its delta starts.
+    stream_columns, stream_stages: columns of a block of such weights, and blocks in flight.
     registers: most that a thread may use, so that more programs run at once; 0 is no limit.
     """
 
@@ -24,7 +27,11 @@ class Shape:
     along_rows: int
     ahead: int
     inputs_ahead: bool = False
+    in_place: bool = False
+    past_l1: bool = False
     streams_first: int = 0
+    stream_columns: int = 256
+    stream_stages: int = 4
     registers: int = 0
 
     @property

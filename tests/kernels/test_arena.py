@@ -111,6 +111,9 @@ def test_inputs_of_a_real_model_cost_no_precision(key):
     assert relative(y, expected_terms([delta], [0], recorded, site)) <= 2e-6
 
 
+SHAPE_AHEAD = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)
+
+
 def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
     site = replace(SITE, parts=("q",), out_features=(17,))
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site)
@@ -119,14 +122,16 @@ def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
     found = []
     for units, shape in (
         (1, Shape(blocks=1, along_steps=1, along_rows=1, ahead=1)),
-        (2, Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)),
+        (2, SHAPE_AHEAD),
+        (1, Shape(blocks=2, along_steps=1, along_rows=1, ahead=1, in_place=True, past_l1=True)),
+        (2, replace(SHAPE_AHEAD, in_place=True)),
     ):
         monkeypatch.setattr(serving, "shape_for", lambda *_, shape=shape: shape)
         plan = StepPlan(arena, n_tokens=3, units_per_group=units)
         plan.assign([slot] * 3)
         plan.h_planes.fill_(85)
         found.append(serving.add_delta(torch.zeros(3, 17), x, plan, 0))
-    assert torch.equal(*found)
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_outliers_cost_no_precision():
