@@ -16,12 +16,7 @@ from kernels.triton_ops.codes import (
     replace_blocks,
     unpack_step,
 )
-
-
-@triton.jit
-def replace_items(items, new, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """`items` with COUNT of them, from FIRST on, replaced by `new`."""
-    return items[:FIRST] + new + items[FIRST + COUNT :]
+from kernels.triton_ops.fold import fold_planes, fold_tiles, four_items, needs_ones, replace_items
 
 
 @triton.jit
@@ -31,17 +26,6 @@ def add_to_items(items, term):
     for i in tl.static_range(len(items)):
         sums += (items[i] + term,)
     return sums
-
-
-@triton.jit
-def four_items(items, NUMBER: tl.constexpr):
-    """The NUMBER-th four of `items`."""
-    return (
-        items[4 * NUMBER],
-        items[4 * NUMBER + 1],
-        items[4 * NUMBER + 2],
-        items[4 * NUMBER + 3],
-    )
 
 
 @triton.jit
@@ -95,71 +79,6 @@ def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
     else:
         d = multiply_plainly(a, b0, b1, c)
     return (d[0], d[1], d[2], d[3])
-
-
-@triton.constexpr_function
-def spare_bits(bits):
-    """Bits of a byte below twice its code: what `unpack_step` multiplies odd numbers by."""
-    return 7 - bits if bits < 8 else 0  # noqa: PLR2004 bits of a byte
-
-
-@triton.constexpr_function
-def needs_ones(bits, has_zero):
-    """Whether sums of x are needed: less wide codes lose a mid-range zero as they are unpacked."""
-    return has_zero or bits == 8  # noqa: PLR2004 bits of a byte
-
-
-@triton.jit
-def double_sum(c, ones, twice_zero, BITS: tl.constexpr, HAS_ZERO: tl.constexpr):
-    """Sum of (2 code - twice_zero) x from the sum of the bytes of `unpack_step` times x.
-
-    Args:
-        c: int32 [threads], the sum.
-        ones: int32 [threads], the sum of x.
-        twice_zero: Twice the zero point, int32 scalar or [threads]; unread without HAS_ZERO.
-        BITS: 1, 2, 3, 4 or 8; 8 without HAS_ZERO.
-        HAS_ZERO: Without it zero is mid-range, 2 twice_zero = 2^BITS - 1.
-
-    Returns:
-        int32 [threads].
-    """
-    if BITS == 8:  # noqa: PLR2004 same
-        c = 2 * c
-        if HAS_ZERO:
-            c += (256 - twice_zero) * ones
-        else:
-            c += ones
-    else:
-        c = (c >> spare_bits(BITS)) + ((1 << BITS) - 1 - twice_zero) * ones
-    return c
-
-
-@triton.jit
-def fold_planes(
-    c, sums, twice_zero, weights, HALF: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr
-):
-    """Sums of two planes as one fp32, the zero point taken off while they are whole numbers.
-
-    Args:
-        c: Of `multiply_step`.
-        sums: Two int32 [threads], the sums of the planes themselves; unread without `needs_ones`.
-        twice_zero: Of `double_sum`.
-        weights: Two fp32 [threads], what a unit of either plane is worth.
-        HALF: 0 for row g, 1 for row g + 8.
-        BITS: Of `double_sum`.
-        HAS_ZERO: Same.
-
-    Returns:
-        fp32 [threads], twice the product of this lane's planes.
-    """
-    first, second = c[2 * HALF], c[2 * HALF + 1]
-    worth: tl.constexpr = 1.0 if needs_ones(BITS, HAS_ZERO) else 2.0 ** -spare_bits(BITS)
-    if needs_ones(BITS, HAS_ZERO):
-        first = double_sum(first, sums[0], twice_zero, BITS, HAS_ZERO)
-        second = double_sum(second, sums[1], twice_zero, BITS, HAS_ZERO)
-    # A power of two scales a weight once, not every sum, and rounds nothing.
-    high = first.to(tl.float32) * (worth * weights[0])
-    return high + second.to(tl.float32) * (worth * weights[1])
 
 
 @triton.jit
@@ -318,7 +237,6 @@ def multiply_band(
             if X_AHEAD:
                 planes = load_planes(next_at, unit_stride, next_left, 0, 2 * U, NT)
         for u in tl.static_range(U):
-            pair = start + wk * U + u
             for step in tl.static_range(2):
                 if X_AHEAD:
                     own = present[(2 * u + step) * NT : (2 * u + step + 1) * NT]
@@ -336,22 +254,11 @@ def multiply_band(
                 later = load_blocks(places, left, u, BITS, PAST_L1)
                 ahead = replace_blocks(ahead, later, u, BITS)
             if GROUPED:
-                for unit in tl.static_range(NT):
-                    ones = (sums[2 * unit], sums[2 * unit + 1])
-                    for r in tl.static_range(R):
-                        c = four_items(acc, unit * R + r)
-                        mask = (pair < n_pairs) & (first_block + r < n_blocks)
-                        for half in tl.static_range(2):
-                            row = (first_block + r) * 16 + lane // 4 + 8 * half
-                            at = group_ptr + pair // 2 * group_rows + row
-                            word = tl.load(at, mask=mask, other=0)
-                            scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                            twice_zero = (word >> 16) & 511
-                            term = scale * fold_planes(
-                                c, ones, twice_zero, weights, half, BITS, True
-                            )
-                            term += totals[2 * (unit * R + r) + half]
-                            totals = replace_items(totals, (term,), 2 * (unit * R + r) + half, 1)
+                pair = start + wk * U + u
+                totals = fold_tiles(
+                    totals, acc, sums, group_ptr + pair // 2 * group_rows, pair < n_pairs,
+                    first_block, n_blocks, weights, lane, BITS, R, NT,
+                )  # fmt: skip
                 acc = (zero,) * (NT * R * 4)
                 sums = (zero,) * (NT * 2)
         planes_at = next_at

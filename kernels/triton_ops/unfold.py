@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from kernels.triton_ops.codes import load_pair, locate_pair, unpack_step
+from kernels.triton_ops.fold import spare_bits
 from kernels.triton_ops.keys import settle_keys
 from kernels.triton_ops.masks import mask_if
-from kernels.triton_ops.mma import spare_bits
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
