@@ -40,7 +40,6 @@ def _shape(
     lean: bool = False,
     first: int = 0,
     registers: int = 0,
-    stream: tuple[int, int] = (256, 4),
 ) -> Shape:
     """A candidate; `lean` loads codes in place and past the first cache."""
     return Shape(
@@ -52,8 +51,6 @@ def _shape(
         in_place=lean,
         past_l1=lean,
         streams_first=first,
-        stream_columns=stream[0],
-        stream_stages=stream[1],
         registers=registers,
     )
 
@@ -109,9 +106,9 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(2, 2, 2, 2, first=264, registers=168),
         _shape(2, 4, 1, 2, first=264),
         _shape(2, 2, 2, 2, first=264, lean=True),
-        _shape(2, 2, 2, 2, first=264, lean=True, stream=(512, 3)),
-        _shape(2, 2, 2, 2, first=264, lean=True, stream=(256, 6)),
-        _shape(2, 2, 2, 2, first=528, lean=True, stream=(512, 4)),
+        replace(_shape(2, 2, 2, 2, first=264, lean=True), stream_columns=512, stream_stages=3),
+        replace(_shape(2, 2, 2, 2, first=264, lean=True), stream_stages=6),
+        replace(_shape(2, 2, 2, 2, first=528, lean=True), stream_columns=512),
     ),
 }
 GROUPS: Final = (1, 8, 32)
@@ -160,16 +157,25 @@ def compile_shape(arena: DeltaArena, stage: Stage, shape: Shape) -> None:
         launch_expand(terms.bfloat16(), plan, 0, shape)
 
 
+def count_workers(stages: Sequence[Stage]) -> int:
+    """Processes that compile: each holds a context on the device, so none has nothing to do.
+
+    Args:
+        stages: whose candidates.
+    """
+    return min(count_cpus(), sum(len(CANDIDATES[stage]) for stage in stages))
+
+
 def compile_share(worker: int, stages: Sequence[Stage]) -> None:
     """Compile a share of the candidates.
 
     Args:
-        worker: which share, of as many as there are CPUs.
+        worker: which share, of `count_workers`.
         stages: whose candidates.
     """
     arena = build_tiny()
     jobs = [(stage, shape) for stage in stages for shape in CANDIDATES[stage]]
-    for stage, shape in jobs[worker :: count_cpus()]:
+    for stage, shape in jobs[worker :: count_workers(stages)]:
         compile_shape(arena, stage, shape)
     torch.cuda.synchronize()
 
@@ -184,7 +190,7 @@ def precompile(stages: Sequence[Stage]) -> None:
         RuntimeError: a candidate does not compile.
     """
     command = [sys.executable, "-m", "kernels.tune", "--stages", *stages, "--worker"]
-    workers = [subprocess.Popen([*command, str(number)]) for number in range(count_cpus())]
+    workers = [subprocess.Popen([*command, str(number)]) for number in range(count_workers(stages))]
     if any(worker.wait() for worker in workers):
         raise RuntimeError("a worker could not compile its candidates")
 

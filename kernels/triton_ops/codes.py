@@ -57,7 +57,7 @@ def cache_of(past_l1):
 
 @triton.constexpr_function
 def policy_of(past_l1):
-    """The eviction policy of codes; each load builds its own, in four instructions."""
+    """The eviction policy of codes, which the loads of a loop build anew in every round."""
     return "" if past_l1 else "evict_first"
 
 

@@ -16,16 +16,8 @@ from kernels.triton_ops.codes import (
     replace_blocks,
     unpack_step,
 )
-from kernels.triton_ops.fold import fold_planes, fold_tiles, four_items, needs_ones, replace_items
-
-
-@triton.jit
-def add_to_items(items, term):
-    """`items`, each with `term` added."""
-    sums = ()
-    for i in tl.static_range(len(items)):
-        sums += (items[i] + term,)
-    return sums
+from kernels.triton_ops.fold import fold_planes, fold_tiles, needs_ones
+from kernels.triton_ops.items import add_to_items, four_items, replace_items
 
 
 @triton.jit

@@ -111,20 +111,18 @@ def test_inputs_of_a_real_model_cost_no_precision(key):
     assert relative(y, expected_terms([delta], [0], recorded, site)) <= 2e-6
 
 
-SHAPE_AHEAD = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)
-
-
 def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
     site = replace(SITE, parts=("q",), out_features=(17,))
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site)
     arena, (slot,) = build_arena([delta], site=site)
     x = torch.randn(3, 70, generator=torch.Generator().manual_seed(9))
     found = []
+    ahead = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)
     for units, shape in (
         (1, Shape(blocks=1, along_steps=1, along_rows=1, ahead=1)),
-        (2, SHAPE_AHEAD),
+        (2, ahead),
         (1, Shape(blocks=2, along_steps=1, along_rows=1, ahead=1, in_place=True, past_l1=True)),
-        (2, replace(SHAPE_AHEAD, in_place=True)),
+        (2, replace(ahead, in_place=True)),
     ):
         monkeypatch.setattr(serving, "shape_for", lambda *_, shape=shape: shape)
         plan = StepPlan(arena, n_tokens=3, units_per_group=units)
