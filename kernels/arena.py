@@ -7,8 +7,15 @@ from typing import Any, Final
 import torch
 
 from deltacome_core.errors import UserError
+from deltacome_core.packed import PackedMatrix
 from kernels.directory import ENTRY_INTS
-from kernels.fragments import STEP_COLUMNS, UNIT_BYTES
+from kernels.fragments import (
+    STEP_WORDS,
+    UNIT_BYTES,
+    WORD_COLUMNS,
+    count_pairs,
+    words_of,
+)
 from kernels.image import Image, Site, SiteNeeds
 
 # Rows a program may take: 16 for each of 1, 2 or 4 blocks of a warp and 1 to 8 warps.
@@ -19,6 +26,15 @@ REPACK_BLOCK: Final = 256
 _N_STAGED: Final = 2
 # Copies between a page-locked buffer and the device start at multiples of this.
 SLAB_ALIGNMENT_BYTES: Final = 512
+
+
+def count_matrix_words(matrix: PackedMatrix) -> int:
+    """Words that the codes of one output take over all rank bands.
+
+    Args:
+        matrix: with a scale a vector.
+    """
+    return sum(band.u.bits * words_of(band.rank) for band in matrix.bands)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +66,13 @@ class ArenaSpec:
 
     @classmethod
     def allowing(
-        cls, sites: Sequence[Site], *, slab_bytes: int, max_rank: int, widths: frozenset[int]
+        cls,
+        sites: Sequence[Site],
+        *,
+        slab_bytes: int,
+        max_rank: int,
+        max_words: int,
+        widths: frozenset[int],
     ) -> "ArenaSpec":
         """A spec for any symmetric delta with a scale a vector, whatever its rank bands are.
 
@@ -60,6 +82,7 @@ class ArenaSpec:
             sites: of the backbone.
             slab_bytes: most bytes of a delta in operand order.
             max_rank: most ranks of a matrix over all its bands.
+            max_words: most words that one output's codes take, of `count_matrix_words`.
             widths: bits that may occur.
 
         Returns:
@@ -68,15 +91,15 @@ class ArenaSpec:
         needs = []
         for site in sites:
             n_parts = len(site.parts)
-            # However ranks are split, rounding up costs each band less than a step or a program.
-            rounded = -(-max_rank // STEP_COLUMNS) + len(widths)
-            rows = (rounded * STEP_COLUMNS, *[STEP_COLUMNS] * (len(widths) - 1))
+            # However ranks are split, rounding up costs each band less than a word or a program.
+            rounded = words_of(max_rank) + len(widths)
+            rows = (rounded * WORD_COLUMNS, *[WORD_COLUMNS] * (len(widths) - 1))
             allowed = SiteNeeds(
                 shrink_rows=rows * n_parts,
-                hidden_steps=rounded * n_parts,
+                hidden_pairs=count_pairs(-(-max_words // STEP_WORDS)) * n_parts,
                 widths=widths,
                 has_groups=False,
-                has_plain=True,
+                has_several=False,
                 has_direct=False,
                 has_factors=False,
             )
@@ -88,19 +111,21 @@ class ArenaSpec:
         """Programs a shrink at the site needs for any delta, at `rows` rows a program."""
         return max(needs.blocks(rows) for needs in self.needs[site])
 
-    def hidden_steps(self, site: int) -> int:
-        """Steps of hidden values any delta has at the site."""
-        return max(needs.hidden_steps for needs in self.needs[site])
+    def hidden_pairs(self, site: int) -> int:
+        """Pairs of steps of hidden values any delta has at the site."""
+        return max(needs.hidden_pairs for needs in self.needs[site])
 
     def widths(self, site: int) -> frozenset[int]:
         """Bits of the codes any delta has at the site."""
         return frozenset().union(*(needs.widths for needs in self.needs[site]))
 
-    def grouping(self, site: int) -> int:
-        """Scales for tiles at the site: 0 in no delta, 1 in some bands, 2 in all of them."""
-        if not any(needs.has_groups for needs in self.needs[site]):
-            return 0
-        return 1 if any(needs.has_plain for needs in self.needs[site]) else 2
+    def has_groups(self, site: int) -> bool:
+        """Whether any delta has scales for tiles at the site."""
+        return any(needs.has_groups for needs in self.needs[site])
+
+    def is_plain(self, site: int) -> bool:
+        """Whether every matrix of any delta at the site is one record without scales for tiles."""
+        return not any(needs.has_groups or needs.has_several for needs in self.needs[site])
 
     def has_direct(self, site: int) -> bool:
         """Whether any delta has a direct matrix at the site."""
@@ -119,15 +144,15 @@ class ArenaSpec:
         unknown = sorted(needs.widths - self.widths(site))
         if unknown:
             return f"codes of {unknown[0]} bits"
-        if needs.has_groups and self.grouping(site) == 0:
+        if self.is_plain(site) and needs.has_groups:
             return "scales for tiles"
-        if needs.has_plain and self.grouping(site) == 2:  # noqa: PLR2004 all
-            return "scales for rows"
+        if self.is_plain(site) and needs.has_several:
+            return "rank bands with scales of their own"
         if needs.has_direct and not self.has_direct(site):
             return "direct matrices"
         if needs.has_factors and not self.has_factors(site):
             return "scales for single outputs"
-        fits = needs.hidden_steps <= self.hidden_steps(site) and all(
+        fits = needs.hidden_pairs <= self.hidden_pairs(site) and all(
             needs.blocks(rows) <= self.shrink_blocks(site, rows) for rows in PROGRAM_ROWS
         )
         return None if fits else "more rank bands or ranks"

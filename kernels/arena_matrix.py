@@ -3,7 +3,7 @@
 `python -m kernels.arena_matrix` prints one object and exits with 1 if a kernel does not compile,
 does not fit the shared memory of its architecture, or does not keep one element a thread: that
 element i of a tensor is in thread i is what lets the matrix instruction be issued at all
-(docs/adr/0008). Unfolding must store 16 bytes at a time where rows allow it. TRITON_INTERPRET must
+(docs/adr/0014). Unfolding must store 16 bytes at a time where rows allow it. TRITON_INTERPRET must
 be unset.
 """
 
@@ -47,7 +47,7 @@ KERNELS: Final[dict[str, Any]] = {
     "project": project_kernel,
 }
 _WIDE_STORE: Final = "st.global.v4.b32"
-INSTRUCTION: Final = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+INSTRUCTION: Final = "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
 ON_TENSOR_CORES: Final = ("shrink", "expand", "layer")
 _POINTERS: Final = {
     "planes_ptr": "*i64",
@@ -55,6 +55,8 @@ _POINTERS: Final = {
     "step_ptr": "*fp32",
     "norm_ptr": "*fp32",
     "term_ptr": "*fp32",
+    "sums_ptr": "*i64",
+    "hidden_sums_ptr": "*i64",
     "product_ptr": "*fp32",
     "table_ptr": "*i64",
     "jobs_ptr": "*i64",
@@ -80,15 +82,14 @@ _LAYOUT = re.compile(r"^(#\w+) = #ttg\.blocked<\{(.*?)\}>", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArenaVariant:
-    """One compiled kernel: widths it reads, grouping of its scales, planes, units of a group."""
+    """One compiled kernel: widths it reads, scales for tiles or not, planes."""
 
     kernel: str
     arch: int
     dtype: str
     widths: tuple[int, ...]
-    grouping: int
+    has_groups: bool
     planes: int
-    units: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +122,8 @@ def list_variants() -> Iterator[ArenaVariant]:
                 arch=arch,
                 dtype=("bf16", "fp16", "fp32")[turn % 3],
                 widths=widths,
-                grouping=turn % 3,
+                has_groups=turn % 2 == 1,
                 planes=FAST_PLANES if turn % 2 else PLANES,
-                units=2 if turn == 0 else 1,
             )
 
 
@@ -133,8 +133,9 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "N_PLANES": variant.planes,
         "WIDTHS": sum(1 << bits for bits in variant.widths),
         "BITS": variant.widths[0],
-        "GROUPING": variant.grouping,
-        "IS_GROUPED": variant.grouping > 0,
+        "HAS_GROUPS": variant.has_groups,
+        "IS_PLAIN": not variant.has_groups,
+        "IS_GROUPED": variant.has_groups,
         "HAS_ZERO": True,
         "IS_ALIGNED": variant.dtype != "fp32",
         "HAS_DIRECT": True,
@@ -149,17 +150,18 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "BAND": 8,
         "STAGES": 3,
         "R": 2,
-        "NT": variant.units,
+        "SUMS": 128,
         "WK": 2,
         "WR": 2,
         "U": 2,
         "X_AHEAD": variant.arch >= _OVERLAP_FROM,
-        "IN_PLACE": variant.arch < _OVERLAP_FROM,
-        "PAST_L1": variant.arch < _OVERLAP_FROM,
+        "CODE_STAGES": 0,
         "USE_PTX": True,
         "OVERLAP": variant.arch >= _OVERLAP_FROM,
-        "GROUP_TOKENS": 2,
         "BLOCK": 256,
+        "THREADS": 128,
+        "SMALLEST": 128,
+        "CHUNKS": 2,
         "WARPS": 4,
     }
 
@@ -168,9 +170,9 @@ def _argument_type(name: str, variant: ArenaVariant) -> str:
     if name in _OF_THE_MODEL:
         return f"*{variant.dtype}"
     if name == "planes_ptr" and variant.kernel == "prepare":
-        return "*i8"
+        return "*i32"
     if name == "hidden_ptr" and variant.kernel in {"shrink", "project"}:
-        return "*i8" if variant.kernel == "shrink" else "*fp32"
+        return "*i32" if variant.kernel == "shrink" else "*fp32"
     if name == "scale":
         return "fp32"
     return _POINTERS.get(name, "*i32" if name.endswith("_ptr") else "i32")

@@ -7,7 +7,7 @@ import torch
 
 from deltacome_core.errors import UserError
 from kernels.arena import DeltaArena
-from kernels.fragments import STEP_COLUMNS
+from kernels.fragments import WORD_COLUMNS, words_of
 from kernels.image import Image
 from kernels.streams import side_stream
 
@@ -39,7 +39,7 @@ class DenseSite:
 
 
 def _padded(size: int) -> int:
-    return -(-size // STEP_COLUMNS) * STEP_COLUMNS
+    return words_of(size) * WORD_COLUMNS
 
 
 class Unfolder:
@@ -121,7 +121,7 @@ class Unfolder:
             n_shrink=len(image.needs[site].shrink_rows),
             n_parts=len(spec.sites[site].parts),
             widths=spec.widths(site),
-            grouping=spec.grouping(site),
+            has_groups=spec.has_groups(site),
         )
         if self._main is None:
             launch()

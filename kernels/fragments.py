@@ -1,65 +1,90 @@
-"""Where the codes of a resident matrix lie: the operand order of the int8 matrix instruction.
+"""Where the codes of a resident matrix lie: the operand order of the binary matrix instruction.
 
-The unit is a step: 16 rows by 32 columns, one `mma.m16n8k32`. Lane `4 g + t` of a warp holds of it,
-for i = 0..3 and b = 0..3, the code of row `g + 8 (i % 2)` and column `8 t + 4 (i // 2) + b`: four
-registers of four bytes each. A step of a b-bit matrix is 64 b bytes, so nothing is wasted but the
-padding of rows to 16 and of columns to 32. PTX ISA 8.7, "Matrix Fragments for mma.m16n8k32".
+A code of b bits is b columns of one bit. The unit is a step: 16 rows by 128 such columns, half of
+an `mma.m16n8k256` of single bits. Lane `4 g + t` of a warp holds of it two words, columns
+`32 t .. 32 t + 31` of row g and of row g + 8, the first column in the lowest bit: 256 bytes a step,
+and no unpacking. PTX ISA 8.7, "Matrix Fragments for mma.m16n8k256".
+
+The k-th highest bits of 32 codes that follow each other are a word. Words of V lie by bit, then by
+column; those of U one code's bits side by side, bands after each other, so that few ranks fill
+steps (`WordOrder`).
 """
 
 from dataclasses import dataclass
 from typing import Final
 
 STEP_ROWS: Final = 16
-STEP_COLUMNS: Final = 32
+STEP_COLUMNS: Final = 128
+WORD_COLUMNS: Final = 32
+STEP_WORDS: Final = STEP_COLUMNS // WORD_COLUMNS
+STEP_BYTES: Final = STEP_ROWS * STEP_COLUMNS // 8
+# One instruction takes two steps.
+PAIR_COLUMNS: Final = 2 * STEP_COLUMNS
 # Sections of a slab begin where a warp's load of one word a lane is one memory transaction.
 UNIT_BYTES: Final = 128
-# Columns of one instruction: two tokens of four int8 planes, or four of two, are a unit.
+# Bits of activations and hidden values that one instruction takes: a unit is one byte of a token.
 UNIT_COLUMNS: Final = 8
+# Bytes of the whole numbers that activations and hidden values become.
 PLANES: Final = 4
-FAST_PLANES: Final = 2
+FAST_PLANES: Final = 3
 PRECISIONS: Final[dict[str, int]] = {"exact": PLANES, "fast": FAST_PLANES}
-# Words of a lane for two steps of the low plane. One bit needs both steps for one word.
-PAIR_WORDS: Final[dict[int, int]] = {1: 1, 2: 2, 3: 2, 4: 4, 8: 8}
+# Bits above the highest that repeat the sign: a number shifted by less than eight bits is the same
+# bits, read from further on.
+SIGN_BITS: Final = 8
 
 
-def count_unit_tokens(planes: int) -> int:
-    """Tokens that fill the columns of one instruction.
+def count_steps(columns: int) -> int:
+    """Steps of so many columns of one bit."""
+    return -(-columns // STEP_COLUMNS)
 
-    Args:
-        planes: int8 planes of a token, PLANES (exact) or FAST_PLANES.
+
+def count_pairs(steps: int) -> int:
+    """Instructions that so many steps take."""
+    return -(-steps // 2)
+
+
+def words_of(columns: int) -> int:
+    """Words that the same bit of so many codes fills."""
+    return -(-columns // WORD_COLUMNS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WordOrder:
+    """Which word of a row of steps holds bit k, from the highest, of the q-th 32 codes of a row.
+
+    It is first + q // 4 * tile + q % 4 * group + k * bit, of `steps` steps of four words.
     """
-    return UNIT_COLUMNS // planes
+
+    first: int
+    tile: int
+    group: int
+    bit: int
+    steps: int
+
+
+def order_by_bit(*, columns: int, bits: int) -> WordOrder:
+    """One bit of all codes after the other: what a source of plain columns is read by."""
+    steps = count_steps(columns)
+    return WordOrder(first=0, tile=4, group=1, bit=4 * steps, steps=bits * steps)
+
+
+def order_by_tile(*, columns: int, bits: int) -> WordOrder:
+    """All bits of 128 codes, one after the other, then those of the next: a tile has a scale."""
+    steps = count_steps(columns)
+    return WordOrder(first=0, tile=4 * bits, group=1, bit=4, steps=bits * steps)
 
 
 @dataclass(frozen=True, slots=True)
 class FragmentShape:
-    """Sizes of one factor of codes [rows, columns] in operand order."""
+    """Sizes of one factor [rows, steps of 128 columns of one bit] in operand order."""
 
     rows: int
-    columns: int
-    bits: int
+    steps: int
 
     @property
     def row_blocks(self) -> int:
         return -(-self.rows // STEP_ROWS)
 
     @property
-    def steps(self) -> int:
-        """Steps along a row of blocks."""
-        return -(-self.columns // STEP_COLUMNS)
-
-    @property
-    def low_bytes(self) -> int:
-        """Bytes of the plane that every width has; of three bits it is the lower two."""
-        if self.bits == 1:
-            return self.row_blocks * -(-self.steps // 2) * UNIT_BYTES
-        return self.row_blocks * self.steps * PAIR_WORDS[self.bits] // 2 * UNIT_BYTES
-
-    @property
-    def high_bytes(self) -> int:
-        """Bytes of the third bit's plane."""
-        return self.row_blocks * -(-self.steps // 2) * UNIT_BYTES if self.bits == 3 else 0  # noqa: PLR2004
-
-    @property
     def size_bytes(self) -> int:
-        return self.low_bytes + self.high_bytes
+        return self.row_blocks * self.steps * STEP_BYTES

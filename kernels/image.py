@@ -10,7 +10,7 @@ import torch
 
 from deltacome_core.packed import PackedDirect, PackedLinear
 from kernels.directory import MAX_RECORDS, Part, Record, encode_site
-from kernels.fragments import STEP_COLUMNS
+from kernels.fragments import STEP_BYTES, WORD_COLUMNS, count_pairs, count_steps, words_of
 from kernels.image_jobs import (
     CODES_JOB,
     FACTORS_JOB,
@@ -42,8 +42,9 @@ class Site:
         return sum(self.out_features)
 
     @property
-    def input_steps(self) -> int:
-        return -(-self.in_features // STEP_COLUMNS)
+    def input_pairs(self) -> int:
+        """Pairs of steps that its input fills."""
+        return count_pairs(count_steps(self.in_features))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +73,16 @@ class Cut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteNeeds:
-    """What one delta asks of an arena at one site: rows of its bands, steps of hidden values."""
+    """What one delta asks of an arena at one site: rows of its bands, pairs of hidden values.
+
+    has_several: a matrix whose rank bands do not share a record.
+    """
 
     shrink_rows: tuple[int, ...]
-    hidden_steps: int
+    hidden_pairs: int
     widths: frozenset[int]
     has_groups: bool
-    has_plain: bool
+    has_several: bool
     has_direct: bool
     has_factors: bool
 
@@ -109,7 +113,7 @@ class Image:
 
 
 def _padded(size: int) -> int:
-    return -(-size // STEP_COLUMNS) * STEP_COLUMNS
+    return words_of(size) * WORD_COLUMNS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +127,9 @@ def _add_site(writer: JobWriter, site: Site, matrices: Mapping[str, PackedLinear
     shrink: list[Record] = []
     parts: list[Part | None] = []
     cuts: list[Cut] = []
-    step = first_row = 0
-    for name, out in zip(site.parts, site.out_features, strict=True):
+    pair = column = first_row = 0
+    named = zip(site.parts, site.out_features, strict=True)
+    for number, (name, out) in enumerate(named):
         matrix = matrices.get(name)
         if matrix is None:
             parts.append(None)
@@ -132,46 +137,62 @@ def _add_site(writer: JobWriter, site: Site, matrices: Mapping[str, PackedLinear
             continue
         if (matrix.out_features, matrix.in_features) != (out, site.in_features):
             raise refuse(name, f"{matrix.out_features} x {matrix.in_features} at {site.name}")
-        part, records = add_matrix(writer, matrix, first_row=first_row, step=step)
-        columns = STEP_COLUMNS * sum(record.steps for record in part.expand)
+        part, records = add_matrix(
+            writer, matrix, number=number, first_row=first_row, pair=pair, row=column
+        )
         is_direct = isinstance(matrix, PackedDirect)
-        if is_direct:
-            columns = site.in_features
+        columns = site.in_features if is_direct else sum(_padded(band.rows) for band in records)
         cuts.append(
             Cut(
                 first_row=first_row,
                 rows=out,
-                first=STEP_COLUMNS * step,
+                first=column,
                 columns=columns,
                 is_direct=is_direct,
             )
         )
         parts.append(part)
         shrink += records
-        step += 0 if is_direct else columns // STEP_COLUMNS
+        if not is_direct:
+            column += columns
+            pair += sum(record.pairs for record in part.expand)
         first_row += out
     if len(shrink) > MAX_RECORDS:
         raise refuse(site.name, f"{len(shrink)} rank bands at one site")
     writer.end_site()
     outputs = [record for part in parts if part is not None for record in part.expand]
     has_direct = any(cut.is_direct for cut in cuts)
+    has_several = any(part is not None and len(part.expand) > 1 for part in parts)
     return _SiteImage(
         entry=encode_site(shrink, parts),
-        needs=_sum_needs(shrink, outputs, hidden_steps=step, has_direct=has_direct),
+        needs=_sum_needs(
+            shrink, outputs, hidden_pairs=pair, has_several=has_several, has_direct=has_direct
+        ),
         cuts=tuple(cuts),
     )
 
 
+def _read_widths(shrink: list[Record], outputs: list[Record]) -> frozenset[int]:
+    """Bits of all codes: a record of the second stage may have bands of several."""
+    seconds = {record.target.bits for record in shrink if record.target is not None}
+    return frozenset(seconds | {record.bits for record in shrink + outputs})
+
+
 def _sum_needs(
-    shrink: list[Record], outputs: list[Record], *, hidden_steps: int, has_direct: bool
+    shrink: list[Record],
+    outputs: list[Record],
+    *,
+    hidden_pairs: int,
+    has_several: bool,
+    has_direct: bool,
 ) -> SiteNeeds:
     records = shrink + outputs
     return SiteNeeds(
         shrink_rows=tuple(_padded(record.rows) for record in shrink),
-        hidden_steps=hidden_steps,
-        widths=frozenset(record.bits for record in records),
+        hidden_pairs=hidden_pairs,
+        widths=_read_widths(shrink, outputs),
         has_groups=any(record.groups for record in records),
-        has_plain=not all(record.groups for record in records),
+        has_several=has_several,
         has_direct=has_direct,
         has_factors=any(record.factors for record in outputs),
     )
@@ -279,7 +300,8 @@ def build_image(
         chunks=tuple(chunks),
         jobs=_host_tensor(jobs, pin=pin),
         directory=_host_tensor(np.stack([site.entry for site in found]), pin=pin),
-        slab_bytes=writer.slab_bytes,
+        # The second step of a last pair may not exist: it is read, whatever it is.
+        slab_bytes=writer.slab_bytes + STEP_BYTES,
         needs=tuple(site.needs for site in found),
         cuts=tuple(site.cuts for site in found),
         matrices=matrices,

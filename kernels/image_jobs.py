@@ -1,7 +1,7 @@
 """Jobs that put the factors of a delta in operand order, and records that say where they lie."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Final
 
@@ -12,8 +12,19 @@ import torch
 from deltacome_core.errors import UserError
 from deltacome_core.layout import TILE_CODES
 from deltacome_core.packed import PackedBand, PackedFactor, PackedLinear, PackedMatrix
-from kernels.directory import SOURCE_HIDDEN, SOURCE_INPUT, Part, Record
-from kernels.fragments import STEP_COLUMNS, UNIT_BYTES, FragmentShape
+from kernels.directory import MAX_OUTPUTS, SOURCE_HIDDEN, SOURCE_INPUT, Part, Record, Target
+from kernels.fragments import (
+    STEP_WORDS,
+    UNIT_BYTES,
+    WORD_COLUMNS,
+    FragmentShape,
+    WordOrder,
+    count_pairs,
+    count_steps,
+    order_by_bit,
+    order_by_tile,
+    words_of,
+)
 
 JOB_FIELDS: Final = 16
 CODES_JOB: Final = 0
@@ -115,20 +126,18 @@ class JobWriter:
     def _add_job(self, *fields: int) -> None:
         self.jobs.append([*fields, *_FEW_PER_JOB[len(fields)]])
 
-    def add_codes(self, factor: PackedFactor, shape: FragmentShape) -> tuple[int, int]:
-        """Jobs of a factor's codes; returns the places of the codes and of the third bit."""
+    def add_codes(self, factor: PackedFactor, place: int, order: WordOrder) -> None:
+        """Jobs that put a factor's codes into rows of steps at `place`."""
         source = self.place(factor.codes)
-        low = self.reserve(shape.low_bytes)
-        high = self.reserve(shape.high_bytes) if shape.high_bytes else 0
-        n_pairs = -(-shape.steps // 2)
-        whole_pairs = factor.cols // TILE_CODES * (TILE_CODES // STEP_COLUMNS // 2)
-        for first, last, whole in ((0, whole_pairs, 1), (whole_pairs, n_pairs, 0)):
+        n_groups = words_of(factor.cols)
+        whole_groups = factor.cols // TILE_CODES * (TILE_CODES // WORD_COLUMNS)
+        for first, last, whole in ((0, whole_groups, 1), (whole_groups, n_groups, 0)):
             if first < last:
                 self._add_job(
                     CODES_JOB,
                     source,
-                    low * UNIT_BYTES,
-                    high * UNIT_BYTES,
+                    place * UNIT_BYTES,
+                    order.steps,
                     factor.rows,
                     factor.cols,
                     factor.codes.shape[1],
@@ -136,13 +145,17 @@ class JobWriter:
                     first,
                     last - first,
                     whole,
+                    order.first,
+                    order.tile,
+                    order.group,
+                    order.bit,
                 )
-        return low, high
 
-    def add_groups(self, factor: PackedFactor, shape: FragmentShape) -> int:
+    def add_groups(self, factor: PackedFactor) -> int:
         """Job of the scales and zero points of tiles; returns their place."""
         n_tiles = -(-factor.cols // TILE_CODES)
-        place = self.reserve(n_tiles * shape.row_blocks * 16 * 4)
+        row_blocks = FragmentShape(factor.rows, 0).row_blocks
+        place = self.reserve(n_tiles * row_blocks * 16 * 4)
         self._add_job(
             GROUPS_JOB,
             self.place(factor.scale),
@@ -203,78 +216,188 @@ def _row_lengths(factor: PackedFactor) -> npt.NDArray[np.float64]:
     return spread * sqrt(factor.cols)
 
 
-def _add_band(
-    writer: JobWriter, name: str, band: PackedBand, sigma: torch.Tensor, *, step: int
-) -> tuple[Record, Record]:
-    """Records of V and U of one band."""
-    v, u = band.v, band.u
-    folded = _is_by_column(u)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Band:
+    """One rank band on its way: where its columns of U lie, and its limit of |h|."""
+
+    band: PackedBand
+    sigma: torch.Tensor
+    order: WordOrder
+    record: int
+    bound: float
+
+    @property
+    def words(self) -> int:
+        """Words up to the last one of this band."""
+        groups = words_of(self.band.rank)
+        full, rest = divmod(groups - 1, STEP_WORDS)
+        bits = self.band.u.bits
+        return self.order.first + full * self.order.tile + rest * self.order.group + bits
+
+
+def _is_folded(band: PackedBand) -> bool:
+    return _is_by_column(band.u)
+
+
+def _limit_hidden(band: PackedBand, sigma: torch.Tensor) -> float:
+    """Upper limit of |h| times what the highest bit of U is worth, for an input of length 1."""
+    lengths = _row_lengths(band.v) * sigma.numpy()
+    if _is_folded(band):
+        lengths = lengths * band.u.scale.numpy().reshape(-1).astype(np.float64)
+    worth = 1 << (band.u.bits - 1)
+    return max(_LEAST_BOUND, float(lengths.max()) * _BOUND_MARGIN) * worth
+
+
+def _order_bands(bands: Sequence[tuple[PackedBand, torch.Tensor]]) -> list[list[_Band]]:
+    """Bands that share a record: all with a scale a column; each other one has its own."""
+    shared: list[_Band] = []
+    found: list[list[_Band]] = []
+    first = 0
+    for band, sigma in bands:
+        bits, groups = band.u.bits, words_of(band.rank)
+        bound = _limit_hidden(band, sigma)
+        if _is_folded(band) or _is_by_row(band.u):
+            tile, steps = STEP_WORDS * bits, 0
+        else:
+            tile_steps = -(-bits * min(groups, STEP_WORDS) // STEP_WORDS)
+            tile, steps = STEP_WORDS * tile_steps, count_steps(band.rank) * tile_steps
+        start = first if _is_folded(band) else 0
+        order = WordOrder(first=start, tile=tile, group=bits, bit=1, steps=steps)
+        one = _Band(band=band, sigma=sigma, order=order, record=0, bound=bound)
+        if _is_folded(band):
+            shared.append(one)
+            first = one.words
+        else:
+            found.append([one])
+    return ([shared] if shared else []) + found
+
+
+def _settle(chosen: list[_Band], record: int) -> list[_Band]:
+    """Bands of one record with the steps and the limit that they share."""
+    steps = max(band.order.steps for band in chosen) or -(-chosen[-1].words // STEP_WORDS)
+    bound = max(band.bound for band in chosen)
+    return [
+        replace(band, order=replace(band.order, steps=steps), record=record, bound=bound)
+        for band in chosen
+    ]
+
+
+def _add_first(writer: JobWriter, name: str, one: _Band, target: Target) -> Record:
+    """Record of V of one band."""
+    v, u = one.band.v, one.band.u
     by_row = _is_by_row(v)
-    shape = FragmentShape(v.rows, v.cols, v.bits)
-    codes, high = writer.add_codes(v, shape)
     scales = [(v.scale, v.group[0] or v.rows)] if by_row else []
-    lengths = _row_lengths(v) * sigma.numpy()
-    if folded:
+    if _is_folded(one.band):
         scales.append((u.scale, 1 if u.scale.numel() > 1 else u.cols))
-        lengths = lengths * u.scale.numpy().reshape(-1).astype(np.float64)
+    factors = writer.add_factors(v.rows, one.sigma, scales)
+    record = _add_product(writer, name, v, factors=factors, by_row=by_row)
+    worth = 1 << (v.bits + u.bits - 2)
+    return replace(record, bound=one.bound / worth, target=target)
+
+
+def _add_product(
+    writer: JobWriter, name: str, factor: PackedFactor, *, factors: int, by_row: bool
+) -> Record:
+    """Record of a factor whose source are plain columns."""
+    order_by = order_by_bit if by_row else order_by_tile
+    order = order_by(columns=factor.cols, bits=factor.bits)
+    shape = FragmentShape(factor.rows, order.steps)
+    codes = writer.reserve(shape.size_bytes)
+    writer.add_codes(factor, codes, order)
     groups = 0
     if not by_row:
-        _check_tiles(name, v)
-        groups = writer.add_groups(v, shape)
-    bound = max(_LEAST_BOUND, float(lengths.max()) * _BOUND_MARGIN)
-    first = Record(
-        bits=v.bits,
-        codes=codes,
-        high=high,
-        rows=v.rows,
-        row_blocks=shape.row_blocks,
-        steps=shape.steps,
-        factors=writer.add_factors(v.rows, sigma, scales),
-        groups=groups,
-        first_step=step,
-        bound=bound,
-    )
-    last = _add_output(writer, name, u, scaled=not folded, step=step, bound=bound)
-    return first, last
-
-
-def _add_output(
-    writer: JobWriter, name: str, factor: PackedFactor, *, scaled: bool, step: int, bound: float
-) -> Record:
-    """Record of a factor whose rows are outputs; without `scaled` its scales lie elsewhere."""
-    shape = FragmentShape(factor.rows, factor.cols, factor.bits)
-    codes, high = writer.add_codes(factor, shape)
-    factors = groups = 0
-    if scaled and _is_by_row(factor):
-        group = factor.group[0] or factor.rows
-        factors = writer.add_factors(factor.rows, None, [(factor.scale, group)])
-    elif scaled:
         _check_tiles(name, factor)
-        groups = writer.add_groups(factor, shape)
+        groups = writer.add_groups(factor)
     return Record(
-        bits=factor.bits,
+        readings=factor.bits,
         codes=codes,
-        high=high,
         rows=factor.rows,
         row_blocks=shape.row_blocks,
-        steps=shape.steps,
+        steps=count_steps(factor.cols),
         factors=factors,
         groups=groups,
-        first_step=step,
-        bound=bound,
+        bound=1.0,
+        first_pair=0,
+        tile_steps=factor.bits,
+        bits=factor.bits,
     )
+
+
+def _add_last(writer: JobWriter, matrix: PackedMatrix, bands: list[_Band], *, pair: int) -> Record:
+    """Record of U of all bands that share one."""
+    order, last = bands[0].order, bands[-1].band.u
+    shape = FragmentShape(matrix.out_features, order.steps)
+    codes = writer.reserve(shape.size_bytes)
+    for one in bands:
+        writer.add_codes(one.band.u, codes, one.order)
+    factors = groups = 0
+    if not _is_folded(bands[0].band):
+        if _is_by_row(last):
+            scales = [(last.scale, last.group[0] or last.rows)]
+            factors = writer.add_factors(last.rows, None, scales)
+        else:
+            _check_tiles(matrix.name, last)
+            groups = writer.add_groups(last)
+    return Record(
+        readings=1,
+        codes=codes,
+        rows=matrix.out_features,
+        row_blocks=shape.row_blocks,
+        steps=order.steps,
+        factors=factors,
+        groups=groups,
+        bound=bands[0].bound,
+        first_pair=pair,
+        tile_steps=order.tile // STEP_WORDS,
+        bits=last.bits,
+    )
+
+
+def _add_bands(
+    writer: JobWriter, matrix: PackedMatrix, *, number: int, pair: int, row: int
+) -> tuple[list[Record], list[Record]]:
+    """Records of V and of U of a matrix whose hidden values begin at `pair`, its rows at `row`."""
+    shrink: list[Record] = []
+    expand: list[Record] = []
+    first = column = 0
+    ranked = []
+    for band in matrix.bands:
+        ranked.append((band, matrix.sigma[first : first + band.rank]))
+        first += band.rank
+    for record, chosen in enumerate(_order_bands(ranked)):
+        bands = _settle(chosen, record)
+        pairs = count_pairs(bands[0].order.steps)
+        for one in bands:
+            ends = pairs * 2 * STEP_WORDS if one is bands[-1] else one.words
+            target = Target(
+                first=pair * 2 * STEP_WORDS + one.order.first,
+                tile=one.order.tile,
+                bits=one.band.u.bits,
+                zeros=ends - one.words,
+                row=row + column,
+                column=column,
+                part=number,
+                record=record,
+            )
+            shrink.append(_add_first(writer, matrix.name, one, target))
+            column += words_of(one.band.rank) * WORD_COLUMNS
+        expand.append(_add_last(writer, matrix, bands, pair=pair))
+        pair += pairs
+    return shrink, expand
 
 
 def add_matrix(
-    writer: JobWriter, matrix: PackedLinear, *, first_row: int, step: int
+    writer: JobWriter, matrix: PackedLinear, *, number: int, first_row: int, pair: int, row: int
 ) -> tuple[Part, list[Record]]:
     """Jobs of one matrix of a site.
 
     Args:
         writer: of the delta.
         matrix: on the CPU.
+        number: of the matrix among those of the site.
         first_row: its first output among those of the site.
-        step: its first step of hidden values.
+        pair: its first pair of hidden values.
+        row: its first row among the right factors of the site, as `unfold` writes them.
 
     Returns:
         The part, and its records of the first stage.
@@ -283,28 +406,23 @@ def add_matrix(
         UserError: arena_recipe_unknown.
     """
     shrink: list[Record] = []
-    expand: list[Record] = []
-    source, first_step = SOURCE_HIDDEN, step
+    source = SOURCE_HIDDEN
     if isinstance(matrix, PackedMatrix):
-        first = 0
-        for band in matrix.bands:
-            sigma = matrix.sigma[first : first + band.rank]
-            v, u = _add_band(writer, matrix.name, band, sigma, step=step)
-            shrink.append(v)
-            expand.append(u)
-            step += u.steps
-            first += band.rank
+        shrink, expand = _add_bands(writer, matrix, number=number, pair=pair, row=row)
     else:
         source = SOURCE_INPUT
         factor = matrix.factor
-        expand.append(_add_output(writer, matrix.name, factor, scaled=True, step=0, bound=1.0))
-    if len({record.bits for record in expand}) < len(expand):
-        raise refuse(matrix.name, "two rank bands of one width")
+        by_row = _is_by_row(factor)
+        scales = [(factor.scale, factor.group[0] or factor.rows)]
+        factors = writer.add_factors(factor.rows, None, scales) if by_row else 0
+        record = _add_product(writer, matrix.name, factor, factors=factors, by_row=by_row)
+        expand = [replace(record, bound=float(1 << (factor.bits - 1)))]
+    if len(expand) > MAX_OUTPUTS:
+        raise refuse(matrix.name, f"{len(expand)} rank bands with scales of their own")
     part = Part(
         first_row=first_row,
         rows=matrix.out_features,
         source=source,
-        first_step=first_step,
         expand=tuple(expand),
     )
     return part, shrink

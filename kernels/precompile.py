@@ -24,7 +24,7 @@ from triton.runtime.cache import get_cache_manager
 
 from kernels.arena import REPACK_BLOCK, DeltaArena
 from kernels.compile_matrix import WARP_SIZE
-from kernels.fragments import STEP_COLUMNS, UNIT_BYTES
+from kernels.fragments import UNIT_BYTES, WORD_COLUMNS
 from kernels.plan import StepPlan
 from kernels.serving import add_delta, choose_layer, multiply_beside, multiply_layer
 from kernels.triton_ops.launch_batch import launch_gather, launch_project, launch_repack
@@ -155,12 +155,12 @@ def _launch_arena(wanted: ArenaKernels) -> None:
         unfold(
             arena.directory[0, site],
             arena.table,
-            torch.empty(where.total_out, STEP_COLUMNS, dtype=dtype),
-            torch.empty(STEP_COLUMNS, where.in_features, dtype=dtype),
+            torch.empty(where.total_out, WORD_COLUMNS, dtype=dtype),
+            torch.empty(WORD_COLUMNS, where.in_features, dtype=dtype),
             n_shrink=1,
             n_parts=len(where.parts),
             widths=spec.widths(site),
-            grouping=spec.grouping(site),
+            has_groups=spec.has_groups(site),
         )
 
 
@@ -168,8 +168,7 @@ def _launch_room(arena: DeltaArena, room: Room) -> None:
     plan = StepPlan(
         arena,
         n_tokens=room.n_tokens,
-        n_groups=room.n_groups,
-        units_per_group=room.units_per_group,
+        n_places=room.n_places,
         planes=room.planes,
     )
     n_tokens = room.n_tokens or 1

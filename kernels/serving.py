@@ -1,7 +1,6 @@
 """A linear layer of many fine-tunes at once: one backbone product, and each token's own delta."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -9,15 +8,10 @@ from torch.nn import functional
 from deltacome_core.errors import InternalError, UserError
 from kernels import batch_reference
 from kernels.arena import ArenaSpec, DeltaArena
-from kernels.fragments import STEP_COLUMNS
+from kernels.fragments import count_steps
 from kernels.plan import PLANS, StepPlan
 from kernels.streams import running_beside
 from kernels.tuning import Shape, Stage, choose_shape
-
-_MANY_GROUPS = 1 << 30
-# Tiles of 16 x 8 sums of a warp, and the registers that two units of them fit in.
-_MOST_SUMS = 8
-_LEAST_REGISTERS = 168
 
 
 def find_site(arena: DeltaArena, name: str) -> int:
@@ -61,24 +55,13 @@ def shape_for(stage: Stage, plan: StepPlan, site: int) -> Shape:
         site: number of the site.
 
     Returns:
-        The measured shape; for groups of several units one whose sums stay in registers.
+        The measured shape.
     """
     from kernels.triton_ops.launch_batch import current_arch
 
     arch = current_arch()
     steps, rows = measure_stage(stage, plan.arena.spec, site)
-    if plan.units_per_group == 1:
-        return choose_shape(stage, groups=plan.n_groups, steps=steps, rows=rows, arch=arch)
-    # Groups of several units come in any number: one kernel serves them all. Its sums are as many
-    # as blocks times units, and have to stay in registers: activations that are loaded ahead, or a
-    # limit that suits one unit, would push them out.
-    shape = choose_shape(stage, groups=_MANY_GROUPS, steps=steps, rows=rows, arch=arch)
-    return replace(
-        shape,
-        blocks=min(shape.blocks, max(1, _MOST_SUMS // plan.units_per_group)),
-        inputs_ahead=False,
-        registers=max(shape.registers, _LEAST_REGISTERS) if shape.registers else 0,
-    )
+    return choose_shape(stage, tokens=plan.n_places, steps=steps, rows=rows, arch=arch)
 
 
 def measure_stage(stage: Stage, spec: ArenaSpec, site: int) -> tuple[int, int]:
@@ -93,10 +76,12 @@ def measure_stage(stage: Stage, spec: ArenaSpec, site: int) -> tuple[int, int]:
         Steps along the rows that are read, and how many rows those are.
     """
     where = spec.sites[site]
+    rows = max(sum(needs.shrink_rows) for needs in spec.needs[site])
+    inputs = count_steps(where.in_features)
     if stage == "shrink":
-        return where.input_steps, spec.hidden_steps(site) * STEP_COLUMNS
-    steps = spec.hidden_steps(site) if stage == "expand" else where.input_steps
-    return steps, where.total_out
+        return inputs, rows
+    hidden = 2 * spec.hidden_pairs(site)
+    return hidden if stage == "expand" else inputs, where.total_out
 
 
 def _launch_first(
@@ -118,7 +103,7 @@ def _launch_last(y: torch.Tensor, plan: StepPlan, site: int, *, overlap: bool) -
 
     shape = shape_for("expand", plan, site)
     # Without hidden values no shrink was launched that this could overlap.
-    launch_expand(y, plan, site, shape, overlap=overlap and plan.arena.spec.hidden_steps(site) > 0)
+    launch_expand(y, plan, site, shape, overlap=overlap and plan.arena.spec.hidden_pairs(site) > 0)
 
 
 def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> torch.Tensor:

@@ -37,83 +37,77 @@ def _shape(
     ahead: int,
     *,
     x: bool = False,
-    lean: bool = False,
+    stages: int = 0,
     first: int = 0,
     registers: int = 0,
 ) -> Shape:
-    """A candidate; `lean` loads codes in place and past the first cache."""
     return Shape(
         blocks=blocks,
         along_steps=along_steps,
         along_rows=along_rows,
         ahead=ahead,
         inputs_ahead=x,
-        in_place=lean,
-        past_l1=lean,
+        stages=stages,
         streams_first=first,
         registers=registers,
     )
 
 
-# Those of fifty that were within a twentieth of the best somewhere, and their neighbours.
+# A program of `shrink` has a multiple of 32 rows.
 CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
     "shrink": (
-        _shape(1, 16, 1, 4),
-        _shape(1, 16, 1, 4, x=True),
-        _shape(1, 8, 1, 4),
-        _shape(2, 8, 1, 4),
+        _shape(2, 16, 1, 1),
+        _shape(2, 8, 1, 2),
         _shape(2, 8, 1, 2, x=True),
-        _shape(2, 4, 1, 4),
-        _shape(2, 4, 1, 4, x=True),
+        _shape(2, 8, 1, 4, x=True, registers=128),
         _shape(2, 4, 1, 2, x=True),
-        _shape(2, 4, 2, 2, x=True),
-        _shape(2, 4, 2, 4),
-        replace(_shape(2, 4, 1, 4, x=True, registers=96), past_l1=True),
-        _shape(1, 16, 1, 4, lean=True),
-        _shape(1, 8, 1, 4, lean=True),
-        _shape(2, 8, 1, 4, lean=True),
-        _shape(2, 4, 1, 4, x=True, lean=True),
-        _shape(2, 4, 1, 8, x=True, lean=True),
-        _shape(4, 4, 1, 4, x=True, lean=True),
+        _shape(2, 4, 1, 2, x=True, registers=80),
+        _shape(2, 4, 1, 4),
+        _shape(2, 4, 1, 4, x=True, registers=96),
+        _shape(2, 4, 1, 4, x=True, registers=128),
+        _shape(2, 4, 1, 4, x=True, registers=160),
+        _shape(2, 4, 2, 4, x=True, registers=128),
+        _shape(2, 4, 1, 8, x=True, registers=208),
+        _shape(4, 4, 1, 2, x=True, registers=168),
+        _shape(4, 4, 1, 4, x=True, registers=240),
     ),
     "expand": (
+        _shape(1, 4, 1, 1),
+        _shape(1, 4, 1, 2),
         _shape(1, 4, 1, 2, x=True),
+        _shape(2, 2, 1, 2),
         _shape(2, 2, 2, 2),
-        _shape(2, 2, 2, 2, x=True, registers=96),
-        _shape(2, 1, 2, 4),
-        _shape(2, 1, 4, 2),
-        _shape(2, 1, 4, 2, x=True, registers=96),
+        _shape(2, 2, 2, 2, x=True),
+        _shape(2, 2, 2, 4, x=True, registers=128),
+        _shape(2, 2, 1, 4, x=True, registers=128),
         _shape(2, 1, 4, 2, x=True, registers=80),
-        _shape(2, 1, 2, 2, x=True, registers=96),
-        _shape(4, 1, 2, 2, registers=128),
-        _shape(4, 1, 2, 2, x=True, registers=128),
-        replace(_shape(2, 1, 4, 2, x=True, registers=80), past_l1=True),
-        replace(_shape(4, 1, 2, 2, x=True, registers=128), past_l1=True),
-        _shape(1, 4, 1, 2, x=True, lean=True),
-        _shape(2, 2, 2, 2, lean=True),
-        _shape(2, 1, 4, 2, x=True, lean=True, registers=80),
-        _shape(2, 1, 4, 2, x=True, lean=True, registers=96),
-        _shape(2, 1, 4, 4, x=True, lean=True, registers=128),
-        _shape(4, 1, 2, 2, x=True, lean=True, registers=128),
-        _shape(4, 1, 1, 2, x=True, lean=True, registers=128),
+        _shape(2, 1, 4, 4, x=True, registers=128),
+        _shape(2, 1, 4, 3, x=True, registers=112),
+        _shape(4, 1, 2, 2, x=True, registers=168),
+        _shape(4, 1, 2, 4, x=True, registers=240),
+        _shape(2, 1, 4, 1, stages=4),
+        _shape(2, 1, 4, 1, stages=4, registers=64),
+        _shape(2, 2, 1, 1, stages=4),
+        _shape(4, 1, 2, 1, stages=4),
+        _shape(4, 1, 2, 1, stages=4, registers=96),
+        _shape(4, 1, 4, 1, stages=4),
     ),
     "layer": (
         _shape(2, 2, 2, 2),
         _shape(2, 2, 2, 2, first=132),
+        _shape(2, 2, 2, 4, first=132),
+        _shape(2, 2, 2, 4, x=True, first=132, registers=128),
         _shape(2, 2, 2, 2, first=264),
+        _shape(2, 2, 2, 4, x=True, first=264, registers=128),
         _shape(2, 2, 2, 2, first=528),
-        _shape(2, 2, 2, 2, first=264, x=True),
-        _shape(2, 2, 2, 2, first=264, registers=168),
-        _shape(2, 4, 1, 2, first=264),
-        _shape(2, 2, 2, 2, first=264, lean=True),
-        replace(_shape(2, 2, 2, 2, first=264, lean=True), stream_columns=512, stream_stages=3),
-        replace(_shape(2, 2, 2, 2, first=264, lean=True), stream_stages=6),
-        replace(_shape(2, 2, 2, 2, first=528, lean=True), stream_columns=512),
+        _shape(2, 2, 2, 2, x=True, first=528),
+        _shape(1, 4, 1, 2, first=264),
+        replace(_shape(2, 2, 2, 2, first=264), stream_columns=512, stream_stages=3),
     ),
 }
-GROUPS: Final = (1, 8, 32)
+TOKENS: Final = (1, 8, 32)
 # What a choice is found by.
-KEY: Final = ("stage", "groups", "steps", "rows")
+KEY: Final = ("stage", "tokens", "steps", "rows")
 _N_SLOTS: Final = 160
 # Whole programs of every shape.
 _TINY_OUT: Final = 128
@@ -208,9 +202,9 @@ def _runs(
 ) -> Iterator[tuple[Stage, Shape, Callable[[], None]]]:
     """Each candidate and a run of it over all plans."""
     where = arena.spec.sites[site]
-    n_groups = plans[0].n_tokens
-    x = torch.randn(n_groups, where.in_features, device="cuda").bfloat16()
-    y = torch.randn(n_groups, where.total_out, device="cuda")
+    n_tokens = plans[0].n_tokens
+    x = torch.randn(n_tokens, where.in_features, device="cuda").bfloat16()
+    y = torch.randn(n_tokens, where.total_out, device="cuda")
     weights = _draw_weights(where) if "layer" in stages else []
     for plan in plans:
         launch_prepare(x, plan, site)
@@ -228,18 +222,18 @@ def _runs(
     for stage in stages:
         for shape in CANDIDATES[stage]:
             fits = all(out % shape.rows == 0 for out in where.out_features)
-            if stage != "layer" or (fits and n_groups == 1):
+            if stage != "layer" or (fits and n_tokens == 1):
                 yield stage, shape, partial(launch, stage, shape)
 
 
 def _time_shapes(
-    arena: DeltaArena, site: int, n_groups: int, stages: Sequence[Stage]
+    arena: DeltaArena, site: int, n_tokens: int, stages: Sequence[Stage]
 ) -> list[dict[str, Any]]:
     """Each candidate on rotating tenants, so that no codes are found in the cache."""
     plans = []
-    for first in range(arena.n_slots // n_groups if n_groups > 1 else 48):
-        plan = StepPlan(arena, n_tokens=n_groups)
-        plan.assign([(first * n_groups + i) % arena.n_slots for i in range(n_groups)])
+    for first in range(arena.n_slots // n_tokens if n_tokens > 1 else 48):
+        plan = StepPlan(arena, n_tokens=n_tokens)
+        plan.assign([(first * n_tokens + i) % arena.n_slots for i in range(n_tokens)])
         plans.append(plan)
     found = []
     for stage, shape, run in _runs(arena, site, plans, stages):
@@ -247,7 +241,7 @@ def _time_shapes(
         found.append(
             {
                 "stage": stage,
-                "groups": n_groups,
+                "tokens": n_tokens,
                 "steps": steps,
                 "rows": rows,
                 "site": arena.spec.sites[site].name.rpartition(".")[2],
@@ -259,7 +253,7 @@ def _time_shapes(
 
 
 def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The fastest shape for each stage, number of groups, length and number of rows.
+    """The fastest shape for each stage, number of tokens, length and number of rows.
 
     Args:
         rows: of the timings.
@@ -281,28 +275,28 @@ def choose(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return chosen
 
 
-def sweep(stages: Sequence[Stage], group_counts: Sequence[int]) -> list[dict[str, Any]]:
+def sweep(stages: Sequence[Stage], token_counts: Sequence[int]) -> list[dict[str, Any]]:
     """Time candidates on the sites of one layer of a Llama-2-7B.
 
     Args:
         stages: whose candidates.
-        group_counts: groups of tokens of a launch.
+        token_counts: tokens of a launch, each of another tenant.
 
     Returns:
-        One row a candidate, site and number of groups.
+        One row a candidate, site and number of tokens.
     """
     sites = LLAMA_7B.sites()[:4]
     image = build_image(sites, Pool(0).delta(sites, HUB), pin=True)
     arena = DeltaArena(ArenaSpec.covering(sites, [image]), n_slots=_N_SLOTS, device="cuda")
     fill_slots(arena, image)
     rows = []
-    for site, n_groups in product(range(len(sites)), group_counts):
-        rows += _time_shapes(arena, site, n_groups, stages)
+    for site, n_tokens in product(range(len(sites)), token_counts):
+        rows += _time_shapes(arena, site, n_tokens, stages)
     return rows
 
 
 def merge_tables(table: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Put new timings in the place of those of the same stages and numbers of groups.
+    """Put new timings in the place of those of the same stages and numbers of tokens.
 
     Args:
         table: what was written before, may be empty.
@@ -311,10 +305,10 @@ def merge_tables(table: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str,
     Returns:
         The table with choices made of what was measured last.
     """
-    new = {(row["stage"], row["groups"]) for row in rows}
+    new = {(row["stage"], row["tokens"]) for row in rows}
 
     def keep(old: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [row for row in old if (row["stage"], row["groups"]) not in new]
+        return [row for row in old if (row["stage"], row["tokens"]) not in new]
 
     return {
         "device": torch.cuda.get_device_name(),
@@ -329,7 +323,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="TABLE")
     parser.add_argument("--update", type=Path, help="a table whose other launches are kept")
     parser.add_argument("--stages", nargs="+", choices=tuple(CANDIDATES), default=list(CANDIDATES))
-    parser.add_argument("--groups", nargs="+", type=int, default=list(GROUPS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -340,7 +334,7 @@ def main() -> int:
         return 0
     precompile(arguments.stages)
     old = {} if arguments.update is None else json.loads(arguments.update.read_text())
-    table = merge_tables(old, sweep(arguments.stages, arguments.groups))
+    table = merge_tables(old, sweep(arguments.stages, arguments.tokens))
     text = json.dumps(table, indent=1) + "\n"
     if arguments.out is None:
         sys.stdout.write(text)

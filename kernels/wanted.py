@@ -18,15 +18,14 @@ from kernels.vocabulary import RowKind
 class Room:
     """Step plans of one size, the sites where they run, and dtypes of inputs and outputs there.
 
-    n_tokens and n_groups are those of a `StepPlan`, which has one of them. is_whole: the plan's
+    n_tokens and n_places are those of a `StepPlan`, which has one of them. is_whole: the plan's
     tokens may be all of a step, so that the backbone's product runs beside the first stage.
     """
 
     first_site: int
     last_site: int
     n_tokens: int = 0
-    n_groups: int = 0
-    units_per_group: int = 1
+    n_places: int = 0
     planes: int = PLANES
     is_whole: bool = False
     reads: str

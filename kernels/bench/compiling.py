@@ -39,7 +39,7 @@ def want_case(case: BatchCase) -> ArenaKernels:
     Returns:
         Its kernels, and those of unfolding, which it does not launch.
     """
-    rooms = _list_rooms(1, n_tokens=len(case.slots), units_per_group=case.units, planes=case.planes)
+    rooms = _list_rooms(1, n_tokens=len(case.slots), planes=case.planes)
     return ArenaKernels(spec=cover_case(case), rooms=rooms, dtype=_OUTPUTS)
 
 

@@ -63,8 +63,7 @@ class BatchCase:
     slots: tuple[int, ...]
     outs: tuple[int, ...] = (4096, 1024)
     width: int = 4096
-    planes: int = 4
-    units: int = 1
+    planes: int = PLANES
     outliers: bool = False
     recorded: str = ""
 
@@ -73,12 +72,12 @@ class BatchCase:
         flags = "-outliers" if self.outliers else ""
         flags += f"-smollm2-{self.recorded}" if self.recorded else ""
         sizes = f"{'+'.join(map(str, self.outs))}x{self.width}"
-        return f"{layouts}-{sizes}-t{len(self.slots)}-p{self.planes}-u{self.units}{flags}"
+        return f"{layouts}-{sizes}-t{len(self.slots)}-p{self.planes}{flags}"
 
 
 def list_cases() -> Iterator[BatchCase]:
     """Cases for a device: published and odd shapes, mixed recipes, precisions, group sizes."""
-    for layout, planes in product((HUB, COME, BITDELTA), (4, 2)):
+    for layout, planes in product((HUB, COME, BITDELTA), (PLANES, FAST_PLANES)):
         yield BatchCase(layouts=(layout, layout), slots=(0, 1, -1, 0), planes=planes)
     # The busiest of eight tenants has 23 tokens.
     skewed = tuple(token * token // 512 for token in range(64))
@@ -86,16 +85,17 @@ def list_cases() -> Iterator[BatchCase]:
         yield BatchCase(layouts=(HUB,) * 8, slots=skewed, outs=(4096, 4096, 1024), planes=planes)
     many = tuple([0] * 9 + [1] * 3 + [-1] * 2 + [2] * 5)
     yield BatchCase(layouts=(_SOME, _SOME_TILES, BITDELTA), slots=many)
-    for units in (2, 4):
-        yield BatchCase(layouts=(HUB, HUB, HUB), slots=many, units=units)
+    yield BatchCase(layouts=(HUB, HUB, HUB), slots=many)
     yield BatchCase(layouts=(HUB,), slots=(0,), outs=(4096,), width=11008, outliers=True)
-    yield BatchCase(layouts=(HUB,), slots=(0, -1), planes=2, outliers=True)
-    for layout, planes in product((_ODD, _ODD_TILES), (4, 2)):
+    yield BatchCase(layouts=(HUB,), slots=(0, -1), planes=FAST_PLANES, outliers=True)
+    for layout, planes in product((_ODD, _ODD_TILES), (PLANES, FAST_PLANES)):
         slots = (0, 1, 0, -1)
         yield BatchCase(
             layouts=(layout, layout), slots=slots, outs=(417, 96), width=300, planes=planes
         )
-    for planes, (key, width) in product((4, 2), (("28.qkv", 576), ("28.down", 1536))):
+    for planes, (key, width) in product(
+        (PLANES, FAST_PLANES), (("28.qkv", 576), ("28.down", 1536))
+    ):
         yield BatchCase(
             layouts=(_ODD,), slots=(0,) * 8, outs=(576,), width=width, planes=planes, recorded=key
         )
@@ -195,7 +195,7 @@ def run_case(case: BatchCase, device: torch.device | str, *, seed: int = 0) -> d
     held = [arena.load(image) for image in images]
     slots = [held[slot] if slot >= 0 else -1 for slot in case.slots]
     x = draw_inputs(case, torch.Generator().manual_seed(seed)).to(device)
-    plan = StepPlan(arena, n_tokens=len(slots), units_per_group=case.units, planes=case.planes)
+    plan = StepPlan(arena, n_tokens=len(slots), planes=case.planes)
 
     def run(base: torch.Tensor, rows: torch.Tensor, order: list[int]) -> torch.Tensor:
         _poison(plan)

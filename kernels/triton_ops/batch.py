@@ -5,22 +5,26 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import directory
-from kernels.triton_ops.parts import finish_part, mask_columns, start_part, weigh_planes
+from kernels.triton_ops.bits import transpose_bits, vote_negative
+from kernels.triton_ops.mma import SIGN_BITS, words_of_pair
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
+    MAX_OUTPUTS,
     MAX_RECORDS,
-    N_WIDTHS,
     PART_INTS,
     RECORD_INTS,
     SHRINK_RECORDS,
-    add_shares,
     find_block,
     finish_record,
+    load_bound,
     load_pointer,
     load_record,
+    load_sums,
+    order_shares,
     row_of_share,
     start_record,
+    sum_part,
 )
 
 INPUT = tl.constexpr(directory.SOURCE_INPUT)
@@ -31,30 +35,8 @@ LEAST = tl.constexpr(1e-20)
 
 @triton.constexpr_function
 def largest_number(n_planes):
-    """Largest whole number of an activation or hidden value, in signed digits of 8 bits."""
-    return 1 << 30 if n_planes == 4 else 32512  # noqa: PLR2004 planes
-
-
-@triton.constexpr_function
-def carry_of_digits(n_planes):
-    """What makes the bytes of a whole number, once added and once flipped, its signed digits."""
-    return sum(0x80 << 8 * plane for plane in range(n_planes - 1))
-
-
-@triton.jit
-def store_planes(at, value, mask, N_PLANES: tl.constexpr):
-    """Write whole numbers as signed digits of 8 bits, the highest first, 32 bytes apart.
-
-    Args:
-        at: Pointers to the highest digit, int8.
-        value: int32 of their shape.
-        mask: What to write.
-        N_PLANES: Digits.
-    """
-    digits = (value + carry_of_digits(N_PLANES)) ^ carry_of_digits(N_PLANES)
-    for plane in tl.static_range(N_PLANES):
-        digit = (digits >> (8 * (N_PLANES - 1 - plane))).to(tl.int8)
-        tl.store(at + 32 * plane, digit, mask=mask)
+    """Largest whole number of an activation or hidden value of so many bytes, its sign aside."""
+    return 1 << (8 * n_planes - 2)
 
 
 @triton.jit
@@ -63,249 +45,328 @@ def round_to_int(value) -> tl.tensor:
     return (value + tl.where(value < 0, -0.5, 0.5)).to(tl.int32)
 
 
+@triton.jit
+def place_words(word, plane, N_PLANES: tl.constexpr):
+    """Where the words of a source's bits lie, int32 of them: two steps side by side in a pair.
+
+    Args:
+        word: int32, number of the word in the source: four a step.
+        plane: int32, number of the bit.
+        N_PLANES: Bytes of a number.
+    """
+    pair = word // 8
+    return (pair * words_of_pair(N_PLANES) + plane * 4 + word % 4) * 2 + word // 4 % 2
+
+
 @triton.jit(
-    do_not_specialize=["n_cols", "n_steps", "x_stride", "slot_stride", "site_offset", "n_cleared"]
+    do_not_specialize=["n_cols", "n_words", "x_stride", "slot_stride", "site_offset", "n_cleared"]
 )
 def prepare_kernel(
     x_ptr,
     x_stride,
-    group_tokens_ptr,
-    group_slot_ptr,
+    token_ptr,
+    slot_ptr,
     planes_ptr,
+    planes_stride,
     step_ptr,
     norm_ptr,
+    sums_ptr,
     n_cols,
-    n_steps,
+    n_words,
     directory_ptr,
     slot_stride,
     site_offset,
     cleared_ptr,
     n_cleared,
-    GROUP_TOKENS: tl.constexpr,
     N_PLANES: tl.constexpr,
+    SMALLEST: tl.constexpr,
     BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One token: x [n_cols] as int8 planes, the worth of a unit, and its length.
+    """THREADS CHUNKS columns of a token: x [n_cols] as bits, the worth of a unit, and its length.
 
-    Also clears n_cleared elements of the token, and touches the directory so that the kernels
-    that follow find it in the cache.
+    Numbers are multiples of SMALLEST: the lowest bit of a code reads them so many times smaller.
+
+    The first program of a token also clears n_cleared elements of it, and touches the directory so
+    that the kernels that follow find it in the cache.
     """
     if OVERLAP:
         # A kernel that starts early reads the plan before it waits: nothing may still write it.
         gdc_wait()
         gdc_launch_dependents()
     place = tl.program_id(0)
-    token = tl.load(group_tokens_ptr + place)
+    token = tl.load(token_ptr + place)
     if token >= 0:
-        slot = tl.load(group_slot_ptr + place // GROUP_TOKENS)
-        entry = tl.arange(0, ENTRY_ROOM)
-        entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-        tl.load(entry_ptr + entry, mask=entry < ENTRY_INTS, other=0, volatile=True)
+        x_at = x_ptr + token.to(tl.int64) * x_stride
         col = tl.arange(0, BLOCK)
-        x_at = x_ptr + token.to(tl.int64) * x_stride + col
-        x = tl.load(x_at, mask=col < n_cols, other=0.0).to(tl.float32)
-        for start in range(0, n_cleared, BLOCK):
-            at = cleared_ptr + token.to(tl.int64) * n_cleared + start + col
-            tl.store(at, tl.zeros_like(x), mask=start + col < n_cleared)
-        # Zeros must not divide by zero: a token of them has the length of the least one.
+        x = tl.load(x_at + col, mask=col < n_cols, other=0.0).to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST)
-        norm = largest * tl.sqrt(tl.sum((x / largest) * (x / largest), axis=0))
-        units: tl.constexpr = largest_number(N_PLANES)
-        unit_tokens: tl.constexpr = 8 // N_PLANES
-        tl.store(step_ptr + place, largest / units)
-        tl.store(norm_ptr + place, tl.maximum(norm, LEAST))
-        column = place % unit_tokens * N_PLANES
-        step = (place // unit_tokens).to(tl.int64) * n_steps + col // 32
-        at = planes_ptr + (step * 8 + column) * 32
-        value = round_to_int(x * (units / largest))
-        store_planes(at + col % 32, value, col < n_steps * 32, N_PLANES)
+        if tl.program_id(1) == 0:
+            slot = tl.load(slot_ptr + place)
+            entry = tl.arange(0, ENTRY_ROOM)
+            entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
+            tl.load(entry_ptr + entry, mask=entry < ENTRY_INTS, other=0, volatile=True)
+            for start in range(0, n_cleared, BLOCK):
+                at = cleared_ptr + token.to(tl.int64) * n_cleared + start + col
+                tl.store(at, tl.zeros_like(x), mask=start + col < n_cleared)
+            # Zeros must not divide by zero: a token of them has the length of the least one.
+            norm = largest * tl.sqrt(tl.sum((x / largest) * (x / largest), axis=0))
+            tl.store(step_ptr + place, largest / largest_number(N_PLANES))
+            tl.store(norm_ptr + place, tl.maximum(norm, LEAST))
+        thread = tl.arange(0, THREADS)
+        lane = thread % 32
+        target_ptr = planes_ptr + place.to(tl.int64) * planes_stride
+        total = tl.zeros((THREADS,), dtype=tl.int64)
+        for chunk in tl.static_range(CHUNKS):
+            own = (tl.program_id(1) * CHUNKS + chunk) * THREADS + thread
+            value = tl.load(x_at + own, mask=own < n_cols, other=0.0).to(tl.float32)
+            number = (
+                round_to_int(value * (largest_number(N_PLANES) / SMALLEST / largest)) * SMALLEST
+            )
+            total += number.to(tl.int64)
+            word = own // 32
+            bits = transpose_bits(number, lane, USE_PTX)
+            tl.store(target_ptr + place_words(word, lane, N_PLANES), bits, mask=word < n_words)
+            # A number of three bytes has its sign in all bits above them.
+            if N_PLANES == 4:  # noqa: PLR2004 bytes
+                sign = vote_negative(number, USE_PTX)
+                at = target_ptr + place_words(word, 32 + lane, N_PLANES)
+                tl.store(at, sign, mask=(word < n_words) & (lane < SIGN_BITS))
+        share_at = sums_ptr + place.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(share_at, tl.sum(total, axis=0))
 
 
-@triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset"])
+@triton.jit
+def load_target(record_ptr):
+    """Where a band's hidden values go: first word, words of a tile, bits, words of zeros."""
+    return (
+        tl.load(record_ptr + 11),
+        tl.load(record_ptr + 12),
+        tl.load(record_ptr + 13),
+        tl.load(record_ptr + 14),
+    )
+
+
+@triton.jit
+def store_hidden(
+    h,
+    target,
+    target_ptr,
+    sums_ptr,
+    block,
+    n_rows,
+    lane,
+    N_PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    THREADS: tl.constexpr,
+    USE_PTX: tl.constexpr,
+) -> None:
+    """Write ROWS hidden values of a band as bits, once for each bit of the codes they meet.
+
+    Args:
+        h: int32 [ROWS], 0 beyond the band; bits that the last copy shifts out are 0.
+        target: Of `load_target`.
+        target_ptr: int32, the token's hidden values.
+        sums_ptr: int64, sums of each word of them.
+        block: Number of these rows among those of the band.
+        n_rows: Rows of the band.
+        lane: int32 [THREADS], 0..31.
+        N_PLANES: Bytes of a number.
+        ROWS: A multiple of 32, and a divisor of THREADS.
+        THREADS: Of the program.
+        USE_PTX: Of `transpose_bits`.
+    """
+    tl.static_assert(ROWS % 32 == 0 and THREADS % ROWS == 0)
+    COPIES: tl.constexpr = THREADS // ROWS
+    first, tile, n_bits, n_zeros = target
+    thread = tl.arange(0, THREADS)
+    values = tl.reshape(h[None, :] + tl.zeros((COPIES, ROWS), dtype=tl.int32), (THREADS,))
+    # Sums of 32 values, in all of their lanes.
+    whole = tl.sum(tl.reshape(values, (THREADS // 32, 32)).to(tl.int64), axis=1)[:, None]
+    whole = tl.reshape(whole + tl.zeros((THREADS // 32, 32), dtype=tl.int64), (THREADS,))
+    group = block * (ROWS // 32) + thread % ROWS // 32
+    n_groups = (n_rows + 31) // 32
+    word = first + group // 4 * tile + group % 4 * n_bits
+    # The last words of a record fill its last pair.
+    n_words = n_bits + tl.where(group == n_groups - 1, n_zeros, 0)
+    for start in range(0, n_bits + n_zeros, COPIES):
+        bit = start + thread // ROWS
+        shift = tl.minimum(bit, 31)
+        shifted = tl.where(bit < n_bits, values >> shift, 0)
+        bits = transpose_bits(shifted, lane, USE_PTX)
+        exists = (group < n_groups) & (bit < n_words)
+        at = target_ptr + place_words(word + bit, lane, N_PLANES)
+        tl.store(at, bits, mask=exists & (lane < 8 * N_PLANES))
+        share = tl.where(bit < n_bits, whole >> shift.to(tl.int64), 0)
+        tl.store(sums_ptr + word + bit, share, mask=exists & (lane == 0))
+
+
+@triton.jit(
+    do_not_specialize=["planes_stride", "n_inputs", "hidden_stride", "slot_stride", "site_offset"]
+)
 def batch_shrink_kernel(
     planes_ptr,
+    planes_stride,
     step_ptr,
     norm_ptr,
-    x_steps,
+    sums_ptr,
+    n_inputs,
     hidden_ptr,
-    h_steps,
+    hidden_stride,
+    hidden_sums_ptr,
     table_ptr,
     directory_ptr,
     slot_stride,
     site_offset,
-    group_slot_ptr,
-    group_count_ptr,
+    slot_ptr,
     P: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUPING: tl.constexpr,
+    SUMS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
     R: tl.constexpr,
-    NT: tl.constexpr,
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PAST_L1: tl.constexpr,
+    STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One block of rows of V for one group of tokens of a tenant: hidden = planes of V x."""
-    TOKENS: tl.constexpr = 8 // P
+    """One block of rows of V for one token: hidden = bits of V x."""
+    ROWS: tl.constexpr = 16 * R * WR
+    THREADS: tl.constexpr = 32 * WK * WR
     if OVERLAP:
         gdc_launch_dependents()
-    group = tl.program_id(1)
-    slot = tl.load(group_slot_ptr + group)
+    place = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_ptr + place)
     if slot >= 0:
         entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-        number, block = find_block(entry_ptr, tl.program_id(0), 16 * R * WR)
+        number, block = find_block(entry_ptr, tl.program_id(0), ROWS)
         if number < MAX_RECORDS:
-            count = tl.load(group_count_ptr + group)
             slab = tl.load(table_ptr + slot)
-            thread = tl.arange(0, 32 * WK * WR)
+            thread = tl.arange(0, THREADS)
             lane = thread % 32
             wk = thread // 32 % WK
             wr = thread // 32 // WK
-            columns = mask_columns(lane, count, NT, P)
-            weights = weigh_planes(lane, P)
             record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
-            # Loads that only the last lines need start here, beside the codes.
-            bits = tl.load(record_ptr)
             fields = load_record(record_ptr)
-            row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
-            n_rows = fields[2]
-            factors_ptr = load_pointer(slab, fields[5], tl.float32)
-            factor = tl.load(factors_ptr + row, mask=row < n_rows, other=0.0)
-            first_step = fields[7]
-            bound = fields[8].to(tl.float32, bitcast=True)
             first_block = (block * WR + wr) * R
-            source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
-            totals = (tl.zeros_like(lane).to(tl.float32),) * (NT * R * 2)
-            for width in tl.static_range(1, 9):
-                if (WIDTHS >> width) & 1:
-                    if bits == width:
-                        started = start_record(
-                            fields, slab, first_block, wk, lane, width, R, U, PAST_L1
-                        )
-                        if OVERLAP:
-                            gdc_wait()
-                        totals = finish_record(
-                            started, slab, first_block, source_ptr, x_steps * 32, columns,
-                            weights, wk, lane, width, GROUPING, R, NT, WK, U,
-                            X_AHEAD, IN_PLACE, PAST_L1, USE_PTX,
-                        )  # fmt: skip
-            # A band is read in whole steps: the rows that fill its last one are written as 0.
-            inside = row < (n_rows + 31) // 32 * 32
-            token = tl.arange(0, TOKENS)[None, None, :, None]
-            # All planes are one tensor: it changes its layout once, not once a plane.
-            plane = tl.arange(0, P)[None, None, None, None, :]
-            for unit in tl.static_range(NT):
-                place = (group * NT + unit) * TOKENS + token
-                exists = TOKENS * unit + token < count
-                worth = 0.5 * tl.load(step_ptr + place, mask=exists, other=0.0)
-                worth /= tl.load(norm_ptr + place, mask=exists, other=1.0) * bound
-                h = add_shares(totals, unit, P, R, WK, WR) * factor * (worth * largest_number(P))
-                step = (group * NT + unit).to(tl.int64) * h_steps + first_step + row // 32
-                at = hidden_ptr + (step * 8 + P * token) * 32 + row % 32
-                digits = (round_to_int(h) + carry_of_digits(P)) ^ carry_of_digits(P)
-                digit = (digits[:, :, :, :, None] >> (8 * (P - 1 - plane))).to(tl.int8)
-                mask = (inside & exists)[:, :, :, :, None]
-                tl.store(at[:, :, :, :, None] + 32 * plane, digit, mask=mask)
+            started = start_record(fields, slab, first_block, wk, lane, R, U, STAGES)
+            # Loads that only the last lines need start here, beside the codes.
+            row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
+            factors_ptr = load_pointer(slab, fields[5], tl.float32)
+            factor = tl.load(factors_ptr + row, mask=row < fields[2], other=0.0)
+            target = load_target(record_ptr)
+            if OVERLAP:
+                gdc_wait()
+            shares = load_sums(sums_ptr + place * n_inputs, n_inputs, fields, SUMS)
+            # A unit of a product, over one of a hidden value whose last copy's bits are 0.
+            worth = 0.5 * tl.load(step_ptr + place) / tl.load(norm_ptr + place)
+            worth = worth / load_bound(fields) * largest_number(P) / (1 << target[2] - 1)
+            products = finish_record(
+                started, fields, shares, slab, first_block, planes_ptr + place * planes_stride,
+                wk, lane, IS_PLAIN, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
+            )  # fmt: skip
+            h = round_to_int(products * factor * worth) << target[2] - 1
+            store_hidden(
+                order_shares(h, R, WR), target, hidden_ptr + place * hidden_stride,
+                hidden_sums_ptr + place * (hidden_stride // words_of_pair(P) * 4), block,
+                fields[2], lane, P, ROWS, THREADS, USE_PTX,
+            )  # fmt: skip
     # Programs without work wait too: who waits for this launch means the ones before it as well.
     if OVERLAP:
         gdc_wait()
 
 
-@triton.jit(do_not_specialize=["x_steps", "h_steps", "slot_stride", "site_offset", "y_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "planes_stride",
+        "n_inputs",
+        "hidden_stride",
+        "slot_stride",
+        "site_offset",
+        "y_stride",
+    ]
+)
 def batch_expand_kernel(
     planes_ptr,
+    planes_stride,
     step_ptr,
     norm_ptr,
-    x_steps,
+    sums_ptr,
+    n_inputs,
     hidden_ptr,
-    h_steps,
+    hidden_stride,
+    hidden_sums_ptr,
     table_ptr,
     directory_ptr,
     slot_stride,
     site_offset,
-    group_slot_ptr,
-    group_count_ptr,
-    group_tokens_ptr,
+    slot_ptr,
+    token_ptr,
     y_ptr,
     y_stride,
     P: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUPING: tl.constexpr,
+    SUMS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
     HAS_DIRECT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     R: tl.constexpr,
-    NT: tl.constexpr,
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PAST_L1: tl.constexpr,
+    STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One block of outputs for one group of tokens of a tenant: y += U h, or D x."""
-    TOKENS: tl.constexpr = 8 // P
-    group = tl.program_id(1)
-    slot = tl.load(group_slot_ptr + group)
+    """One block of outputs for one token: y += U h, or D x."""
+    ROWS: tl.constexpr = 16 * R * WR
+    place = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slot_ptr + place)
     if slot >= 0:
         entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-        number, block = find_block(entry_ptr + MAX_RECORDS, tl.program_id(0), 16 * R * WR)
+        number, block = find_block(entry_ptr + MAX_RECORDS, tl.program_id(0), ROWS)
         if number < MAX_RECORDS:
-            count = tl.load(group_count_ptr + group)
             slab = tl.load(table_ptr + slot)
             part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
-            record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
-            n_rows = tl.load(entry_ptr + MAX_RECORDS + number)
+            record_ptr = entry_ptr + EXPAND_RECORDS + number * (MAX_OUTPUTS * RECORD_INTS)
+            fields = load_record(record_ptr)
             thread = tl.arange(0, 32 * WK * WR)
             lane = thread % 32
             wk = thread // 32 % WK
-            wr = thread // 32 // WK
-            columns = mask_columns(lane, count, NT, P)
-            weights = weigh_planes(lane, P)
-            source_ptr = hidden_ptr + group.to(tl.int64) * NT * h_steps * 32
-            stride = h_steps * 32
+            first_block = (block * WR + thread // 32 // WK) * R
+            started = start_record(fields, slab, first_block, wk, lane, R, U, STAGES)
+            source_ptr = hidden_ptr
+            stride = hidden_stride
+            own_sums_ptr = hidden_sums_ptr
+            sums_stride = hidden_stride // words_of_pair(P) * 8
+            n_own = 0 * n_inputs
             is_direct = tl.load(part_ptr + 1) == INPUT
             if HAS_DIRECT:
                 if is_direct:
-                    source_ptr = planes_ptr + group.to(tl.int64) * NT * x_steps * 32
-                    stride = x_steps * 32
-            first_block = (block * WR + wr) * R
-            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U, PAST_L1)
+                    source_ptr = planes_ptr
+                    stride = planes_stride
+                    own_sums_ptr = sums_ptr
+                    sums_stride = n_inputs
+                    n_own = n_inputs
+            row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
+            token = tl.load(token_ptr + place).to(tl.int64)
+            at = y_ptr + token * y_stride + tl.load(part_ptr) + row
+            n_records = tl.load(part_ptr + 2)
             if OVERLAP:
                 gdc_wait()
-            row = row_of_share(block, R, WR)  # [WR, 8, 1, 2 R]
-            row_at = y_ptr + tl.load(part_ptr) + row
-            token = tl.arange(0, TOKENS)[None, None, :, None]
             # What the last lines need is loaded beside the codes.
-            worths = ()
-            outputs = ()
-            for unit in tl.static_range(NT):
-                place = (group * NT + unit) * TOKENS + token
-                exists = TOKENS * unit + token < count
-                norm = tl.load(norm_ptr + place, mask=exists, other=0.0)
-                hidden_worth = norm / largest_number(P)
-                input_worth = tl.load(step_ptr + place, mask=exists, other=0.0)
-                worths += (0.5 * tl.where(is_direct, input_worth, hidden_worth),)
-                at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
-                at = row_at + at_token * y_stride
-                outputs += (tl.load(at, mask=exists & (row < n_rows), other=0.0).to(tl.float32),)
-            totals = finish_part(
-                started, record_ptr, slab, first_block, n_rows, source_ptr, stride,
-                columns, weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, NT, WK, U, X_AHEAD,
-                IN_PLACE, PAST_L1, USE_PTX,
+            hidden_worth = tl.load(norm_ptr + place) / largest_number(P)
+            worth = 0.5 * tl.where(is_direct, tl.load(step_ptr + place), hidden_worth)
+            y = tl.load(at, mask=row < fields[2], other=0.0).to(tl.float32)
+            y += worth * sum_part(
+                started, fields, record_ptr, n_records, own_sums_ptr + place * sums_stride,
+                n_own, slab, block, first_block, source_ptr + place * stride, wk, lane,
+                SUMS, IS_PLAIN, HAS_FACTORS, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
             )  # fmt: skip
-            for unit in tl.static_range(NT):
-                place = (group * NT + unit) * TOKENS + token
-                exists = TOKENS * unit + token < count
-                at_token = tl.load(group_tokens_ptr + place, mask=exists, other=0).to(tl.int64)
-                at = row_at + at_token * y_stride
-                y = outputs[unit] + add_shares(totals, unit, P, R, WK, WR) * worths[unit]
-                tl.store(at, y.to(y_ptr.dtype.element_ty), mask=exists & (row < n_rows))
+            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=row < fields[2])
     if OVERLAP:
         gdc_wait()

@@ -11,15 +11,6 @@ def replace_items(items, new, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def add_to_items(items, term):
-    """`items`, each with `term` added."""
-    sums = ()
-    for i in tl.static_range(len(items)):
-        sums += (items[i] + term,)
-    return sums
-
-
-@triton.jit
 def four_items(items, NUMBER: tl.constexpr):
     """The NUMBER-th four of `items`."""
     return (

@@ -8,7 +8,8 @@ import triton
 from triton.runtime import driver
 
 from deltacome_core.layout import TILE_CODES, words_per_row
-from kernels.plan import StepPlan
+from kernels.fragments import PAIR_COLUMNS, STEP_WORDS, WORD_COLUMNS
+from kernels.plan import MOST_SHARES, StepPlan
 from kernels.triton_ops import batch, gather, layer, repack
 from kernels.triton_ops.batch import (
     batch_expand_kernel,
@@ -24,6 +25,12 @@ from kernels.vocabulary import count_groups
 
 settle_keys(batch, layer, repack, gather)
 
+# Columns of a token that a thread of `prepare` turns into bits: few where few tokens fill a device.
+_FEW_TOKENS = 8
+_MOST_CHUNKS = 4
+_PREPARE_THREADS = 512
+# One number for most models, so that their kernels are the same.
+_LEAST_SUMS = 128
 # Eight ranks by 512 columns: 32 values of a basis a thread in flight.
 _PROJECT_RANKS = 8
 _PROJECT_COLUMNS = 512
@@ -83,7 +90,7 @@ def launch_prepare(
     cleared: torch.Tensor | None = None,
     overlap: bool = False,
 ) -> None:
-    """Write the int8 planes of the tokens that use a delta.
+    """Write the bits of the tokens that use a delta.
 
     Args:
         x: bf16, fp16 or fp32 [tokens, in], columns adjacent.
@@ -93,30 +100,52 @@ def launch_prepare(
         overlap: be launched while the kernel before it on this stream ends, where a device can.
     """
     arena = plan.arena
-    steps = arena.spec.sites[site].input_steps
-    block = triton.next_power_of_2(steps * 32)
-    prepare_kernel[(len(plan.group_tokens),)](
+    columns = arena.spec.sites[site].input_pairs * PAIR_COLUMNS
+    threads, chunks, shares = _share_columns(plan, site)
+    prepare_kernel[(plan.n_places, shares)](
         x,
         x.stride(0),
-        plan.group_tokens,
-        plan.group_slots,
+        plan.place_tokens,
+        plan.place_slots,
         plan.x_planes,
+        plan.x_planes.stride(0),
         plan.x_step,
         plan.x_norm,
+        plan.x_sums,
         x.shape[1],
-        steps,
+        columns // WORD_COLUMNS,
         arena.directory,
         arena.directory.stride(0),
         site * arena.directory.stride(1),
         plan.x_norm if cleared is None else cleared.view(torch.float32),
         0 if cleared is None else cleared.shape[1],
-        GROUP_TOKENS=plan.group_size,
         N_PLANES=plan.planes,
-        BLOCK=block,
+        SMALLEST=1 << (max(arena.spec.widths(site), default=1) - 1),
+        BLOCK=triton.next_power_of_2(columns),
+        THREADS=threads,
+        CHUNKS=chunks,
+        USE_PTX=is_compiled(),
         OVERLAP=overlaps(),
-        num_warps=max(1, min(16, block // 512)),
+        num_warps=threads // 32,
         **_overlapping(overlap and overlaps()),
     )
+
+
+def _share_columns(plan: StepPlan, site: int) -> tuple[int, int, int]:
+    """Threads of a program of `prepare`, columns of a thread, and programs of a token."""
+    pairs = plan.arena.spec.sites[site].input_pairs
+    threads = min(_PREPARE_THREADS, PAIR_COLUMNS * min(pairs, 2))
+    all_chunks = triton.cdiv(pairs * PAIR_COLUMNS, threads)
+    least = triton.cdiv(all_chunks, MOST_SHARES)
+    few = plan.n_places <= _FEW_TOKENS
+    chunks = max(least, 1 if few else min(_MOST_CHUNKS, all_chunks))
+    return threads, chunks, triton.cdiv(all_chunks, chunks)
+
+
+def _count_sums(plan: StepPlan, site: int) -> int:
+    """Shares of a source that a program adds up, at most."""
+    hidden = 2 * STEP_WORDS * plan.arena.spec.hidden_pairs(site)
+    return int(triton.next_power_of_2(max(_LEAST_SUMS, hidden)))
 
 
 def _overlapping(overlap: bool) -> dict[str, bool]:
@@ -127,16 +156,14 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
     """Say how both products are compiled for a site."""
     spec = plan.arena.spec
     return {
-        "WIDTHS": _sum_widths(spec.widths(site)),
-        "GROUPING": spec.grouping(site),
+        "IS_PLAIN": spec.is_plain(site),
+        "SUMS": _count_sums(plan, site),
         "R": shape.blocks,
-        "NT": plan.units_per_group,
         "WK": shape.along_steps,
         "WR": shape.along_rows,
         "U": shape.ahead,
         "X_AHEAD": shape.inputs_ahead,
-        "IN_PLACE": shape.in_place,
-        "PAST_L1": shape.past_l1,
+        "STAGES": shape.stages,
         "USE_PTX": is_compiled(),
         "OVERLAP": overlap,
         "num_warps": shape.warps,
@@ -147,7 +174,7 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
 
 
 def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None) -> None:
-    """Write the hidden planes of all groups at a site.
+    """Write the bits of the hidden values of all tokens at a site.
 
     Args:
         plan: of the step, prepared.
@@ -160,19 +187,21 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
     blocks = arena.spec.shrink_blocks(site, shape.rows)
     if blocks == 0:
         return
-    batch_shrink_kernel[(blocks, plan.n_groups)](
+    batch_shrink_kernel[(blocks, plan.n_places)](
         plan.x_planes.view(torch.int64),
+        plan.x_planes.stride(0) // 2,
         plan.x_step,
         plan.x_norm,
-        arena.spec.sites[site].input_steps,
+        plan.x_sums,
+        _share_columns(plan, site)[2],
         plan.h_planes,
-        arena.spec.hidden_steps(site),
+        plan.h_planes.stride(0),
+        plan.h_sums,
         arena.table,
         arena.directory,
         arena.directory.stride(0),
         site * arena.directory.stride(1),
-        plan.group_slots,
-        plan.group_counts,
+        plan.place_slots,
         P=plan.planes,
         **_cut(plan, site, shape, overlap=overlap),
     )
@@ -181,7 +210,7 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
 def launch_expand(
     y: torch.Tensor, plan: StepPlan, site: int, shape: Shape, *, overlap: bool = False
 ) -> None:
-    """Add the deltas of all groups to the outputs of a site.
+    """Add the deltas of all tokens to the outputs of a site.
 
     Args:
         y: bf16, fp16 or fp32 [tokens, out], columns adjacent.
@@ -193,20 +222,22 @@ def launch_expand(
     arena = plan.arena
     overlap = overlap and overlaps()
     blocks = sum(-(-out // shape.rows) for out in arena.spec.sites[site].out_features)
-    batch_expand_kernel[(blocks, plan.n_groups)](
+    batch_expand_kernel[(blocks, plan.n_places)](
         plan.x_planes.view(torch.int64),
+        plan.x_planes.stride(0) // 2,
         plan.x_step,
         plan.x_norm,
-        arena.spec.sites[site].input_steps,
+        plan.x_sums,
+        _share_columns(plan, site)[2],
         plan.h_planes.view(torch.int64),
-        arena.spec.hidden_steps(site),
+        plan.h_planes.stride(0) // 2,
+        plan.h_sums,
         arena.table,
         arena.directory,
         arena.directory.stride(0),
         site * arena.directory.stride(1),
-        plan.group_slots,
-        plan.group_counts,
-        plan.group_tokens,
+        plan.place_slots,
+        plan.place_tokens,
         y,
         y.stride(0),
         P=plan.planes,
@@ -239,7 +270,7 @@ def launch_layer(
     arena = plan.arena
     spec = arena.spec
     cut = _cut(plan, site, shape, overlap=overlaps())
-    del cut["NT"], cut["num_stages"]
+    del cut["num_stages"], cut["STAGES"]
     n_delta = len(weight) // shape.rows
     n_base = len(weight) // LAYER_ROWS
     layer_kernel[(n_delta + n_base,)](
@@ -252,12 +283,15 @@ def launch_layer(
         plan.x_planes.view(torch.int64),
         plan.x_step,
         plan.x_norm,
+        plan.x_sums,
+        _share_columns(plan, site)[2],
         plan.h_planes.view(torch.int64),
+        plan.h_sums,
         arena.table,
         arena.directory,
         arena.directory.stride(0),
         site * arena.directory.stride(1),
-        plan.group_slots,
+        plan.place_slots,
         plan.terms,
         plan.products,
         plan.arrivals,
@@ -269,6 +303,7 @@ def launch_layer(
         ROWS=LAYER_ROWS,
         BLOCK=shape.stream_columns,
         STAGES=shape.stream_stages,
+        CODE_STAGES=shape.stages,
         **cut,
     )
 

@@ -7,16 +7,17 @@ from triton.language.extra.cuda import gdc_wait
 from kernels import directory
 from kernels.triton_ops.batch import INPUT, largest_number
 from kernels.triton_ops.masks import mask_if
-from kernels.triton_ops.parts import finish_part, mask_columns, start_part, weigh_planes
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
     EXPAND_SIZES,
-    N_WIDTHS,
+    MAX_OUTPUTS,
     PART_INTS,
     RECORD_INTS,
-    add_shares,
+    load_record,
     row_of_share,
+    start_record,
+    sum_part,
 )
 
 MAX_PARTS = tl.constexpr(directory.MAX_PARTS)
@@ -50,15 +51,18 @@ def sum_delta(
     planes_ptr,
     step_ptr,
     norm_ptr,
+    sums_ptr,
+    n_inputs,
     hidden_ptr,
+    hidden_sums_ptr,
     table_ptr,
     directory_ptr,
     slot_stride,
     site_offset,
-    group_slot_ptr,
+    slot_ptr,
     P: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUPING: tl.constexpr,
+    SUMS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
     HAS_DIRECT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     R: tl.constexpr,
@@ -66,49 +70,51 @@ def sum_delta(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PAST_L1: tl.constexpr,
+    CODE_STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
-    """The delta of a lone token at 16 R WR outputs, fp32 [WR, 8, 8 / P, 2 R] as of `add_shares`.
+    """The delta of a lone token at 16 R WR outputs, fp32 [WR, 8, 2 R] as of `add_shares`.
 
     Arguments are those of `layer_kernel`. The first loads start before `shrink` has to be done.
     """
     ROWS: tl.constexpr = 16 * R * WR
-    delta = tl.zeros((WR, 8, 8 // P, 2 * R), dtype=tl.float32)
-    slot = tl.load(group_slot_ptr)
+    delta = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
+    slot = tl.load(slot_ptr)
     if slot >= 0:
         slab = tl.load(table_ptr + slot)
         entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
         number, row_in_part = find_part(entry_ptr, first_row, MAX_PARTS)
         if number < MAX_PARTS:
             part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
-            record_ptr = entry_ptr + EXPAND_RECORDS + number * (N_WIDTHS * RECORD_INTS)
+            record_ptr = entry_ptr + EXPAND_RECORDS + number * (MAX_OUTPUTS * RECORD_INTS)
+            fields = load_record(record_ptr)
             thread = tl.arange(0, 32 * WK * WR)
             lane = thread % 32
             wk = thread // 32 % WK
-            first_block = (row_in_part // ROWS * WR + thread // 32 // WK) * R
-            started = start_part(record_ptr, slab, first_block, wk, lane, WIDTHS, R, U, PAST_L1)
-            n_rows = tl.load(entry_ptr + EXPAND_SIZES + number)
+            block = row_in_part // ROWS
+            first_block = (block * WR + thread // 32 // WK) * R
+            started = start_record(fields, slab, first_block, wk, lane, R, U, CODE_STAGES)
+            n_records = tl.load(part_ptr + 2)
             source = tl.load(part_ptr + 1)
             if OVERLAP:
                 gdc_wait()
             source_ptr = hidden_ptr
-            one = tl.zeros_like(slot) + 1
-            columns = mask_columns(lane, one, 1, P)
-            weights = weigh_planes(lane, P)
+            own_sums_ptr = hidden_sums_ptr
+            n_own = 0 * n_inputs
             worth = 0.5 * tl.load(norm_ptr) / largest_number(P)
             if HAS_DIRECT:
                 if source == INPUT:
                     source_ptr = planes_ptr
+                    own_sums_ptr = sums_ptr
+                    n_own = n_inputs
                     worth = 0.5 * tl.load(step_ptr)
-            totals = finish_part(
-                started, record_ptr, slab, first_block, n_rows, source_ptr, 0, columns,
-                weights, wk, lane, WIDTHS, GROUPING, HAS_FACTORS, R, 1, WK, U,
-                X_AHEAD, IN_PLACE, PAST_L1, USE_PTX,
+            total = sum_part(
+                started, fields, record_ptr, n_records, own_sums_ptr, n_own, slab, block,
+                first_block, source_ptr, wk, lane, SUMS, IS_PLAIN, HAS_FACTORS,
+                R, P, WK, WR, U, X_AHEAD, CODE_STAGES, USE_PTX,
             )  # fmt: skip
-            delta = add_shares(totals, 0, P, R, WK, WR) * worth
+            delta = total * worth
     return delta
 
 
@@ -136,7 +142,7 @@ def multiply_rows(
     return tl.sum(total, axis=1)
 
 
-@triton.jit(do_not_specialize=["n_delta", "n_before", "slot_stride", "site_offset"])
+@triton.jit(do_not_specialize=["n_delta", "n_before", "n_inputs", "slot_stride", "site_offset"])
 def layer_kernel(
     x_ptr,
     weight_ptr,
@@ -147,19 +153,22 @@ def layer_kernel(
     planes_ptr,
     step_ptr,
     norm_ptr,
+    sums_ptr,
+    n_inputs,
     hidden_ptr,
+    hidden_sums_ptr,
     table_ptr,
     directory_ptr,
     slot_stride,
     site_offset,
-    group_slot_ptr,
+    slot_ptr,
     term_ptr,
     product_ptr,
     arrival_ptr,
     y_ptr,
     P: tl.constexpr,
-    WIDTHS: tl.constexpr,
-    GROUPING: tl.constexpr,
+    SUMS: tl.constexpr,
+    IS_PLAIN: tl.constexpr,
     HAS_DIRECT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -168,8 +177,7 @@ def layer_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PAST_L1: tl.constexpr,
+    CODE_STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -186,19 +194,18 @@ def layer_kernel(
     DELTA_ROWS: tl.constexpr = 16 * R * WR
     program = tl.program_id(0)
     if (program >= n_before) & (program < n_before + n_delta):
-        if tl.load(group_slot_ptr) >= 0:
+        if tl.load(slot_ptr) >= 0:
             first_row = (program - n_before) * DELTA_ROWS
             delta = sum_delta(
-                first_row, planes_ptr, step_ptr, norm_ptr, hidden_ptr, table_ptr, directory_ptr,
-                slot_stride, site_offset, group_slot_ptr, P, WIDTHS, GROUPING, HAS_DIRECT,
-                HAS_FACTORS, R, WK, WR, U, X_AHEAD, IN_PLACE, PAST_L1, USE_PTX, OVERLAP,
+                first_row, planes_ptr, step_ptr, norm_ptr, sums_ptr, n_inputs, hidden_ptr,
+                hidden_sums_ptr, table_ptr, directory_ptr, slot_stride, site_offset,
+                slot_ptr, P, SUMS, IS_PLAIN, HAS_DIRECT, HAS_FACTORS, R, WK, WR, U, X_AHEAD,
+                CODE_STAGES, USE_PTX, OVERLAP,
             )  # fmt: skip
             # A part without a delta has waited for nothing yet.
             if OVERLAP:
                 gdc_wait()
-            token = tl.arange(0, 8 // P)[None, None, :, None]
-            at = term_ptr + first_row + row_of_share(0, R, WR)
-            tl.store(at + token, delta, mask=token < 1)
+            tl.store(term_ptr + first_row + row_of_share(0, R, WR), delta)
             tl.debug_barrier()
             at = arrival_ptr + program - n_before
             arrived = tl.atomic_or(at, HAS_DELTA, sem="acq_rel")
@@ -219,7 +226,7 @@ def layer_kernel(
         if OVERLAP:
             gdc_wait()
         is_last = rows >= 0
-        if tl.load(group_slot_ptr) >= 0:
+        if tl.load(slot_ptr) >= 0:
             tl.store(product_ptr + rows, y)
             tl.debug_barrier()
             block: tl.constexpr = DELTA_ROWS // ROWS

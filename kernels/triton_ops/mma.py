@@ -1,266 +1,254 @@
-"""Products of packed codes and int8 activations on the tensor cores, one register a lane.
+"""Products of packed codes and whole numbers, bit by bit.
 
-A tensor of as many elements as the program has threads puts element i into thread i, so that a 1-D
-tensor is one register of every lane and Triton can issue an instruction whose operands it cannot
-describe. Unpacked codes never leave their registers: that is what made tl.dot lose to dp4a here
-(docs/adr/0008). The plain form of `multiply_step` is what the interpreter runs; all else is shared.
+With m = 2^b - 1 the value of a code u of b bits is u - m / 2, so that twice a product with whole
+numbers x is 2 sum(u x) - m sum(x). The k-th highest bit of u counts 2^(b-1-k): instead of the sum
+its source is divided, by reading its bits k further on: its lowest bits are 0, so that nothing is
+lost. With c_p the bits that the codes and bit p of x have in common, twice the product is
+2^(b-1) (2 sum(2^p c_p) - n), where n is the sum of all x that were read. All are whole numbers.
 """
 
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.codes import (
-    load_ahead,
-    load_blocks,
-    move_blocks,
-    replace_blocks,
-    unpack_step,
-)
-from kernels.triton_ops.fold import fold_planes, fold_tiles, needs_ones
-from kernels.triton_ops.items import add_to_items, four_items, replace_items
+from kernels.triton_ops.bits import multiply_pair, read_fourth
+from kernels.triton_ops.items import four_items, replace_items
+
+# int64 words of a pair of steps: rows of bits, and the sign again, times four lanes.
+SIGN_BITS = tl.constexpr(8)
+
+
+@triton.constexpr_function
+def words_of_pair(n_planes):
+    """int64 words of a pair of steps of a source: all its bits and the sign again, four each."""
+    return (8 * n_planes + 8) * 4
 
 
 @triton.jit
-def multiply_plainly(a, b0, b1, c):
-    """The sums of `multiply_step` without its instruction; arguments are the same."""
-    warps: tl.constexpr = b0.shape[0] // 32
-    shift = 8 * tl.arange(0, 4)
-    x0 = (tl.reshape(b0, (warps, 1, 8, 4, 1)) << (24 - shift)) >> 24
-    x1 = (tl.reshape(b1, (warps, 1, 8, 4, 1)) << (24 - shift)) >> 24
-    sums = ()
-    for half in tl.static_range(2):
-        first = (tl.reshape(a[half], (warps, 8, 1, 4, 1)) << (24 - shift)) >> 24
-        second = (tl.reshape(a[half + 2], (warps, 8, 1, 4, 1)) << (24 - shift)) >> 24
-        terms = tl.reshape(first * x0 + second * x1, (warps, 8, 8, 16))
-        sums += (tl.sum(terms, axis=3),)
-    top, low = sums
-    top_even, top_odd = tl.split(tl.reshape(top, (warps, 8, 4, 2)))
-    low_even, low_odd = tl.split(tl.reshape(low, (warps, 8, 4, 2)))
-    return (
-        c[0] + tl.reshape(top_even, (warps * 32,)),
-        c[1] + tl.reshape(top_odd, (warps * 32,)),
-        c[2] + tl.reshape(low_even, (warps * 32,)),
-        c[3] + tl.reshape(low_odd, (warps * 32,)),
-    )
-
-
-@triton.jit
-def multiply_step(a, b0, b1, c, USE_PTX: tl.constexpr):
-    """Add one step, codes s8 [16, 32] by activations s8 [32, 8], to sums s32 [16, 8] of each warp.
+def load_codes(at, left, R: tl.constexpr, U: tl.constexpr):
+    """Words of U pairs of steps of R row blocks, int64 [threads] each: two for a pair and block.
 
     Args:
-        a: Four int32 [threads] of four codes each, in operand order.
-        b0: int32 [threads], columns 8 t .. 8 t + 3 of activation `lane // 4`.
-        b1: int32 [threads], columns 8 t + 4 .. 8 t + 7.
-        c: Four int32 [threads]: rows g, g, g + 8, g + 8 and activations 2 t, 2 t + 1 in turn.
-        USE_PTX: The instruction; without it the same sums in plain Triton.
-
-    Returns:
-        The four sums.
-    """
-    if USE_PTX:
-        d = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        d = multiply_plainly(a, b0, b1, c)
-    return (d[0], d[1], d[2], d[3])
-
-
-@triton.jit
-def multiply_unit(
-    acc,
-    sums,
-    words,
-    marker,
-    b,
-    STEP: tl.constexpr,
-    UNIT: tl.constexpr,
-    BITS: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """One step of R row blocks and one unit of activations, added to its sums.
-
-    Args:
-        acc: int32 [threads], four for each unit and row block.
-        sums: int32 [threads], two for each unit: of the activations themselves.
-        words: R tuples of `load_pair`.
-        marker: Of `unpack_step`.
-        b: int64 [threads], the unit's planes of this step, 0 where none exist.
-        STEP: 0 or 1.
-        UNIT: Number of the unit.
-        BITS: 1, 2, 3, 4 or 8.
+        at: R int64 pointers [threads], this lane's first word.
+        left: int32 [threads], pairs that exist from there on.
         R: Row blocks.
-        HAS_SUMS: Whether `sums` are wanted.
-        USE_PTX: Of `multiply_step`.
+        U: Pairs.
 
     Returns:
-        acc and sums.
+        2 R U words. Those of a second step that does not exist are any words: its source is 0.
     """
-    b0 = b.to(tl.int32)
-    b1 = (b >> 32).to(tl.int32)
-    if HAS_SUMS:
-        zero = tl.zeros_like(b0)
-        c = (sums[2 * UNIT], sums[2 * UNIT + 1], zero, zero)
-        d = multiply_step((zero + 0x01010101,) * 4, b0, b1, c, USE_PTX)
-        sums = replace_items(sums, (d[0], d[1]), 2 * UNIT, 2)
-    for r in tl.static_range(R):
-        a = unpack_step(words[r], marker, STEP, BITS)
-        d = multiply_step(a, b0, b1, four_items(acc, UNIT * R + r), USE_PTX)
-        acc = replace_items(acc, d, 4 * (UNIT * R + r), 4)
-    return acc, sums
+    words = ()
+    for u in tl.static_range(U):
+        for r in tl.static_range(R):
+            for step in tl.static_range(2):
+                words += (tl.load(at[r] + 64 * u + 32 * step, mask=left > u, other=0),)
+    return words
 
 
 @triton.jit
-def load_planes(
-    planes_at, unit_stride, left, FIRST: tl.constexpr, STEPS: tl.constexpr, NT: tl.constexpr
-):
-    """Activations of STEPS steps from the FIRST one on, those of a step together.
+def load_planes(at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr):
+    """Bits of a token for COUNT pairs from the FIRST one on, those of a pair together.
 
     Args:
-        planes_at: int64 pointers [threads], this lane's planes of the first unit.
-        unit_stride: int64 elements between units.
-        left: NT int32 [threads], steps from there to the end for which this lane has planes.
+        at: int64 pointers [threads], this lane's word of the first byte.
+        left: int32 [threads], pairs that exist from there on.
         FIRST: Same.
-        STEPS: Same.
-        NT: Units.
+        COUNT: Same.
+        P: Bytes of a number.
 
     Returns:
-        STEPS x NT int64 [threads].
+        COUNT x P int64 [threads].
     """
     planes = ()
-    for i in tl.static_range(STEPS * NT):
-        at = planes_at + (FIRST + i // NT) * 32 + i % NT * unit_stride
-        planes += (tl.load(at, mask=left[i % NT] > FIRST + i // NT, other=0),)
+    for u in tl.static_range(FIRST, FIRST + COUNT):
+        for byte in tl.static_range(P):
+            place = at + u * words_of_pair(P) + 32 * byte
+            planes += (tl.load(place, mask=left > u, other=0),)
     return planes
 
 
 @triton.jit
-def multiply_band(
+def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PTX: tl.constexpr):
+    """Sums of one pair of steps, with HAS_ONES also those of codes that are all ones.
+
+    Args:
+        acc: int32 [threads], 4 (R + HAS_ONES) for each byte.
+        words: 2 R int64 [threads] of `load_codes`.
+        planes: int64 [threads] of `load_planes`, one for each byte.
+        R: Row blocks.
+        HAS_ONES: Same.
+        USE_PTX: Of `multiply_pair`.
+
+    Returns:
+        acc.
+    """
+    for n in tl.static_range(len(planes)):
+        b0 = planes[n].to(tl.int32)
+        b1 = (planes[n] >> 32).to(tl.int32)
+        for r in tl.static_range(R + HAS_ONES):
+            if r < R:
+                first, second = words[2 * r], words[2 * r + 1]
+                a = (
+                    first.to(tl.int32),
+                    (first >> 32).to(tl.int32),
+                    second.to(tl.int32),
+                    (second >> 32).to(tl.int32),
+                )
+            else:
+                a = (tl.zeros_like(b0) - 1,) * 4
+            d = multiply_pair(a, b0, b1, four_items(acc, n * (R + HAS_ONES) + r), USE_PTX)
+            acc = replace_items(acc, d, 4 * (n * (R + HAS_ONES) + r), 4)
+    return acc
+
+
+@triton.jit
+def join_bits(
+    acc,
+    lane,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    HAS_ONES: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Whole numbers of the sums of single bits: those of 2 R rows, then of ones.
+
+    The highest bit counts below 0. It is taken off every other one, where a number near 0 has the
+    same: so a lane's share is no larger than the numbers are.
+
+    Args:
+        acc: Of `add_pair`.
+        lane: int32 [threads], 0..31.
+        R: Row blocks.
+        P: Bytes of a number.
+        HAS_ONES: Of `add_pair`.
+        USE_PTX: Of `read_fourth`.
+
+    Returns:
+        2 R + HAS_ONES int64 [threads], of this lane's bits: rows g and g + 8 of each
+        block, then ones.
+    """
+    shift = (lane % 4 * 2).to(tl.int64)
+    totals = ()
+    for i in tl.static_range(2 * R + HAS_ONES):
+        # A lane has its two bits of a byte side by side, rows g and g + 8 after each other.
+        highest = acc[(P - 1) * (R + HAS_ONES) * 4 + 2 * i + 1]
+        highest = read_fourth(highest, lane, USE_PTX)
+        total = tl.where(lane % 4 == 0, -highest, 0).to(tl.int64)
+        for byte in tl.static_range(P):
+            first = acc[byte * (R + HAS_ONES) * 4 + 2 * i] - highest
+            second = acc[byte * (R + HAS_ONES) * 4 + 2 * i + 1] - highest
+            total += (first + 2 * second).to(tl.int64) * (1 << 8 * byte)
+        totals += (total << shift,)
+    return totals
+
+
+@triton.jit
+def multiply_columns(
     ahead,
-    places,
-    marker,
-    group_ptr,
-    group_rows,
-    first_block,
-    n_blocks,
+    codes_at,
+    readings,
     n_steps,
-    planes_ptr,
-    unit_stride,
-    columns,
-    weights,
+    source_at,
     wk,
     lane,
-    BITS: tl.constexpr,
-    GROUPED: tl.constexpr,
     R: tl.constexpr,
-    NT: tl.constexpr,
+    P: tl.constexpr,
     WK: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PAST_L1: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Twice the products of R blocks of 16 rows and NT units of activations, this warp's share.
+    """Products of R blocks of 16 rows and a token, this warp's share of the pairs of steps.
 
     Args:
-        ahead: Of `load_ahead` at pair wk * U: loads that were started before others.
-        places: Of `locate_blocks` at the same pair.
-        marker: Of `unpack_step`.
-        group_ptr: int32 [tiles of 128 columns, group_rows], fp16 scale and twice the zero point.
-        group_rows: Rows of that array.
-        first_block: int32 [threads], first row block of this warp.
-        n_blocks: Row blocks of the band.
-        n_steps: Steps of a row of blocks.
-        planes_ptr: int64 [units, steps, 32], the int8 planes, at the band's first step.
-        unit_stride: int64 elements between units.
-        columns: NT masks [threads]: whose planes of a unit this lane loads.
-        weights: Of `fold_planes`.
-        wk: int32 [threads], which of the WK shares of the steps is this warp's.
+        ahead: Of `load_codes` at this warp's first pair: loads that were started before others.
+        codes_at: R int64 pointers [threads], this lane's words of the first pair of all.
+        readings: How often the source is read, each time one bit further on.
+        n_steps: Steps of a reading.
+        source_at: int64 pointers [threads], this lane's word of the source's first pair.
+        wk: int32 [threads], which of the WK shares is this warp's.
         lane: int32 [threads], 0..31.
-        BITS: 1, 2, 3, 4 or 8.
-        GROUPED: A scale and zero point a row and tile; without it zero is mid-range, scale 1.
         R: Row blocks of a warp.
-        NT: Units of two tokens.
-        WK: Warps that share the steps.
-        U: Pairs of steps loaded ahead.
+        P: Bytes of a number.
+        WK: Warps that share the pairs.
+        U: Pairs loaded ahead.
         X_AHEAD: Whether their activations are loaded ahead too.
-        IN_PLACE: Whether what is loaded takes the registers of what was just used: half of them,
-            and nothing is copied, but the compiler loads later.
-        PAST_L1: Of `load_pair`.
-        USE_PTX: Of `multiply_step`.
+        USE_PTX: Of `multiply_pair`.
 
     Returns:
-        NT x R x 2 fp32 [threads], rows g and g + 8 of each block.
+        Of `join_bits`.
     """
-    zero = tl.zeros_like(lane)
     n_pairs = (n_steps + 1) // 2
-    needs_sums: tl.constexpr = needs_ones(BITS, GROUPED)
-    totals = (zero.to(tl.float32),) * (NT * R * 2)
-    acc = (zero,) * (NT * R * 4)
-    sums = (zero,) * (NT * 2)
-    # Steps from this warp's next one to the end; none for lanes whose planes do not exist.
-    left = n_steps - 2 * U * wk
-    own_left = ()
-    for unit in tl.static_range(NT):
-        own_left += (tl.where(columns[unit], left, 0),)
-    planes_at = planes_ptr + 2 * U * 32 * wk + lane
+    n_rounds = (n_pairs + WK * U - 1) // (WK * U)
+    acc = (tl.zeros_like(lane),) * (P * R * 4)
+    reading = 0
+    number = 0
+    first = wk * U
     planes = ()
     if X_AHEAD:
-        planes = load_planes(planes_at, unit_stride, own_left, 0, 2 * U, NT)
-    for start in range(0, n_pairs, WK * U):
+        at = source_at + first * words_of_pair(P)
+        planes = load_planes(at, n_pairs - first, 0, U, P)
+    for _ in range(readings * n_rounds):
         words = ahead
         present = planes
-        places = move_blocks(places, WK * U, BITS)
-        left -= 2 * WK * U
-        next_at = planes_at + 2 * WK * U * 32
-        next_left = add_to_items(own_left, -2 * WK * U)
-        if not IN_PLACE:
-            ahead = load_ahead(places, left, BITS, U, PAST_L1)
-            if X_AHEAD:
-                planes = load_planes(next_at, unit_stride, next_left, 0, 2 * U, NT)
+        at = source_at + first * words_of_pair(P) + reading * 4
+        left = n_pairs - first
+        number += 1
+        if number == n_rounds:
+            number = 0
+            reading += 1
+        first = (number * WK + wk) * U
+        next_left = tl.where(reading < readings, n_pairs - first, 0)
+        next_at = ()
+        for r in tl.static_range(R):
+            next_at += (codes_at[r] + (reading * n_steps + 2 * first) * 32,)
+        ahead = load_codes(next_at, next_left, R, U)
+        if X_AHEAD:
+            place = source_at + first * words_of_pair(P) + reading * 4
+            planes = load_planes(place, next_left, 0, U, P)
         for u in tl.static_range(U):
-            for step in tl.static_range(2):
-                if X_AHEAD:
-                    own = present[(2 * u + step) * NT : (2 * u + step + 1) * NT]
-                else:
-                    own = load_planes(planes_at, unit_stride, own_left, 2 * u + step, 1, NT)
-                for unit in tl.static_range(NT):
-                    acc, sums = multiply_unit(
-                        acc, sums, words[u * R : u * R + R], marker, own[unit],
-                        step, unit, BITS, R, needs_sums, USE_PTX,
-                    )  # fmt: skip
-                if IN_PLACE and X_AHEAD:
-                    fresh = load_planes(next_at, unit_stride, next_left, 2 * u + step, 1, NT)
-                    planes = replace_items(planes, fresh, (2 * u + step) * NT, NT)
-            if IN_PLACE:
-                later = load_blocks(places, left, u, BITS, PAST_L1)
-                ahead = replace_blocks(ahead, later, u, BITS)
-            if GROUPED:
-                pair = start + wk * U + u
-                totals = fold_tiles(
-                    totals, acc, sums, group_ptr + pair // 2 * group_rows, pair < n_pairs,
-                    first_block, n_blocks, weights, lane, BITS, R, NT,
-                )  # fmt: skip
-                acc = (zero,) * (NT * R * 4)
-                sums = (zero,) * (NT * 2)
-        planes_at = next_at
-        own_left = next_left
-    if not GROUPED:
-        totals = ()
-        for unit in tl.static_range(NT):
-            own = (sums[2 * unit], sums[2 * unit + 1])
-            for r in tl.static_range(R):
-                c = four_items(acc, unit * R + r)
-                for half in tl.static_range(2):
-                    totals += (fold_planes(c, own, 0, weights, half, BITS, False),)
-    return totals
+            if X_AHEAD:
+                own = present[u * P : (u + 1) * P]
+            else:
+                own = load_planes(at, left, u, 1, P)
+            acc = add_pair(acc, words[2 * R * u : 2 * R * (u + 1)], own, R, False, USE_PTX)
+    return join_bits(acc, lane, R, P, False, USE_PTX)
+
+
+@triton.jit
+def multiply_staged(
+    codes_at,
+    readings,
+    n_steps,
+    source_at,
+    wk,
+    lane,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    WK: tl.constexpr,
+    U: tl.constexpr,
+    STAGES: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """What `multiply_columns` gives, its loads on their way to shared memory STAGES rounds ahead.
+
+    Arguments are those of `multiply_columns`. More bytes are under way than registers could take.
+    """
+    n_pairs = (n_steps + 1) // 2
+    n_rounds = (n_pairs + WK * U - 1) // (WK * U)
+    acc = (tl.zeros_like(lane),) * (P * R * 4)
+    for turn in tl.range(0, readings * n_rounds, num_stages=STAGES):
+        reading = turn // n_rounds
+        first = (turn % n_rounds * WK + wk) * U
+        at = source_at + first * words_of_pair(P) + reading * 4
+        left = n_pairs - first
+        places = ()
+        for r in tl.static_range(R):
+            places += (codes_at[r] + (reading * n_steps + 2 * first) * 32,)
+        words = load_codes(places, left, R, U)
+        planes = load_planes(at, left, 0, U, P)
+        for u in tl.static_range(U):
+            acc = add_pair(
+                acc, words[2 * R * u : 2 * R * (u + 1)],
+                planes[u * P : (u + 1) * P], R, False, USE_PTX,
+            )  # fmt: skip
+    return join_bits(acc, lane, R, P, False, USE_PTX)

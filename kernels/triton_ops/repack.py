@@ -30,114 +30,84 @@ def read_codes(
 
 
 @triton.jit
-def repack_pair(
+def repack_group(
     codes_ptr,
     target_ptr,
-    high_ptr,
     element,
     mask,
-    first_pair,
-    job_pairs,
-    n_rows,
-    n_cols,
-    row_words,
+    job_ptr,
     BITS: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> None:
-    """Write the words of two steps of one lane; see kernels/fragments.py.
-
-    The highest bit of each code is turned over, so that half of them are negative.
+    """Write the words of 32 codes of a row, one for each of their bits; see kernels/fragments.py.
 
     Args:
-        codes_ptr: int32 [n_rows, row_words] of the file.
+        codes_ptr: int32 [rows, words] of the file.
         target_ptr: int32 words in operand order.
-        high_ptr: Those of the third bit.
-        element: int32, (row block, pair, lane) of the job counted through.
+        element: int32, (row block, four groups, row, group, half) of the job counted through.
         mask: Which elements exist.
-        first_pair: First pair of steps of the job.
-        job_pairs: Pairs of the job.
-        n_rows: Rows of the factor.
-        n_cols: Columns of the factor.
-        row_words: Words of a row of the file.
+        job_ptr: int64 [16], the job.
         BITS: 1, 2, 3, 4 or 8.
         WHOLE: Of `read_codes`.
     """
-    lane = element % 32
-    pair = first_pair + element // 32 % job_pairs
-    block = element // 32 // job_pairs
-    n_steps = (n_cols + 31) // 32
-    n_pairs = (n_steps + 1) // 2
-    high = tl.zeros_like(element)
-    low = tl.zeros_like(element)
-    byte = tl.arange(0, 4)[None, :]
+    n_steps = tl.load(job_ptr + 3).to(tl.int32)
+    n_rows = tl.load(job_ptr + 4).to(tl.int32)
+    n_cols = tl.load(job_ptr + 5).to(tl.int32)
+    row_words = tl.load(job_ptr + 6)
+    first_group = tl.load(job_ptr + 8).to(tl.int32)
+    job_groups = tl.load(job_ptr + 9).to(tl.int32)
+    fours = (job_groups + 3) // 4
+    half = element % 2
+    row = element // 64 // fours * 16 + element // 8 % 8 + 8 * half
+    group = element // 64 % fours * 4 + element // 2 % 4
+    inside = mask & (row < n_rows) & (group < job_groups)
+    group += first_group
+    words = (tl.zeros_like(element),) * BITS
     # A loop, not unrolled: ten variants of this body would take a minute to compile.
-    for turn in range(4):
-        step = turn // 2
-        side = turn % 2
-        col = ((2 * pair + step) * 32 + lane % 4 * 8 + 4 * side)[:, None] + byte
-        words = ()
-        for half in tl.static_range(2):
-            row = block * 16 + lane // 4 + 8 * half
-            exists = (mask & (row < n_rows))[:, None] & (col < n_cols)
-            codes = read_codes(codes_ptr, row[:, None], col, n_cols, row_words, exists, BITS, WHOLE)
-            words += (tl.sum(codes << (8 * byte), axis=1),)
-        number = block * n_steps + 2 * pair + step
-        inside = mask & (2 * pair + step < n_steps)
-        if BITS == 8:  # noqa: PLR2004 same
-            for half in tl.static_range(2):
-                at = target_ptr + number * 128 + side * 64 + lane * 2 + half
-                tl.store(at, words[half] ^ -0x7F7F7F80, mask=inside)
-        elif BITS == 4:  # noqa: PLR2004 same
-            at = target_ptr + number * 64 + lane * 2 + side
-            tl.store(at, (words[0] | (words[1] << 4)) ^ -0x77777778, mask=inside)
-        else:
-            low = tl.where(side == 0, 0, low)
-            for half in tl.static_range(2):
-                field = 2 * side + half
-                if BITS == 1:
-                    high |= words[half] << (4 * step + field)
-                else:
-                    low |= (words[half] & 0x03030303) << (2 * field)
-                    high |= ((words[half] >> 2) & 0x01010101) << (4 * step + field)
-            if BITS > 1:
-                # Three bits have their sign in the other plane.
-                signed = low ^ -0x55555556 if BITS == 2 else low  # noqa: PLR2004 same
-                tl.store(target_ptr + number * 32 + lane, signed, mask=mask_if(inside, side == 1))
-    if BITS == 1:
-        tl.store(target_ptr + (block * n_pairs + pair) * 32 + lane, ~high, mask=mask)
-    elif BITS == 3:  # noqa: PLR2004 same
-        tl.store(high_ptr + (block * n_pairs + pair) * 32 + lane, ~high, mask=mask)
+    for column in range(32):
+        col = group * 32 + column
+        exists = inside & (col < n_cols)
+        code = read_codes(codes_ptr, row, col, n_cols, row_words, exists, BITS, WHOLE)
+        found = ()
+        for bit in tl.static_range(BITS):
+            found += (words[bit] | (((code >> (BITS - 1 - bit)) & 1) << column),)
+        words = found
+    first = tl.load(job_ptr + 11).to(tl.int32)
+    tile = tl.load(job_ptr + 12).to(tl.int32)
+    step = tl.load(job_ptr + 13).to(tl.int32)
+    next_bit = tl.load(job_ptr + 14).to(tl.int32)
+    word = first + group // 4 * tile + group % 4 * step
+    block_ptr = target_ptr + (row // 16).to(tl.int64) * n_steps * 64
+    for bit in tl.static_range(BITS):
+        number = word + bit * next_bit
+        at = block_ptr + (number // 4 * 32 + row % 8 * 4 + number % 4) * 2 + half
+        tl.store(at, words[bit], mask=inside)
 
 
 @triton.jit
 def repack_codes(job_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr) -> None:
-    """A job of codes: source, target and high place, rows, columns, words, bits, pairs, whole."""
+    """A job of codes.
+
+    Its fields: source, target, steps of a row, rows, columns, words of a row, bits, first group of
+    32 columns and number of them, whether they lie in whole tiles, and the four of a `WordOrder`.
+    """
     codes_ptr = (source_ptr + tl.load(job_ptr + 1)).to(tl.pointer_type(tl.int32))
     target_ptr = (slab_ptr + tl.load(job_ptr + 2)).to(tl.pointer_type(tl.int32))
-    high_ptr = (slab_ptr + tl.load(job_ptr + 3)).to(tl.pointer_type(tl.int32))
     n_rows = tl.load(job_ptr + 4).to(tl.int32)
-    n_cols = tl.load(job_ptr + 5).to(tl.int32)
-    row_words = tl.load(job_ptr + 6)
     bits = tl.load(job_ptr + 7)
-    first_pair = tl.load(job_ptr + 8).to(tl.int32)
-    job_pairs = tl.load(job_ptr + 9).to(tl.int32)
+    job_groups = tl.load(job_ptr + 9).to(tl.int32)
     whole = tl.load(job_ptr + 10)
-    total = (n_rows + 15) // 16 * job_pairs * 32
+    total = (n_rows + 15) // 16 * ((job_groups + 3) // 4) * 64
     for start in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
         element = start + tl.arange(0, BLOCK)
         for width in tl.static_range(1, 9):
             if (WIDTHS >> width) & 1:
                 if bits == width:
+                    mask = element < total
                     if whole != 0:
-                        repack_pair(
-                            codes_ptr, target_ptr, high_ptr, element, element < total, first_pair,
-                            job_pairs, n_rows, n_cols, row_words, width, True,
-                        )  # fmt: skip
+                        repack_group(codes_ptr, target_ptr, element, mask, job_ptr, width, True)
                     else:
-                        repack_pair(
-                            codes_ptr, target_ptr, high_ptr, element, element < total, first_pair,
-                            job_pairs, n_rows, n_cols, row_words, width, False,
-                        )  # fmt: skip
+                        repack_group(codes_ptr, target_ptr, element, mask, job_ptr, width, False)
 
 
 @triton.jit

@@ -15,8 +15,7 @@ class Shape:
     """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
 
     inputs_ahead: load the activations of those pairs ahead too.
-    in_place: what is loaded ahead takes the registers of what was just used.
-    past_l1: codes are loaded past the first cache, not with an order to evict them first.
+    stages: rounds of such pairs on their way to shared memory; 0 is one, to registers.
     streams_first: programs of a lone token's layer that stream weights before its delta starts.
     stream_columns, stream_stages: columns of a block of such weights, and blocks in flight.
     registers: most that a thread may use, so that more programs run at once; 0 is no limit.
@@ -27,8 +26,7 @@ class Shape:
     along_rows: int
     ahead: int
     inputs_ahead: bool = False
-    in_place: bool = False
-    past_l1: bool = False
+    stages: int = 0
     streams_first: int = 0
     stream_columns: int = 256
     stream_stages: int = 4
@@ -48,7 +46,7 @@ class Choice:
     """A shape and the largest launch it was measured for."""
 
     stage: Stage
-    groups: int
+    tokens: int
     steps: int
     rows: int
     shape: Shape
@@ -58,35 +56,35 @@ class Choice:
 _DEFAULTS: Final = (
     Choice(
         stage="shrink",
-        groups=2,
+        tokens=2,
         steps=1 << 30,
         rows=1 << 30,
-        shape=Shape(blocks=1, along_steps=8, along_rows=1, ahead=2),
+        shape=Shape(blocks=2, along_steps=8, along_rows=1, ahead=1),
     ),
     Choice(
         stage="shrink",
-        groups=1 << 30,
+        tokens=1 << 30,
         steps=1 << 30,
         rows=1 << 30,
         shape=Shape(blocks=2, along_steps=4, along_rows=1, ahead=2),
     ),
     Choice(
         stage="expand",
-        groups=2,
+        tokens=2,
         steps=1 << 30,
         rows=1 << 30,
-        shape=Shape(blocks=1, along_steps=4, along_rows=1, ahead=2),
+        shape=Shape(blocks=1, along_steps=4, along_rows=1, ahead=1),
     ),
     Choice(
         stage="expand",
-        groups=1 << 30,
+        tokens=1 << 30,
         steps=1 << 30,
         rows=1 << 30,
         shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2),
     ),
     Choice(
         stage="layer",
-        groups=1,
+        tokens=1,
         steps=1 << 30,
         rows=1 << 30,
         shape=Shape(blocks=2, along_steps=2, along_rows=2, ahead=2, streams_first=264),
@@ -111,25 +109,25 @@ def load_table(arch: int) -> tuple[Choice, ...]:
     choices = [
         Choice(
             stage=row["stage"],
-            groups=row["groups"],
+            tokens=row["tokens"],
             steps=row["steps"],
             rows=row["rows"],
             shape=Shape(**row["shape"]),
         )
         for row in rows
     ]
-    return tuple(sorted(choices, key=lambda choice: (choice.groups, choice.steps, choice.rows)))
+    return tuple(sorted(choices, key=lambda choice: (choice.tokens, choice.steps, choice.rows)))
 
 
 @cache
-def choose_shape(stage: Stage, *, groups: int, steps: int, rows: int, arch: int) -> Shape:
+def choose_shape(stage: Stage, *, tokens: int, steps: int, rows: int, arch: int) -> Shape:
     """The shape measured for the next larger launch, or for the largest.
 
     Args:
         stage: which kernel.
-        groups: groups of tokens of the launch.
+        tokens: of the launch.
         steps: steps of 32 codes along the rows that are read.
-        rows: rows that all programs of a group read.
+        rows: rows that all programs of a token read.
         arch: compute capability.
 
     Returns:
@@ -137,7 +135,7 @@ def choose_shape(stage: Stage, *, groups: int, steps: int, rows: int, arch: int)
     """
     tables = (load_table(arch), _DEFAULTS)
     own = next(own for own in ([c for c in table if c.stage == stage] for table in tables) if own)
-    for size, wanted in (("groups", groups), ("steps", steps), ("rows", rows)):
+    for size, wanted in (("tokens", tokens), ("steps", steps), ("rows", rows)):
         sizes = sorted({getattr(choice, size) for choice in own})
         nearest = next((measured for measured in sizes if measured >= wanted), sizes[-1])
         own = [choice for choice in own if getattr(choice, size) == nearest]

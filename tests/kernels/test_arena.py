@@ -26,20 +26,15 @@ def test_a_batch_of_one_recipe_is_exact_repeatable_and_free_of_order():
 
 
 @pytest.mark.parametrize(
-    ("planes", "units", "limit", "numbers"),
-    [
-        (4, 1, 2e-6, (1, 0, 2, -1)),
-        (4, 2, 2e-6, (0, 0, 1, 0)),
-        (2, 1, 5e-3, (1, 0, 2, -1, 1, 1, 0, 1, 1, 2)),
-        (2, 2, 5e-3, (0, 1, 0, 0, 0, 2, 0, 0)),
-    ],
+    ("planes", "limit", "numbers"),
+    [(4, 2e-6, (1, 0, 2, -1, 0)), (3, 1e-4, (1, 0, 2, -1, 1))],
     ids=str,
 )
-def test_recipes_of_every_kind_share_a_batch(planes, units, limit, numbers):
+def test_recipes_of_every_kind_share_a_batch(planes, limit, numbers):
     deltas = [draw(BY_VECTOR), draw(BY_TILE, seed=1), draw(DIRECT, seed=2, without=("q",))]
     arena, slots = build_arena(deltas)
     x = torch.randn(len(numbers), 70, generator=torch.Generator().manual_seed(3)).half()
-    plan = StepPlan(arena, n_tokens=len(numbers), units_per_group=units, planes=planes)
+    plan = StepPlan(arena, n_tokens=len(numbers), planes=planes)
     plan.x_planes.fill_(85)
     plan.h_planes.fill_(85)
     plan.assign([slots[number] if number >= 0 else -1 for number in numbers])
@@ -95,7 +90,7 @@ def test_a_weak_band_keeps_its_bits_beside_a_strong_one_in_fast_mode():
         found.append(serving.add_delta(torch.zeros(4, 33), x, plan, 0))
     wanted = expected_terms([build(0.0, 1.0)], [0] * 4, x)
     # What is left beside it is the rounding of the fp32 sum, a thousand times as large.
-    assert relative(found[0] - found[1], wanted) <= 5e-3
+    assert relative(found[0] - found[1], wanted) <= 1.5e-2
 
 
 @pytest.mark.parametrize("key", ["28.qkv", "28.down"])
@@ -118,14 +113,13 @@ def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
     x = torch.randn(3, 70, generator=torch.Generator().manual_seed(9))
     found = []
     ahead = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)
-    for units, shape in (
-        (1, Shape(blocks=1, along_steps=1, along_rows=1, ahead=1)),
-        (2, ahead),
-        (1, Shape(blocks=2, along_steps=1, along_rows=1, ahead=1, in_place=True, past_l1=True)),
-        (2, replace(ahead, in_place=True)),
+    for shape in (
+        Shape(blocks=2, along_steps=2, along_rows=2, ahead=1),
+        ahead,
+        Shape(blocks=1, along_steps=2, along_rows=4, ahead=1, stages=2),
     ):
         monkeypatch.setattr(serving, "shape_for", lambda *_, shape=shape: shape)
-        plan = StepPlan(arena, n_tokens=3, units_per_group=units)
+        plan = StepPlan(arena, n_tokens=3)
         plan.assign([slot] * 3)
         plan.h_planes.fill_(85)
         found.append(serving.add_delta(torch.zeros(3, 17), x, plan, 0))
@@ -206,17 +200,17 @@ def test_delta_linear_is_one_operator_of_torch():
         assert torch.equal(compiled(x)[numbers.index(-1)], base[numbers.index(-1)])
 
 
-def test_tokens_of_prompts_read_the_codes_together():
+def test_a_plan_has_room_for_prompts_of_any_length():
     deltas = [draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), seed=seed) for seed in (0, 1)]
     arena, slots = build_arena(deltas)
-    numbers = [0] * 9 + [-1] + [1] * 3
+    numbers = [0] * 3 + [-1] + [1] * 2
     x = torch.randn(len(numbers), 70, generator=torch.Generator().manual_seed(5)).half()
-    plan = StepPlan(arena, units_per_group=4, n_groups=4)
+    plan = StepPlan(arena, n_places=8)
     plan.assign([slots[number] if number >= 0 else -1 for number in numbers])
-    assert plan.group_counts.tolist() == [8, 1, 3, 0]
+    assert plan.place_tokens.tolist() == [0, 1, 2, 4, 5, -1, -1, -1]
     y = serving.add_delta(torch.zeros(len(numbers), 33), x, plan, 0)
     wanted = expected_terms(deltas, numbers, x)
     assert relative(y, wanted) <= 2e-6
-    assert torch.equal(y[9], torch.zeros(33))
-    with pytest.raises(InternalError, match="5 groups of tokens where 4 have room"):
-        plan.assign([slots[0]] * 33)
+    assert torch.equal(y[3], torch.zeros(33))
+    with pytest.raises(InternalError, match="9 tokens where 8 have room"):
+        plan.assign([slots[0]] * 9)

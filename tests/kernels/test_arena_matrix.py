@@ -41,7 +41,7 @@ def test_the_interpreter_cannot_pass_for_the_compiler():
 def test_every_width_and_grouping_is_compiled():
     variants = list(list_variants())
     assert {bits for variant in variants for bits in variant.widths} == {1, 2, 3, 4, 8}
-    assert {variant.grouping for variant in variants} == {0, 1, 2}
+    assert {variant.has_groups for variant in variants} == {False, True}
 
 
 def test_a_layout_of_two_elements_a_thread_is_seen():

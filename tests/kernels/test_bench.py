@@ -19,6 +19,7 @@ from kernels.bench import __main__ as bench
 from kernels.bench import baselines, chart, checks, compiling, models, sections
 from kernels.bench.bars import TARGETS, judge, prefill_floor
 from kernels.bench.correctness import cover_case, list_cases
+from kernels.fragments import PRECISIONS
 from kernels.image import build_image
 
 REPORTS = [ROOT / f"docs/benchmarks/{name}.json" for name in ("kernels", "kernels_h100")]
@@ -118,7 +119,7 @@ def test_the_benchmark_has_the_bands_of_the_default_recipe(shape):
 
 def test_the_table_takes_the_fastest_shape():
     shape = {"blocks": 1, "along_steps": 4, "along_rows": 1, "ahead": 2}
-    sizes = {"stage": "expand", "groups": 8, "steps": 27, "rows": 64}
+    sizes = {"stage": "expand", "tokens": 8, "steps": 27, "rows": 64}
     slow = sizes | {"shape": shape | {"ahead": 4}, "us": 3.0}
     fast = slow | {"shape": shape, "us": 2.0}
     (chosen,) = tune.choose([slow, fast, fast])
@@ -130,7 +131,7 @@ def test_the_table_takes_the_fastest_shape():
 def test_cases_of_a_device_mix_recipes_and_precisions():
     cases = list(list_cases())
     assert len(set(map(str, cases))) == len(cases)
-    assert {case.planes for case in cases} == {2, 4}
+    assert {case.planes for case in cases} == set(PRECISIONS.values())
     assert any(len({layout.name for layout in case.layouts}) == 3 for case in cases)
     assert any(case.outliers for case in cases)
     for case in cases:
@@ -167,9 +168,9 @@ layout = replace(HUB, square=bands, wide=bands, deep=bands)
 model = ModelShape(name="small", n_layers=2, hidden=256, intermediate=384, key_value=128)
 sites, sizes = model.sites(), (1, 3, 17)
 
-def launch(spec, n_tokens, units=1, planes=4):
+def launch(spec, n_tokens, planes=4):
     arena = DeltaArena(spec, n_slots=1, device="cpu", operand_order=True)
-    plan = StepPlan(arena, n_tokens=n_tokens, units_per_group=units, planes=planes)
+    plan = StepPlan(arena, n_tokens=n_tokens, planes=planes)
     plan.assign([-1] * n_tokens)
     for number, site in enumerate(spec.sites):
         x = torch.zeros(n_tokens, site.in_features).bfloat16()
@@ -186,14 +187,14 @@ def compare(used, wanted):
 
 with noting_launches(90) as used:
     for case in list_cases():
-        launch(cover_case(case), len(case.slots), case.units, case.planes)
+        launch(cover_case(case), len(case.slots), case.planes)
 compare(used, map(want_case, list_cases()))
 spec = ArenaSpec.covering(sites, [build_image(sites, Pool(1).delta(sites, layout))])
 with noting_launches(90) as used:
     for n_tokens in sizes:
         for planes in PRECISIONS.values():
             launch(spec, n_tokens, planes=planes)
-compare(used, [want_steps(model, layout, sizes, all_planes=(4, 2))])
+compare(used, [want_steps(model, layout, sizes, all_planes=(4, 3))])
 """
 
 
@@ -267,10 +268,10 @@ def test_a_prompt_has_a_floor_above_its_bar():
 def test_a_table_keeps_the_launches_that_were_not_measured_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
     shape = {"blocks": 1, "along_steps": 4, "along_rows": 1, "ahead": 2}
-    sizes = {"stage": "shrink", "groups": 1, "steps": 8, "rows": 64}
+    sizes = {"stage": "shrink", "tokens": 1, "steps": 8, "rows": 64}
     row = sizes | {"site": "o", "shape": shape, "us": 3.0}
-    other = row | {"groups": 8}
+    other = row | {"tokens": 8}
     old = {"choices": [row, other], "measured": [row, other]}
     merged = tune.merge_tables(old, [row | {"us": 2.0}])
     assert [choice["us"] for choice in merged["choices"]] == [3.0, 2.0]
-    assert [measured["groups"] for measured in merged["measured"]] == [8, 1]
+    assert [measured["tokens"] for measured in merged["measured"]] == [8, 1]

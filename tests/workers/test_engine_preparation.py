@@ -106,7 +106,7 @@ listed = {text: job for one in wanted for text, job in
 def name(keys, by):
     return sorted(by[key].name for key in keys)
 print("not listed", name(used.keys() - listed.keys(), used),
-      "not used", name(listed.keys() - used.keys(), listed), len(used) > 20)
+      "not used", name(listed.keys() - used.keys(), listed), len(used) > 8)
 """
 
 

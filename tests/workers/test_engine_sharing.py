@@ -28,7 +28,6 @@ from deltacome_core.container import open_delta
 from deltacome_core.errors import UserError
 from deltacome_core.models import load_model
 from deltacome_core.recipe import get_recipe
-from kernels.fragments import FAST_PLANES, PLANES
 from kernels.plan import StepPlan
 from workers.engine import arena_slots, shared
 from workers.engine.arena_slots import _choose_short
@@ -154,12 +153,11 @@ def test_short_prompts_are_read_together_as_far_as_there_is_room():
 
     long, short, shorter = spans(129, 128, 9)
     both = [shorter, short]
-    assert _choose_short([long, short, shorter], planes=PLANES) == (both, 5 + 64)
-    assert _choose_short([long, short, shorter], planes=FAST_PLANES) == (both, 3 + 32)
-    assert _choose_short([long], planes=PLANES) == ([], 0)
+    assert _choose_short([long, short, shorter]) == (both, 9 + 128)
+    assert _choose_short([long]) == ([], 0)
     many = spans(*[64] * 40)
-    chosen, n_groups = _choose_short(many, planes=PLANES)
-    assert (chosen, n_groups) == (many[:32], 1024)
+    chosen, n_places = _choose_short(many)
+    assert (chosen, n_places) == (many[:32], 2048)
 
 
 def test_a_slot_is_used_again_without_a_trace_of_who_left(folder):
@@ -263,7 +261,7 @@ def test_an_arena_takes_deltas_of_its_recipe_and_another_one_when_it_is_empty(tm
 
 
 def test_a_basis_beyond_the_arena_waits_until_it_is_empty(tmp_path, monkeypatch):
-    monkeypatch.setattr(arena_slots, "STEP_COLUMNS", 8)
+    monkeypatch.setattr(arena_slots, "WORD_COLUMNS", 8)
     monkeypatch.setattr(arena_slots, "_RANK_SLACK", 1)
     tiny.save(tiny.make_model(), tmp_path / "base")
     tuned = [tiny.tune(tiny.make_model(), seed=seed, size=0.05) for seed in (1, 2)]

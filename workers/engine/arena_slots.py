@@ -13,16 +13,16 @@ from torch.nn import functional
 from deltacome_core.errors import UserError
 from deltacome_core.packed import PackedLinear, PackedMatrix, PackedRows
 from deltacome_core.rows import BASIS_BITS
-from kernels.arena import ArenaSpec, DeltaArena
+from kernels.arena import ArenaSpec, DeltaArena, count_matrix_words
 from kernels.dense import Unfolder, multiply_prompt
-from kernels.fragments import PLANES, STEP_COLUMNS, FragmentShape
+from kernels.fragments import PLANES, WORD_COLUMNS, FragmentShape, count_steps
 from kernels.image import Image, Site, SiteNeeds, build_image
-from kernels.plan import StepPlan, count_groups
+from kernels.plan import StepPlan
 from kernels.serving import add_delta, delta_linear
 from kernels.vocabulary import head_matrix, pad_ranks
 from kernels.wanted import Wanted
 from workers.engine.parts import TenantParts
-from workers.engine.rooms import PROMPT_GROUPS, PROMPT_ROWS, PROMPT_UNITS, list_wanted
+from workers.engine.rooms import PROMPT_PLACES, PROMPT_ROWS, list_wanted
 from workers.engine.slots import Lock, Span
 
 log = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ def _usual_head(bits: int) -> SiteNeeds:
     """Rows of a vocabulary as recipes leave them: the first delta may have changed none."""
     return SiteNeeds(
         shrink_rows=(),
-        hidden_steps=0,
+        hidden_pairs=0,
         widths=frozenset({bits}),
         has_groups=True,
-        has_plain=False,
+        has_several=False,
         has_direct=True,
         has_factors=False,
     )
@@ -167,7 +167,7 @@ class ArenaSlots:
         ranks = max((len(table.basis) for table in tables if table.basis is not None), default=0)
         if self._arena is not None and ranks <= self.n_coordinates:
             return self._arena.spec.sites
-        room = -(-int(ranks * _RANK_SLACK) // STEP_COLUMNS) * STEP_COLUMNS or _COORDINATES
+        room = -(-int(ranks * _RANK_SLACK) // WORD_COLUMNS) * WORD_COLUMNS or _COORDINATES
         rows, columns = self._head_shape
         return (
             *self._layers,
@@ -234,7 +234,8 @@ class ArenaSlots:
         slab_bytes = int(max(image.slab_bytes, *(s.slab_bytes for s in before), 0) * _SLACK)
         if not {HEAD, COORDINATES} & image.matrices.keys():
             # The next delta's vocabulary may have changed: a byte a coordinate, and its scales.
-            head = FragmentShape(sites[-1].total_out, sites[-1].in_features, BASIS_BITS)
+            steps = BASIS_BITS * count_steps(sites[-1].in_features)
+            head = FragmentShape(sites[-1].total_out, steps)
             slab_bytes += int(head.size_bytes * _RANK_SLACK)
         specs = [*before, ArenaSpec.covering(sites, [image])]
         layers = [*specs]
@@ -244,6 +245,9 @@ class ArenaSlots:
                     sites,
                     slab_bytes=slab_bytes,
                     max_rank=int(max(matrix.rank for matrix in found) * _RANK_SLACK),
+                    max_words=int(
+                        max(count_matrix_words(matrix) for matrix in found) * _RANK_SLACK
+                    ),
                     widths=frozenset(band.bits for matrix in found for band in matrix.bands),
                 )
             )
@@ -258,7 +262,7 @@ class ArenaSlots:
             for at, usual in enumerate(_USUAL_HEADS)
         ]
         aligned = ArenaSpec.allowing(
-            sites, slab_bytes=slab_bytes, max_rank=1, widths=frozenset({2})
+            sites, slab_bytes=slab_bytes, max_rank=1, max_words=2, widths=frozenset({2})
         ).slab_bytes
         return ArenaSpec(sites=sites, slab_bytes=aligned, needs=tuple(needs))
 
@@ -269,12 +273,12 @@ class ArenaSlots:
         slots = slots_of(spans, n_single)
         if any(slot >= 0 for slot in slots):
             self._plan = self._take_plan("step", slots)
-        short, n_groups = _choose_short(chunks, planes=self._planes)
+        short, n_places = _choose_short(chunks)
         if short:
             owners = np.full(n_rows - n_single, -1)
             for span in short:
                 owners[span.first - n_single : span.last - n_single] = span.slot
-            self._prompts = self._take_prompts(owners.tolist(), n_groups)
+            self._prompts = self._take_prompts(owners.tolist(), n_places)
         self._segments = [span for span in chunks if span not in short]
         self._check([span.slot for span in self._segments])
 
@@ -292,14 +296,12 @@ class ArenaSlots:
         self._plans[key].assign(slots)
         return self._plans[key]
 
-    def _take_prompts(self, slots: list[int], n_groups: int) -> StepPlan:
+    def _take_prompts(self, slots: list[int], n_places: int) -> StepPlan:
         arena = self._arena_of(slots)
-        room = next(size for size in PROMPT_GROUPS if size >= n_groups)
+        room = next(size for size in PROMPT_PLACES if size >= n_places)
         key = ("prompts", room)
         if key not in self._plans:
-            self._plans[key] = StepPlan(
-                arena, units_per_group=PROMPT_UNITS, planes=self._planes, n_groups=room
-            )
+            self._plans[key] = StepPlan(arena, planes=self._planes, n_places=room)
         self._plans[key].assign(slots)
         return self._plans[key]
 
@@ -372,18 +374,17 @@ class ArenaSlots:
         return self._take_plan("head", slots)
 
 
-def _choose_short(chunks: Sequence[Span], *, planes: int) -> tuple[list[Span], int]:
-    """Chunks that the kernels of single tokens read, as many as there is room for; their groups."""
+def _choose_short(chunks: Sequence[Span]) -> tuple[list[Span], int]:
+    """Chunks that the kernels of single tokens read, as many as there is room for; their rows."""
     short: list[Span] = []
-    n_groups = 0
+    n_places = 0
     for span in sorted(chunks, key=lambda span: span.last - span.first):
         n_rows = span.last - span.first
-        more = count_groups(n_rows, units_per_group=PROMPT_UNITS, planes=planes)
-        if n_rows > PROMPT_ROWS or n_groups + more > PROMPT_GROUPS[-1]:
+        if n_rows > PROMPT_ROWS or n_places + n_rows > PROMPT_PLACES[-1]:
             break
         short.append(span)
-        n_groups += more
-    return short, n_groups
+        n_places += n_rows
+    return short, n_places
 
 
 def slots_of(spans: Sequence[Span], n_rows: int) -> list[int]:

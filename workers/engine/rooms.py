@@ -13,14 +13,12 @@ from workers.engine.parts import TenantParts
 
 # Rows that stand alone: graphs are captured, and plans made, for these sizes.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320, 384)
-# Rows of one tenant above which its factors are unfolded once instead of read for each group of
-# rows: unfolding costs 55 ms a tenant, a group of two rows .4 (7B, one H100).
+# Rows of one tenant above which its factors are unfolded once instead of read for each row:
+# unfolding costs 55 ms a tenant (7B, one H100), a row .3 (one H200).
 PROMPT_ROWS = 128
-# Rows of a prompt read the codes as those of an answer do: the kernels are the same, and those of
-# several units take half a minute each to compile. More groups than there is room for are
-# unfolded.
-PROMPT_UNITS = 1
-PROMPT_GROUPS = (16, 64, 256, 1024)
+# Rows of a prompt read the codes as those of an answer do, with the same kernels. More of them than
+# there is room for are unfolded.
+PROMPT_PLACES = (32, 128, 512, 2048)
 # Sites of an arena after those of the layers: the head, and the head that reads coordinates.
 N_HEADS = 2
 
@@ -62,12 +60,11 @@ def _list_rooms(n_sites: int, dtype: str) -> Iterator[Room]:
             reads=dtype,
             writes=dtype,
         )
-    for n_groups in PROMPT_GROUPS:
+    for n_places in PROMPT_PLACES:
         yield Room(
             first_site=0,
             last_site=head,
-            n_groups=n_groups,
-            units_per_group=PROMPT_UNITS,
+            n_places=n_places,
             reads=dtype,
             writes=dtype,
         )
