@@ -43,6 +43,11 @@ def count_pairs(steps: int) -> int:
     return -(-steps // 2)
 
 
+def words_of_pair(planes: int) -> int:
+    """Words of a pair of steps of a source: all bits of its numbers and the sign again."""
+    return (UNIT_COLUMNS * planes + SIGN_BITS) * 2 * STEP_WORDS
+
+
 def words_of(columns: int) -> int:
     """Words that the same bit of so many codes fills."""
     return -(-columns // WORD_COLUMNS)

@@ -18,9 +18,9 @@ from kernels.image_jobs import (
     JOB_FIELDS,
     PIECE_ALIGNMENT_BYTES,
     JobWriter,
-    add_matrix,
     refuse,
 )
+from kernels.image_matrices import add_matrix
 
 # Copies this long reach the rate of the bus; two of them are staged on the device at a time.
 CHUNK_BYTES: Final = 32 << 20

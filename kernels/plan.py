@@ -15,10 +15,9 @@ from kernels.arena import DeltaArena
 from kernels.fragments import (
     PLANES,
     PRECISIONS,
-    SIGN_BITS,
     STEP_ROWS,
     STEP_WORDS,
-    UNIT_COLUMNS,
+    words_of_pair,
 )
 from kernels.streams import send
 
@@ -101,8 +100,7 @@ class StepPlan:
         sites = range(len(arena.spec.sites))
         pairs = max(site.input_pairs for site in arena.spec.sites)
         hidden = max(1, *(arena.spec.hidden_pairs(site) for site in sites))
-        # Bits of a number times the words of a pair, and the sign again.
-        width = (UNIT_COLUMNS * planes + SIGN_BITS) * 2 * STEP_WORDS
+        width = words_of_pair(planes)
         self.x_planes = torch.empty((n_places, pairs * width), dtype=torch.int32, device=device)
         self.h_planes = torch.empty((n_places, hidden * width), dtype=torch.int32, device=device)
         # What they sum up to: in shares of a program of `prepare`, and of 32 hidden values.

@@ -116,8 +116,8 @@ def add_delta(y: torch.Tensor, x: torch.Tensor, plan: StepPlan, site: int) -> to
         site: number of the site.
 
     Returns:
-        y. The delta term is within 2e-6 of the exact one (relative L2) with four planes, within
-        1.5e-2 with two.
+        y. The delta term is within 2e-6 of the exact one (relative L2) with four bytes, within
+        1.5e-2 with three.
 
     Raises:
         UserError: arena_site_unknown.

@@ -127,7 +127,7 @@ def time_decode(bench: Bench, slots: Sequence[int], *, planes: int) -> dict[str,
     Args:
         bench: the bench.
         slots: slot of each token.
-        planes: 4 for exact, 2 for fast.
+        planes: 4 for exact, 3 for fast.
 
     Returns:
         Times in microseconds, bytes, and the factor over the backbone alone.

@@ -4,9 +4,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels import directory
+from kernels import directory, fragments
 from kernels.triton_ops.bits import transpose_bits, vote_negative
-from kernels.triton_ops.mma import SIGN_BITS, words_of_pair
+from kernels.triton_ops.mma import words_of_pair
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
@@ -31,6 +31,7 @@ INPUT = tl.constexpr(directory.SOURCE_INPUT)
 ENTRY_INTS = tl.constexpr(directory.ENTRY_INTS)
 ENTRY_ROOM = tl.constexpr(2048)
 LEAST = tl.constexpr(1e-20)
+SIGN_BITS = tl.constexpr(fragments.SIGN_BITS)
 
 
 @triton.constexpr_function

@@ -49,8 +49,10 @@ def transpose_bits(values, lane, USE_PTX: tl.constexpr):
     else:
         warps: tl.constexpr = values.shape[0] // 32
         bit = tl.arange(0, 32)
-        ones = (tl.reshape(values, (warps, 32, 1)) >> bit[None, None, :]) & 1
-        words = tl.reshape(tl.xor_sum(ones << bit[None, :, None], axis=1), (warps * 32,))
+        ones = ((tl.reshape(values, (warps, 32, 1)) >> bit[None, None, :]) & 1).to(tl.int64)
+        # Sums are what the interpreter does at once; in 64 bits none is too large.
+        words = tl.sum(ones << bit[None, :, None], axis=1).to(tl.int32)
+        words = tl.reshape(words, (warps * 32,))
     return words
 
 
@@ -69,8 +71,9 @@ def vote_negative(values, USE_PTX: tl.constexpr):
     else:
         warps: tl.constexpr = values.shape[0] // 32
         bit = tl.arange(0, 32)
-        negative = ((tl.reshape(values, (warps, 32)) >> 31) & 1) << bit[None, :]
-        words = tl.xor_sum(negative, axis=1)[:, None] + tl.zeros((warps, 32), dtype=tl.int32)
+        negative = ((tl.reshape(values, (warps, 32)) >> 31) & 1).to(tl.int64) << bit[None, :]
+        words = tl.sum(negative, axis=1).to(tl.int32)[:, None]
+        words += tl.zeros((warps, 32), dtype=tl.int32)
         words = tl.reshape(words, (warps * 32,))
     return words
 

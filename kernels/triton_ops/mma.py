@@ -13,13 +13,10 @@ import triton.language as tl
 from kernels.triton_ops.bits import multiply_pair, read_fourth
 from kernels.triton_ops.items import four_items, replace_items
 
-# int64 words of a pair of steps: rows of bits, and the sign again, times four lanes.
-SIGN_BITS = tl.constexpr(8)
-
 
 @triton.constexpr_function
 def words_of_pair(n_planes):
-    """int64 words of a pair of steps of a source: all its bits and the sign again, four each."""
+    """int64 words of a pair of steps: half of fragments.words_of_pair, which no kernel can call."""
     return (8 * n_planes + 8) * 4
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels import directory
+from kernels import directory, fragments
 from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.mma import load_codes, multiply_columns, multiply_staged, words_of_pair
 from kernels.triton_ops.tiles import multiply_tiles
@@ -16,7 +16,7 @@ SHRINK_RECORDS = tl.constexpr(directory.SHRINK_RECORDS)
 EXPAND_SIZES = tl.constexpr(directory.EXPAND_SIZES)
 EXPAND_PARTS = tl.constexpr(directory.EXPAND_PARTS)
 EXPAND_RECORDS = tl.constexpr(directory.EXPAND_RECORDS)
-UNIT_BYTES = tl.constexpr(128)
+UNIT_BYTES = tl.constexpr(fragments.UNIT_BYTES)
 
 
 @triton.jit

@@ -92,16 +92,30 @@ _DEFAULTS: Final = (
 )
 
 
+def _everywhere(stage: Stage, shape: Shape) -> Choice:
+    return Choice(stage=stage, tokens=1 << 30, steps=1 << 30, rows=1 << 30, shape=shape)
+
+
+# The interpreter runs programs one after the other, their warps at once, and all that they load.
+_INTERPRETED: Final = (
+    _everywhere("shrink", Shape(blocks=1, along_steps=8, along_rows=2, ahead=1)),
+    _everywhere("expand", Shape(blocks=1, along_steps=1, along_rows=16, ahead=1)),
+    _everywhere("layer", Shape(blocks=2, along_steps=1, along_rows=1, ahead=1)),
+)
+
+
 @cache
 def load_table(arch: int) -> tuple[Choice, ...]:
     """The measured choices of an architecture, smallest launches first.
 
     Args:
-        arch: compute capability, 90 for Hopper.
+        arch: compute capability, 90 for Hopper; 0 in the interpreter.
 
     Returns:
         The choices of kernels/tuning/sm_<arch>.json, or the defaults.
     """
+    if arch == 0:
+        return _INTERPRETED
     path = FOLDER / f"sm_{arch}.json"
     if not path.exists():
         return _DEFAULTS

@@ -25,17 +25,10 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def few_programs(monkeypatch):
-    """Let one program do a repacking job, and programs load no more than they need.
-
-    The interpreter runs programs one after the other, and all that a program loads ahead.
-    """
+    """Let one program do a repacking job: the interpreter runs programs one after the other."""
     import kernels.arena
-    from kernels import serving
-    from kernels.tuning import Shape
 
-    small = Shape(blocks=2, along_steps=2, along_rows=1, ahead=1)
     monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
-    monkeypatch.setattr(serving, "choose_shape", lambda *_, **__: small)
 
 
 @pytest.fixture(autouse=True)
