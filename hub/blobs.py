@@ -43,10 +43,12 @@ def prune_blobs() -> int:
 
 
 def _claim(stored: storage.StoredBlob) -> None:
-    Blob.objects.update_or_create(
-        sha256=stored.sha256,
-        defaults={"touched_at": Now()},
-        create_defaults={"size_bytes": stored.size_bytes, "touched_at": Now()},
+    # One statement: between looking for the row and writing it, pruning and writers come and go.
+    Blob.objects.bulk_create(
+        [Blob(sha256=stored.sha256, size_bytes=stored.size_bytes, touched_at=Now())],
+        update_conflicts=True,
+        unique_fields=["sha256"],
+        update_fields=["touched_at"],
     )
 
 

@@ -174,8 +174,8 @@ def test_writers_and_pruners_of_the_same_bytes_never_leave_a_row_without_bytes(d
             age(blobs.keep_chunks([b"contested"]))
             blobs.prune_blobs()
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(write, range(40)))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(400)))
     blob = blobs.keep_chunks([b"contested"])
     assert storage.get_store().has(blob.pk)
     assert Blob.objects.filter(pk=blob.pk).exists()
