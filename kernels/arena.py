@@ -18,8 +18,8 @@ from kernels.fragments import (
 )
 from kernels.image import Image, Site, SiteNeeds
 
-# Rows a program may take: 16 for each of 1, 2 or 4 blocks of a warp and 1 to 8 warps.
-PROGRAM_ROWS: Final = (16, 32, 64, 128, 256, 512)
+# Rows a program may take: 16 for each of 1, 2 or 4 blocks of a warp, 1 to 8 warps, 1 to 8 turns.
+PROGRAM_ROWS: Final = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Programs that share one job of the repacking; enough for the largest to fill a device.
 _REPACK_PROGRAMS: Final = 64
 REPACK_BLOCK: Final = 256
@@ -296,7 +296,7 @@ class DeltaArena:
                 staged,
                 self._slabs[slot],
                 widths=self.spec.all_widths,
-                programs=_REPACK_PROGRAMS,
+                programs=min(_REPACK_PROGRAMS, -(-chunk.n_elements // REPACK_BLOCK)),
                 block=REPACK_BLOCK,
             )
             if main is not None:

@@ -24,13 +24,10 @@ from triton.errors import TritonError
 from kernels.compile_matrix import WARP_SIZE
 from kernels.config import SHARED_LIMIT_BYTES
 from kernels.fragments import FAST_PLANES, PLANES
-from kernels.triton_ops.batch import (
-    batch_expand_kernel,
-    batch_shrink_kernel,
-    prepare_kernel,
-)
+from kernels.triton_ops.batch import batch_expand_kernel, batch_shrink_kernel
 from kernels.triton_ops.gather import gather_kernel, project_kernel
 from kernels.triton_ops.layer import layer_kernel
+from kernels.triton_ops.prepare import prepare_kernel
 from kernels.triton_ops.product import product_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.triton_ops.unfold import unfold_kernel
@@ -74,6 +71,7 @@ _OF_THE_MODEL: Final = {
     "base_ptr",
 }
 _ALL_WIDTHS: Final = (1, 2, 3, 4, 8)
+_TAKING_TURNS: Final = {"shrink", "expand"}
 # Overlapping launches need Hopper.
 _OVERLAP_FROM: Final = 90
 _INLINE = re.compile(r"tt\.elementwise_inline_asm.*?-> tensor<\d+xi32, (#\w+)>")
@@ -148,7 +146,9 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "BLOCK_K": 32,
         "BLOCK_R": 8,
         "BAND": 8,
-        "STAGES": 3,
+        # Turns need loads to registers; a product of many tokens is pipelined either way.
+        "STAGES": 0 if variant.kernel in _TAKING_TURNS and not variant.has_groups else 3,
+        "TURNS": 1 if variant.has_groups else 2,
         "R": 2,
         "SUMS": 128,
         "WK": 2,
@@ -162,6 +162,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "THREADS": 128,
         "SMALLEST": 128,
         "CHUNKS": 2,
+        "COLUMNS": 1,
         "WARPS": 4,
     }
 

@@ -18,6 +18,7 @@ from kernels.image_jobs import (
     JOB_FIELDS,
     PIECE_ALIGNMENT_BYTES,
     JobWriter,
+    count_elements,
     refuse,
 )
 from kernels.image_matrices import add_matrix
@@ -49,11 +50,12 @@ class Site:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Bytes u8 [size] to be copied at once, and the jobs that read them."""
+    """Bytes u8 [size] to be copied at once, the jobs that read them, and the largest one's size."""
 
     source: torch.Tensor
     first_job: int
     n_jobs: int
+    n_elements: int
 
     @property
     def size(self) -> int:
@@ -218,7 +220,9 @@ def _is_readable(writer: JobWriter) -> bool:
     )
 
 
-def _cut(writer: JobWriter, copied: torch.Tensor) -> Iterator[tuple[int, Chunk]]:
+def _cut(
+    writer: JobWriter, copied: torch.Tensor, jobs: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, Chunk]]:
     """Chunks that end where a site ends, each with its place in the source."""
     border = writer.memory_bytes
     first_job, low = 0, -1
@@ -234,7 +238,16 @@ def _cut(writer: JobWriter, copied: torch.Tensor) -> Iterator[tuple[int, Chunk]]
         base, first = (copied, start - border) if is_copied else (writer.memory, start)
         if base is not None and span.high > start:
             source = base[first : first + span.high - start]
-            yield start, Chunk(source=source, first_job=first_job, n_jobs=span.last_job - first_job)
+            n_elements = count_elements(jobs[first_job : span.last_job])
+            yield (
+                start,
+                Chunk(
+                    source=source,
+                    first_job=first_job,
+                    n_jobs=span.last_job - first_job,
+                    n_elements=n_elements,
+                ),
+            )
         first_job, low = span.last_job, -1
 
 
@@ -293,7 +306,7 @@ def build_image(
         return build_image(sites, matrices, pin=pin)
     jobs = np.array(writer.jobs, dtype=np.int64).reshape(-1, JOB_FIELDS)
     chunks = []
-    for start, chunk in _cut(writer, _copy_pieces(writer, pin=pin)):
+    for start, chunk in _cut(writer, _copy_pieces(writer, pin=pin), jobs):
         _relative(jobs[chunk.first_job : chunk.first_job + chunk.n_jobs], start)
         chunks.append(chunk)
     return Image(

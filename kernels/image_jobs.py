@@ -4,12 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from deltacome_core.errors import UserError
 from deltacome_core.layout import TILE_CODES
 from deltacome_core.packed import PackedFactor
-from kernels.fragments import UNIT_BYTES, WORD_COLUMNS, FragmentShape, WordOrder, words_of
+from kernels.fragments import (
+    STEP_ROWS,
+    STEP_WORDS,
+    UNIT_BYTES,
+    WORD_COLUMNS,
+    FragmentShape,
+    WordOrder,
+    words_of,
+)
 
 JOB_FIELDS: Final = 16
 CODES_JOB: Final = 0
@@ -32,6 +42,22 @@ class Span:
 def refuse(name: str, reason: str) -> UserError:
     """Say that no kernel reads a delta of this kind."""
     return UserError("arena_recipe_unknown", name=name, reason=reason)
+
+
+def count_elements(jobs: npt.NDArray[np.int64]) -> int:
+    """What programs of the largest job count through: words, factors or scales.
+
+    Args:
+        jobs: [n, JOB_FIELDS].
+
+    Returns:
+        How many, 0 where there are no jobs.
+    """
+    rows = -(-jobs[:, 4] // STEP_ROWS) * STEP_ROWS
+    words = rows * -(-jobs[:, 9] // STEP_WORDS) * STEP_WORDS
+    scales = rows * -(-jobs[:, 5] // TILE_CODES)
+    kinds = (jobs[:, 0] == CODES_JOB, jobs[:, 0] == GROUPS_JOB)
+    return int(np.select(kinds, (words, scales), default=rows).max(initial=0))
 
 
 def align_piece(size_bytes: int) -> int:

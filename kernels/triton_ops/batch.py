@@ -1,12 +1,21 @@
-"""Decode for many tenants in one launch: prepare, shrink and expand over an arena."""
+"""Decode for many tenants in one launch: shrink and expand over an arena."""
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels import directory, fragments
-from kernels.triton_ops.bits import transpose_bits, vote_negative
+from kernels import directory
+from kernels.triton_ops.bits import transpose_bits
 from kernels.triton_ops.mma import words_of_pair
+from kernels.triton_ops.prepare import largest_number, place_words, round_to_int
+from kernels.triton_ops.record_products import (
+    finish_record,
+    finish_turn,
+    order_shares,
+    row_of_share,
+    scale_shares,
+    sum_part,
+)
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
@@ -15,129 +24,18 @@ from kernels.triton_ops.records import (
     PART_INTS,
     RECORD_INTS,
     SHRINK_RECORDS,
+    begin_products,
+    count_turns,
     find_block,
-    finish_record,
     load_bound,
     load_pointer,
     load_record,
     load_sums,
-    order_shares,
-    row_of_share,
+    locate_source,
     start_record,
-    sum_part,
 )
 
 INPUT = tl.constexpr(directory.SOURCE_INPUT)
-ENTRY_INTS = tl.constexpr(directory.ENTRY_INTS)
-ENTRY_ROOM = tl.constexpr(2048)
-LEAST = tl.constexpr(1e-20)
-SIGN_BITS = tl.constexpr(fragments.SIGN_BITS)
-
-
-@triton.constexpr_function
-def largest_number(n_planes):
-    """Largest whole number of an activation or hidden value of so many bytes, its sign aside."""
-    return 1 << (8 * n_planes - 2)
-
-
-@triton.jit
-def round_to_int(value) -> tl.tensor:
-    """Nearest whole number, halves away from zero; |value| < 2^31."""
-    return (value + tl.where(value < 0, -0.5, 0.5)).to(tl.int32)
-
-
-@triton.jit
-def place_words(word, plane, N_PLANES: tl.constexpr):
-    """Where the words of a source's bits lie, int32 of them: two steps side by side in a pair.
-
-    Args:
-        word: int32, number of the word in the source: four a step.
-        plane: int32, number of the bit.
-        N_PLANES: Bytes of a number.
-    """
-    pair = word // 8
-    return (pair * words_of_pair(N_PLANES) + plane * 4 + word % 4) * 2 + word // 4 % 2
-
-
-@triton.jit(
-    do_not_specialize=["n_cols", "n_words", "x_stride", "slot_stride", "site_offset", "n_cleared"]
-)
-def prepare_kernel(
-    x_ptr,
-    x_stride,
-    token_ptr,
-    slot_ptr,
-    planes_ptr,
-    planes_stride,
-    step_ptr,
-    norm_ptr,
-    sums_ptr,
-    n_cols,
-    n_words,
-    directory_ptr,
-    slot_stride,
-    site_offset,
-    cleared_ptr,
-    n_cleared,
-    N_PLANES: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    BLOCK: tl.constexpr,
-    THREADS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    USE_PTX: tl.constexpr,
-    OVERLAP: tl.constexpr,
-) -> None:
-    """THREADS CHUNKS columns of a token: x [n_cols] as bits, the worth of a unit, and its length.
-
-    Numbers are multiples of SMALLEST: the lowest bit of a code reads them so many times smaller.
-
-    The first program of a token also clears n_cleared elements of it, and touches the directory so
-    that the kernels that follow find it in the cache.
-    """
-    if OVERLAP:
-        # A kernel that starts early reads the plan before it waits: nothing may still write it.
-        gdc_wait()
-        gdc_launch_dependents()
-    place = tl.program_id(0)
-    token = tl.load(token_ptr + place)
-    if token >= 0:
-        x_at = x_ptr + token.to(tl.int64) * x_stride
-        col = tl.arange(0, BLOCK)
-        x = tl.load(x_at + col, mask=col < n_cols, other=0.0).to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(x), axis=0), LEAST)
-        if tl.program_id(1) == 0:
-            slot = tl.load(slot_ptr + place)
-            entry = tl.arange(0, ENTRY_ROOM)
-            entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-            tl.load(entry_ptr + entry, mask=entry < ENTRY_INTS, other=0, volatile=True)
-            for start in range(0, n_cleared, BLOCK):
-                at = cleared_ptr + token.to(tl.int64) * n_cleared + start + col
-                tl.store(at, tl.zeros_like(x), mask=start + col < n_cleared)
-            # Zeros must not divide by zero: a token of them has the length of the least one.
-            norm = largest * tl.sqrt(tl.sum((x / largest) * (x / largest), axis=0))
-            tl.store(step_ptr + place, largest / largest_number(N_PLANES))
-            tl.store(norm_ptr + place, tl.maximum(norm, LEAST))
-        thread = tl.arange(0, THREADS)
-        lane = thread % 32
-        target_ptr = planes_ptr + place.to(tl.int64) * planes_stride
-        total = tl.zeros((THREADS,), dtype=tl.int64)
-        for chunk in tl.static_range(CHUNKS):
-            own = (tl.program_id(1) * CHUNKS + chunk) * THREADS + thread
-            value = tl.load(x_at + own, mask=own < n_cols, other=0.0).to(tl.float32)
-            number = (
-                round_to_int(value * (largest_number(N_PLANES) / SMALLEST / largest)) * SMALLEST
-            )
-            total += number.to(tl.int64)
-            word = own // 32
-            bits = transpose_bits(number, lane, USE_PTX)
-            tl.store(target_ptr + place_words(word, lane, N_PLANES), bits, mask=word < n_words)
-            # A number of three bytes has its sign in all bits above them.
-            if N_PLANES == 4:  # noqa: PLR2004 bytes
-                sign = vote_negative(number, USE_PTX)
-                at = target_ptr + place_words(word, 32 + lane, N_PLANES)
-                tl.store(at, sign, mask=(word < n_words) & (lane < SIGN_BITS))
-        share_at = sums_ptr + place.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(share_at, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -232,10 +130,11 @@ def batch_shrink_kernel(
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
+    TURNS: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One block of rows of V for one token: hidden = bits of V x."""
+    """TURNS blocks of rows of V for one token: hidden = bits of V x."""
     ROWS: tl.constexpr = 16 * R * WR
     THREADS: tl.constexpr = 32 * WK * WR
     if OVERLAP:
@@ -244,38 +143,51 @@ def batch_shrink_kernel(
     slot = tl.load(slot_ptr + place)
     if slot >= 0:
         entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-        number, block = find_block(entry_ptr, tl.program_id(0), ROWS)
+        number, own = find_block(entry_ptr, tl.program_id(0), ROWS * TURNS)
         if number < MAX_RECORDS:
             slab = tl.load(table_ptr + slot)
             thread = tl.arange(0, THREADS)
             lane = thread % 32
             wk = thread // 32 % WK
-            wr = thread // 32 // WK
             record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
             fields = load_record(record_ptr)
-            first_block = (block * WR + wr) * R
+            first_block = (own * TURNS * WR + thread // 32 // WK) * R
             started = start_record(fields, slab, first_block, wk, lane, R, U, STAGES)
             # Loads that only the last lines need start here, beside the codes.
-            row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
             factors_ptr = load_pointer(slab, fields[5], tl.float32)
-            factor = tl.load(factors_ptr + row, mask=row < fields[2], other=0.0)
             target = load_target(record_ptr)
+            n_turns = count_turns(fields, own, R, WR, TURNS)
+            source_ptr = planes_ptr + place * planes_stride
             if OVERLAP:
                 gdc_wait()
             shares = load_sums(sums_ptr + place * n_inputs, n_inputs, fields, SUMS)
             # A unit of a product, over one of a hidden value whose last copy's bits are 0.
             worth = 0.5 * tl.load(step_ptr + place) / tl.load(norm_ptr + place)
             worth = worth / load_bound(fields) * largest_number(P) / (1 << target[2] - 1)
-            products = finish_record(
-                started, fields, shares, slab, first_block, planes_ptr + place * planes_stride,
-                wk, lane, IS_PLAIN, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
-            )  # fmt: skip
-            h = round_to_int(products * factor * worth) << target[2] - 1
-            store_hidden(
-                order_shares(h, R, WR), target, hidden_ptr + place * hidden_stride,
-                hidden_sums_ptr + place * (hidden_stride // words_of_pair(P) * 4), block,
-                fields[2], lane, P, ROWS, THREADS, USE_PTX,
-            )  # fmt: skip
+            source_at = locate_source(fields, source_ptr, lane, P)
+            begun = ((), ())
+            if TURNS > 1:
+                begun = begin_products(started[1], fields, source_at, wk, P, U, X_AHEAD)
+            for turn in range(n_turns if TURNS > 1 else 1):
+                block = own * TURNS + turn
+                row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
+                factor = tl.load(factors_ptr + row, mask=row < fields[2], other=0.0)
+                if TURNS > 1:
+                    products, begun = finish_turn(
+                        begun, turn, n_turns, fields, shares, slab, first_block, source_at,
+                        wk, lane, R, P, WK, WR, U, X_AHEAD, USE_PTX,
+                    )  # fmt: skip
+                else:
+                    products = finish_record(
+                        started, fields, shares, slab, first_block, source_ptr, wk, lane,
+                        IS_PLAIN, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
+                    )  # fmt: skip
+                h = round_to_int(products * factor * worth) << target[2] - 1
+                store_hidden(
+                    order_shares(h, R, WR), target, hidden_ptr + place * hidden_stride,
+                    hidden_sums_ptr + place * (hidden_stride // words_of_pair(P) * 4), block,
+                    fields[2], lane, P, ROWS, THREADS, USE_PTX,
+                )  # fmt: skip
     # Programs without work wait too: who waits for this launch means the ones before it as well.
     if OVERLAP:
         gdc_wait()
@@ -320,16 +232,17 @@ def batch_expand_kernel(
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
     STAGES: tl.constexpr,
+    TURNS: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """One block of outputs for one token: y += U h, or D x."""
+    """TURNS blocks of outputs for one token: y += U h, or D x."""
     ROWS: tl.constexpr = 16 * R * WR
     place = tl.program_id(1).to(tl.int64)
     slot = tl.load(slot_ptr + place)
     if slot >= 0:
         entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-        number, block = find_block(entry_ptr + MAX_RECORDS, tl.program_id(0), ROWS)
+        number, own = find_block(entry_ptr + MAX_RECORDS, tl.program_id(0), ROWS * TURNS)
         if number < MAX_RECORDS:
             slab = tl.load(table_ptr + slot)
             part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
@@ -338,7 +251,7 @@ def batch_expand_kernel(
             thread = tl.arange(0, 32 * WK * WR)
             lane = thread % 32
             wk = thread // 32 % WK
-            first_block = (block * WR + thread // 32 // WK) * R
+            first_block = (own * TURNS * WR + thread // 32 // WK) * R
             started = start_record(fields, slab, first_block, wk, lane, R, U, STAGES)
             source_ptr = hidden_ptr
             stride = hidden_stride
@@ -353,21 +266,40 @@ def batch_expand_kernel(
                     own_sums_ptr = sums_ptr
                     sums_stride = n_inputs
                     n_own = n_inputs
-            row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
             token = tl.load(token_ptr + place).to(tl.int64)
-            at = y_ptr + token * y_stride + tl.load(part_ptr) + row
+            part_at = y_ptr + token * y_stride + tl.load(part_ptr)
             n_records = tl.load(part_ptr + 2)
+            n_turns = count_turns(fields, own, R, WR, TURNS)
             if OVERLAP:
                 gdc_wait()
             # What the last lines need is loaded beside the codes.
             hidden_worth = tl.load(norm_ptr + place) / largest_number(P)
             worth = 0.5 * tl.where(is_direct, tl.load(step_ptr + place), hidden_worth)
-            y = tl.load(at, mask=row < fields[2], other=0.0).to(tl.float32)
-            y += worth * sum_part(
-                started, fields, record_ptr, n_records, own_sums_ptr + place * sums_stride,
-                n_own, slab, block, first_block, source_ptr + place * stride, wk, lane,
-                SUMS, IS_PLAIN, HAS_FACTORS, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
-            )  # fmt: skip
-            tl.store(at, y.to(y_ptr.dtype.element_ty), mask=row < fields[2])
+            source_ptr += place * stride
+            own_sums_ptr += place * sums_stride
+            source_at = locate_source(fields, source_ptr, lane, P)
+            begun = ((), ())
+            shares = tl.zeros((SUMS,), dtype=tl.int64)
+            if TURNS > 1:
+                shares = load_sums(own_sums_ptr, n_own, fields, SUMS)
+                begun = begin_products(started[1], fields, source_at, wk, P, U, X_AHEAD)
+            for turn in range(n_turns if TURNS > 1 else 1):
+                block = own * TURNS + turn
+                row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
+                y = tl.load(part_at + row, mask=row < fields[2], other=0.0).to(tl.float32)
+                if TURNS > 1:
+                    products, begun = finish_turn(
+                        begun, turn, n_turns, fields, shares, slab, first_block, source_at,
+                        wk, lane, R, P, WK, WR, U, X_AHEAD, USE_PTX,
+                    )  # fmt: skip
+                    sums = scale_shares(products, fields, slab, block, HAS_FACTORS, R, WR)
+                else:
+                    sums = sum_part(
+                        started, fields, record_ptr, n_records, own_sums_ptr, n_own, slab,
+                        block, first_block, source_ptr, wk, lane, SUMS, IS_PLAIN,
+                        HAS_FACTORS, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
+                    )  # fmt: skip
+                y += worth * sums
+                tl.store(part_at + row, y.to(y_ptr.dtype.element_ty), mask=row < fields[2])
     if OVERLAP:
         gdc_wait()

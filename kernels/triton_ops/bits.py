@@ -108,41 +108,52 @@ def read_fourth(values, lane, USE_PTX: tl.constexpr):
 
 
 @triton.jit
-def count_bits(words):
-    """Bits that are set in each word."""
-    ones = words.to(tl.uint32, bitcast=True)
-    ones = ones - ((ones >> 1) & 0x55555555)
-    ones = (ones & 0x33333333) + ((ones >> 2) & 0x33333333)
-    ones = (ones + (ones >> 4)) & 0x0F0F0F0F
-    return ((ones * 0x01010101) >> 24).to(tl.int32)
+def count_nibbles(words):
+    """Bits that are set in each four of int64 words."""
+    pairs = words - ((words >> 1) & 0x5555555555555555)
+    return (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
 
 
 @triton.jit
-def multiply_plainly(a, b0, b1, c):
-    """The sums of `multiply_pair` without its instruction; arguments are the same."""
-    warps: tl.constexpr = b0.shape[0] // 32
-    x0 = tl.reshape(b0, (warps, 1, 8, 4))
-    x1 = tl.reshape(b1, (warps, 1, 8, 4))
-    rows = ()
-    for half in tl.static_range(2):
-        first = tl.reshape(a[half], (warps, 8, 1, 4)) & x0
-        rows += (tl.join(first, tl.reshape(a[half + 2], (warps, 8, 1, 4)) & x1),)
-    # [warps, rows, columns of x, lanes of four, steps, halves]
-    ones = count_bits(tl.join(rows[0], rows[1]))
-    sums = tl.reshape(tl.sum(tl.sum(ones, axis=4), axis=3), (warps, 8, 4, 2, 2))
-    top, low = tl.split(sums)
-    top_even, top_odd = tl.split(top)
-    low_even, low_odd = tl.split(low)
-    return (
-        c[0] + tl.reshape(top_even, (warps * 32,)),
-        c[1] + tl.reshape(top_odd, (warps * 32,)),
-        c[2] + tl.reshape(low_even, (warps * 32,)),
-        c[3] + tl.reshape(low_odd, (warps * 32,)),
-    )
+def multiply_plainly(first, second, planes):
+    """The sums of `multiply_pair` without its instruction, of four bytes at once.
+
+    Args:
+        first: int64 [threads], rows g and g + 8 of the first step.
+        second: int64 [threads], of the second.
+        planes: Four int64 [threads], b0 and b1 of each byte.
+
+    Returns:
+        Four times the four sums of `multiply_pair`.
+    """
+    warps: tl.constexpr = first.shape[0] // 32
+    source = tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3]))
+    source = tl.reshape(source, (warps, 1, 8, 4, 2, 2))
+    low = source & 0xFFFFFFFF
+    high = (source >> 32) & 0xFFFFFFFF
+    # [warps, rows, columns of x, lanes of four, bytes]
+    first = tl.reshape(first, (warps, 8, 1, 4, 1, 1)) & (low | (low << 32))
+    second = tl.reshape(second, (warps, 8, 1, 4, 1, 1)) & (high | (high << 32))
+    nibbles = count_nibbles(first) + count_nibbles(second)
+    ones = (nibbles & 0x0F0F0F0F0F0F0F0F) + ((nibbles >> 4) & 0x0F0F0F0F0F0F0F0F)
+    ones = tl.sum(ones, axis=3)
+    ones = (ones & 0x00FF00FF00FF00FF) + ((ones >> 8) & 0x00FF00FF00FF00FF)
+    ones = (ones & 0xFFFF0000FFFF) + ((ones >> 16) & 0xFFFF0000FFFF)
+    # [lanes, columns of x, bytes]
+    ones = tl.reshape(ones, (warps * 32, 2, 2, 2))
+    sums = ()
+    for shift in tl.static_range(0, 64, 32):
+        even_bytes, odd_bytes = tl.split((ones >> shift).to(tl.int32))
+        sums += tl.split(even_bytes) + tl.split(odd_bytes)
+    found = ()
+    for byte in tl.static_range(4):
+        number = byte % 2 * 2 + byte // 2
+        found += tl.split(sums[number]) + tl.split(sums[4 + number])
+    return found
 
 
 @triton.jit
-def multiply_pair(a, b0, b1, c, USE_PTX: tl.constexpr):
+def multiply_pair(a, b0, b1, c):
     """Add how many bits two steps [16, 256] and eight rows of bits [256, 8] have in common.
 
     Args:
@@ -150,21 +161,17 @@ def multiply_pair(a, b0, b1, c, USE_PTX: tl.constexpr):
         b0: int32 [threads], row `lane // 4` at columns 32 t .. 32 t + 31 of the first step.
         b1: int32 [threads], of the second.
         c: Four int32 [threads]: rows g, g, g + 8, g + 8 and rows of bits 2 t, 2 t + 1 in turn.
-        USE_PTX: The instruction; without it the same sums in plain Triton.
 
     Returns:
         The four sums.
     """
-    if USE_PTX:
-        d = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
-            "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        d = multiply_plainly(a, b0, b1, c)
+    d = tl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+        "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+        [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
     return (d[0], d[1], d[2], d[3])

@@ -8,14 +8,3 @@ import triton.language as tl
 def replace_items(items, new, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """`items` with COUNT of them, from FIRST on, replaced by `new`."""
     return items[:FIRST] + new + items[FIRST + COUNT :]
-
-
-@triton.jit
-def four_items(items, NUMBER: tl.constexpr):
-    """The NUMBER-th four of `items`."""
-    return (
-        items[4 * NUMBER],
-        items[4 * NUMBER + 1],
-        items[4 * NUMBER + 2],
-        items[4 * NUMBER + 3],
-    )

@@ -10,20 +10,17 @@ from triton.runtime import driver
 from deltacome_core.layout import TILE_CODES, words_per_row
 from kernels.fragments import PAIR_COLUMNS, STEP_WORDS, WORD_COLUMNS
 from kernels.plan import MOST_SHARES, StepPlan
-from kernels.triton_ops import batch, gather, layer, repack
-from kernels.triton_ops.batch import (
-    batch_expand_kernel,
-    batch_shrink_kernel,
-    prepare_kernel,
-)
+from kernels.triton_ops import batch, gather, layer, prepare, repack
+from kernels.triton_ops.batch import batch_expand_kernel, batch_shrink_kernel
 from kernels.triton_ops.gather import gather_kernel, project_kernel
 from kernels.triton_ops.keys import settle_keys
 from kernels.triton_ops.layer import layer_kernel
+from kernels.triton_ops.prepare import prepare_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.tuning import Shape
 from kernels.vocabulary import count_groups
 
-settle_keys(batch, layer, repack, gather)
+settle_keys(prepare, batch, layer, repack, gather)
 
 # Columns of a token that a thread of `prepare` turns into bits: few where few tokens fill a device.
 _FEW_TOKENS = 8
@@ -78,6 +75,7 @@ def launch_repack(
             slab.data_ptr(),
             WIDTHS=_sum_widths(widths),
             BLOCK=block,
+            COLUMNS=1 if is_compiled() else WORD_COLUMNS,
             num_warps=4,
         )
 
@@ -164,6 +162,7 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "U": shape.ahead,
         "X_AHEAD": shape.inputs_ahead,
         "STAGES": shape.stages,
+        "TURNS": _count_turns(plan, site, shape),
         "USE_PTX": is_compiled(),
         "OVERLAP": overlap,
         "num_warps": shape.warps,
@@ -171,6 +170,11 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         **_overlapping(overlap),
         **({"maxnreg": shape.registers} if shape.registers and is_compiled() else {}),
     }
+
+
+def _count_turns(plan: StepPlan, site: int, shape: Shape) -> int:
+    """Blocks that a program multiplies after each other: one where a matrix has several records."""
+    return shape.turns if plan.arena.spec.is_plain(site) and not shape.stages else 1
 
 
 def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None) -> None:
@@ -184,7 +188,7 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
     """
     arena = plan.arena
     overlap = overlaps() if overlap is None else overlap
-    blocks = arena.spec.shrink_blocks(site, shape.rows)
+    blocks = arena.spec.shrink_blocks(site, shape.rows * _count_turns(plan, site, shape))
     if blocks == 0:
         return
     batch_shrink_kernel[(blocks, plan.n_places)](
@@ -221,7 +225,8 @@ def launch_expand(
     """
     arena = plan.arena
     overlap = overlap and overlaps()
-    blocks = sum(-(-out // shape.rows) for out in arena.spec.sites[site].out_features)
+    rows = shape.rows * _count_turns(plan, site, shape)
+    blocks = sum(-(-out // rows) for out in arena.spec.sites[site].out_features)
     batch_expand_kernel[(blocks, plan.n_places)](
         plan.x_planes.view(torch.int64),
         plan.x_planes.stride(0) // 2,
@@ -270,7 +275,7 @@ def launch_layer(
     arena = plan.arena
     spec = arena.spec
     cut = _cut(plan, site, shape, overlap=overlaps())
-    del cut["num_stages"], cut["STAGES"]
+    del cut["num_stages"], cut["STAGES"], cut["TURNS"]
     n_delta = len(weight) // shape.rows
     n_base = len(weight) // LAYER_ROWS
     layer_kernel[(n_delta + n_base,)](

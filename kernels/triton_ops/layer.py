@@ -5,8 +5,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from kernels import directory
-from kernels.triton_ops.batch import INPUT, largest_number
+from kernels.triton_ops.batch import INPUT
 from kernels.triton_ops.masks import mask_if
+from kernels.triton_ops.prepare import largest_number
+from kernels.triton_ops.record_products import row_of_share, sum_part
 from kernels.triton_ops.records import (
     EXPAND_PARTS,
     EXPAND_RECORDS,
@@ -15,9 +17,7 @@ from kernels.triton_ops.records import (
     PART_INTS,
     RECORD_INTS,
     load_record,
-    row_of_share,
     start_record,
-    sum_part,
 )
 
 MAX_PARTS = tl.constexpr(directory.MAX_PARTS)

@@ -10,8 +10,8 @@ lost. With c_p the bits that the codes and bit p of x have in common, twice the 
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.bits import multiply_pair, read_fourth
-from kernels.triton_ops.items import four_items, replace_items
+from kernels.triton_ops.bits import multiply_pair, multiply_plainly, read_fourth
+from kernels.triton_ops.items import replace_items
 
 
 @triton.constexpr_function
@@ -21,23 +21,25 @@ def words_of_pair(n_planes):
 
 
 @triton.jit
-def load_codes(at, left, R: tl.constexpr, U: tl.constexpr):
-    """Words of U pairs of steps of R row blocks, int64 [threads] each: two for a pair and block.
+def load_codes(at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr):
+    """Words of COUNT pairs of steps, from the FIRST one on, of R row blocks.
 
     Args:
         at: R int64 pointers [threads], this lane's first word.
         left: int32 [threads], pairs that exist from there on.
+        FIRST: Same.
+        COUNT: Same.
         R: Row blocks.
-        U: Pairs.
 
     Returns:
-        2 R U words. Those of a second step that does not exist are any words: its source is 0.
+        2 R COUNT int64 [threads]: two for a pair and block. Those that do not exist are any words:
+        their source is 0.
     """
     words = ()
-    for u in tl.static_range(U):
+    for u in tl.static_range(FIRST, FIRST + COUNT):
         for r in tl.static_range(R):
             for step in tl.static_range(2):
-                words += (tl.load(at[r] + 64 * u + 32 * step, mask=left > u, other=0),)
+                words += (tl.load(at[r] + 64 * u + 32 * step, mask=left > u),)
     return words
 
 
@@ -78,21 +80,30 @@ def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PT
     Returns:
         acc.
     """
-    for n in tl.static_range(len(planes)):
-        b0 = planes[n].to(tl.int32)
-        b1 = (planes[n] >> 32).to(tl.int32)
-        for r in tl.static_range(R + HAS_ONES):
-            if r < R:
-                first, second = words[2 * r], words[2 * r + 1]
+    if not USE_PTX:
+        # Four bytes are multiplied at once: of a fourth that does not exist nothing is added.
+        four = planes + (tl.zeros_like(planes[0]),) * (4 - len(planes))
+    for r in tl.static_range(R + HAS_ONES):
+        if r < R:
+            first, second = words[2 * r], words[2 * r + 1]
+        else:
+            first = tl.full(planes[0].shape, -1, dtype=tl.int64)
+            second = first
+        if not USE_PTX:
+            found = multiply_plainly(first, second, four)
+        for n in tl.static_range(len(planes)):
+            c = acc[4 * (n * (R + HAS_ONES) + r) : 4 * (n * (R + HAS_ONES) + r + 1)]
+            if USE_PTX:
                 a = (
                     first.to(tl.int32),
                     (first >> 32).to(tl.int32),
                     second.to(tl.int32),
                     (second >> 32).to(tl.int32),
                 )
+                d = multiply_pair(a, planes[n].to(tl.int32), (planes[n] >> 32).to(tl.int32), c)
             else:
-                a = (tl.zeros_like(b0) - 1,) * 4
-            d = multiply_pair(a, b0, b1, four_items(acc, n * (R + HAS_ONES) + r), USE_PTX)
+                own = found[4 * n : 4 * n + 4]
+                d = (c[0] + own[0], c[1] + own[1], c[2] + own[2], c[3] + own[3])
             acc = replace_items(acc, d, 4 * (n * (R + HAS_ONES) + r), 4)
     return acc
 
@@ -140,8 +151,9 @@ def join_bits(
 
 @triton.jit
 def multiply_columns(
-    ahead,
+    begun,
     codes_at,
+    following,
     readings,
     n_steps,
     source_at,
@@ -152,13 +164,17 @@ def multiply_columns(
     WK: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    HAS_FOLLOWING: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Products of R blocks of 16 rows and a token, this warp's share of the pairs of steps.
 
     Args:
-        ahead: Of `load_codes` at this warp's first pair: loads that were started before others.
+        begun: Of `load_codes` and, with X_AHEAD, of `load_planes` at this warp's first pair: loads
+            that were started before others.
         codes_at: R int64 pointers [threads], this lane's words of the first pair of all.
+        following: With HAS_FOLLOWING those of the rows that come after these, and whether any do:
+            their first loads are started with the last products of these.
         readings: How often the source is read, each time one bit further on.
         n_steps: Steps of a reading.
         source_at: int64 pointers [threads], this lane's word of the source's first pair.
@@ -167,12 +183,13 @@ def multiply_columns(
         R: Row blocks of a warp.
         P: Bytes of a number.
         WK: Warps that share the pairs.
-        U: Pairs loaded ahead.
+        U: Pairs of a round; their loads are under way during the round before.
         X_AHEAD: Whether their activations are loaded ahead too.
+        HAS_FOLLOWING: Same.
         USE_PTX: Of `multiply_pair`.
 
     Returns:
-        Of `join_bits`.
+        Of `join_bits`, and `begun` of the rows that follow.
     """
     n_pairs = (n_steps + 1) // 2
     n_rounds = (n_pairs + WK * U - 1) // (WK * U)
@@ -180,13 +197,8 @@ def multiply_columns(
     reading = 0
     number = 0
     first = wk * U
-    planes = ()
-    if X_AHEAD:
-        at = source_at + first * words_of_pair(P)
-        planes = load_planes(at, n_pairs - first, 0, U, P)
+    ahead, planes = begun
     for _ in range(readings * n_rounds):
-        words = ahead
-        present = planes
         at = source_at + first * words_of_pair(P) + reading * 4
         left = n_pairs - first
         number += 1
@@ -194,21 +206,34 @@ def multiply_columns(
             number = 0
             reading += 1
         first = (number * WK + wk) * U
-        next_left = tl.where(reading < readings, n_pairs - first, 0)
+        is_over = reading == readings
         next_at = ()
         for r in tl.static_range(R):
             next_at += (codes_at[r] + (reading * n_steps + 2 * first) * 32,)
-        ahead = load_codes(next_at, next_left, R, U)
-        if X_AHEAD:
-            place = source_at + first * words_of_pair(P) + reading * 4
-            planes = load_planes(place, next_left, 0, U, P)
+        if HAS_FOLLOWING:
+            places, exist = following
+            next_left = tl.where(is_over & (exist == 0), 0, n_pairs - first)
+            rows_at = next_at
+            next_at = ()
+            for r in tl.static_range(R):
+                next_at += (tl.where(is_over, places[r] + 64 * first, rows_at[r]),)
+        else:
+            next_left = tl.where(is_over, 0, n_pairs - first)
+        place = source_at + first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
         for u in tl.static_range(U):
+            words = ahead[2 * R * u : 2 * R * (u + 1)]
             if X_AHEAD:
-                own = present[u * P : (u + 1) * P]
+                own = planes[u * P : (u + 1) * P]
             else:
                 own = load_planes(at, left, u, 1, P)
-            acc = add_pair(acc, words[2 * R * u : 2 * R * (u + 1)], own, R, False, USE_PTX)
-    return join_bits(acc, lane, R, P, False, USE_PTX)
+            acc = add_pair(acc, words, own, R, False, USE_PTX)
+            # The registers that were just read are those of the next round's loads.
+            words = load_codes(next_at, next_left, u, 1, R)
+            ahead = replace_items(ahead, words, 2 * R * u, 2 * R)
+            if X_AHEAD:
+                own = load_planes(place, next_left, u, 1, P)
+                planes = replace_items(planes, own, P * u, P)
+    return join_bits(acc, lane, R, P, False, USE_PTX), (ahead, planes)
 
 
 @triton.jit
@@ -241,7 +266,7 @@ def multiply_staged(
         places = ()
         for r in tl.static_range(R):
             places += (codes_at[r] + (reading * n_steps + 2 * first) * 32,)
-        words = load_codes(places, left, R, U)
+        words = load_codes(places, left, 0, U, R)
         planes = load_planes(at, left, 0, U, P)
         for u in tl.static_range(U):
             acc = add_pair(

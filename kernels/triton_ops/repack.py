@@ -38,6 +38,7 @@ def repack_group(
     job_ptr,
     BITS: tl.constexpr,
     WHOLE: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
     """Write the words of 32 codes of a row, one for each of their bits; see kernels/fragments.py.
 
@@ -49,6 +50,7 @@ def repack_group(
         job_ptr: int64 [16], the job.
         BITS: 1, 2, 3, 4 or 8.
         WHOLE: Of `read_codes`.
+        COLUMNS: Codes of a row that are read at a time, a divisor of 32.
     """
     n_steps = tl.load(job_ptr + 3).to(tl.int32)
     n_rows = tl.load(job_ptr + 4).to(tl.int32)
@@ -64,13 +66,15 @@ def repack_group(
     group += first_group
     words = (tl.zeros_like(element),) * BITS
     # A loop, not unrolled: ten variants of this body would take a minute to compile.
-    for column in range(32):
-        col = group * 32 + column
-        exists = inside & (col < n_cols)
-        code = read_codes(codes_ptr, row, col, n_cols, row_words, exists, BITS, WHOLE)
+    for start in range(0, 32, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        col = group[:, None] * 32 + column
+        exists = inside[:, None] & (col < n_cols)
+        code = read_codes(codes_ptr, row[:, None], col, n_cols, row_words, exists, BITS, WHOLE)
         found = ()
         for bit in tl.static_range(BITS):
-            found += (words[bit] | (((code >> (BITS - 1 - bit)) & 1) << column),)
+            own = ((code >> (BITS - 1 - bit)) & 1) << column
+            found += (words[bit] | tl.sum(own, axis=1),)
         words = found
     first = tl.load(job_ptr + 11).to(tl.int32)
     tile = tl.load(job_ptr + 12).to(tl.int32)
@@ -85,7 +89,14 @@ def repack_group(
 
 
 @triton.jit
-def repack_codes(job_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def repack_codes(
+    job_ptr,
+    source_ptr,
+    slab_ptr,
+    WIDTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
     """A job of codes.
 
     Its fields: source, target, steps of a row, rows, columns, words of a row, bits, first group of
@@ -105,9 +116,13 @@ def repack_codes(job_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.
                 if bits == width:
                     mask = element < total
                     if whole != 0:
-                        repack_group(codes_ptr, target_ptr, element, mask, job_ptr, width, True)
+                        repack_group(
+                            codes_ptr, target_ptr, element, mask, job_ptr, width, True, COLUMNS
+                        )
                     else:
-                        repack_group(codes_ptr, target_ptr, element, mask, job_ptr, width, False)
+                        repack_group(
+                            codes_ptr, target_ptr, element, mask, job_ptr, width, False, COLUMNS
+                        )
 
 
 @triton.jit
@@ -159,13 +174,18 @@ def repack_groups(job_ptr, source_ptr, slab_ptr, BLOCK: tl.constexpr) -> None:
 
 @triton.jit(do_not_specialize=["source_ptr", "slab_ptr"])
 def repack_kernel(
-    jobs_ptr, source_ptr, slab_ptr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr
+    jobs_ptr,
+    source_ptr,
+    slab_ptr,
+    WIDTHS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> None:
     """One job for all programs of a column of the grid."""
     job_ptr = jobs_ptr + tl.program_id(1) * JOB_FIELDS
     kind = tl.load(job_ptr)
     if kind == CODES:
-        repack_codes(job_ptr, source_ptr, slab_ptr, WIDTHS, BLOCK)
+        repack_codes(job_ptr, source_ptr, slab_ptr, WIDTHS, BLOCK, COLUMNS)
     elif kind == FACTORS:
         repack_factors(job_ptr, source_ptr, slab_ptr, BLOCK)
     else:

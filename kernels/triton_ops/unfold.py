@@ -69,52 +69,58 @@ def unfold_words(
     group_ptr = load_pointer(slab, group, tl.int32)
     steps = readings * n_steps
     lane = tl.arange(0, 32 * WARPS) % 32
-    eight = tl.arange(0, 4)[None, :, None] * 8
-    column = eight + tl.arange(0, 8)[None, None, :]
+    # Lanes of a row write next to each other: of four words each, they have the same eight columns.
+    eighth = lane % 4 * 8
+    column = tl.arange(0, 8)[None, :]
     fours = (n_groups + 3) // 4
     n_items = (n_out_rows + 15) // 16 * fours
     for start in range(tl.program_id(0) * WARPS, n_items, tl.num_programs(0) * WARPS):
         item = start + tl.arange(0, 32 * WARPS) // 32
         block = item // fours
-        number = item % fours * 4 + lane % 4
-        exists = (block < n_blocks) & (number < n_groups)
+        four = item % fours
+        exists = block < n_blocks
         words = ()
         for bit in tl.static_range(BITS):
-            word = order[0] + number // 4 * order[1] + number % 4 * order[2] + bit * order[3]
-            at = (block * steps + word // 4).to(tl.int64) * 32 + lane // 4 * 4 + word % 4
-            words += (tl.load(codes_ptr + at, mask=exists, other=0),)
+            for i in tl.static_range(4):
+                word = order[0] + four * order[1] + i * order[2] + bit * order[3]
+                at = (block * steps + word // 4).to(tl.int64) * 32 + lane // 4 * 4 + word % 4
+                mask = exists & (four * 4 + i < n_groups)
+                words += (tl.load(codes_ptr + at, mask=mask, other=0),)
         for half in tl.static_range(2):
             row = block * 16 + lane // 4 + 8 * half
             mask = mask_if(exists & (row < n_rows), factors > 0)
             factor = tl.load(factors_ptr + row, mask=mask, other=1.0)
             twice_zero = tl.zeros_like(lane) + ((1 << BITS) - 1)
             if HAS_GROUPS:
-                at = group_ptr + number // 4 * (n_blocks * 16) + row
+                at = group_ptr + four * (n_blocks * 16) + row
                 scales = tl.load(at, mask=mask_if(exists, group > 0), other=0)
                 scale = scales.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                 twice_zero = tl.where(group > 0, (scales >> 16) & 511, twice_zero)
                 factor *= tl.where(group > 0, scale, 1.0)
             factor = tl.where(row < n_rows, factor, 0.0)
-            # Every eighth column is in a byte of its own: four columns at a time.
+            # A word's columns are in a byte of their own: one column of each at a time.
             fours_of = tl.zeros((32 * WARPS, 8), dtype=tl.int32)
             for bit in tl.static_range(BITS):
-                own = (words[bit] >> (32 * half)).to(tl.int32)
-                fours_of |= ((own[:, None] >> tl.arange(0, 8)[None, :]) & 0x01010101) << (
-                    BITS - bit - halved(BITS)
-                )
-            whole = (fours_of[:, None, :] >> eight) & 0xFF
-            # The lowest bits of 2^23 count ones: putting codes there is cheaper than converting.
-            floats = (whole | 0x4B000000).to(tl.float32, bitcast=True)
-            if halved(BITS):
-                doubles = (floats - (1 << 23)) * 2 - twice_zero.to(tl.float32)[:, None, None]
-            else:
-                doubles = floats - (twice_zero + (1 << 23)).to(tl.float32)[:, None, None]
-            values = doubles * factor[:, None, None]
-            out_at = out_ptr + (row.to(tl.int64) * out_stride + number * 32)[:, None, None]
-            # A mask that is one for all eight leaves their store whole.
-            last = number[:, None, None] * 32 + (eight if IS_ALIGNED else column)
-            inside = (row < n_out_rows)[:, None, None] & (last < n_out_cols)
-            tl.store(out_at + column, values.to(out_ptr.dtype.element_ty), mask=inside)
+                own = tl.zeros_like(lane)
+                for i in tl.static_range(4):
+                    word = (words[4 * bit + i] >> (32 * half)).to(tl.int32)
+                    own |= ((word >> eighth) & 0xFF) << (8 * i)
+                fours_of |= ((own[:, None] >> column) & 0x01010101) << (BITS - bit - halved(BITS))
+            at = out_ptr + row.to(tl.int64) * out_stride + four * 128 + eighth
+            last = four * 128 + eighth
+            for i in tl.static_range(4):
+                whole = (fours_of >> (8 * i)) & 0xFF
+                # The lowest bits of 2^23 count ones: cheaper than converting.
+                floats = (whole | 0x4B000000).to(tl.float32, bitcast=True)
+                if halved(BITS):
+                    doubles = (floats - (1 << 23)) * 2 - twice_zero.to(tl.float32)[:, None]
+                else:
+                    doubles = floats - (twice_zero + (1 << 23)).to(tl.float32)[:, None]
+                values = (doubles * factor[:, None]).to(out_ptr.dtype.element_ty)
+                # A mask that is one for all eight leaves their store whole.
+                own_last = (last + 32 * i)[:, None] + (0 if IS_ALIGNED else column)
+                inside = (row < n_out_rows)[:, None] & (own_last < n_out_cols)
+                tl.store((at + 32 * i)[:, None] + column, values, mask=inside)
 
 
 # Addresses of every second slot lie at no multiple of 16: one kernel serves all slots.

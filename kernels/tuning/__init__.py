@@ -16,6 +16,8 @@ class Shape:
 
     inputs_ahead: load the activations of those pairs ahead too.
     stages: rounds of such pairs on their way to shared memory; 0 is one, to registers.
+    turns: blocks of rows that a program multiplies after each other, the next one's loads under way
+        while it ends the one before.
     streams_first: programs of a lone token's layer that stream weights before its delta starts.
     stream_columns, stream_stages: columns of a block of such weights, and blocks in flight.
     registers: most that a thread may use, so that more programs run at once; 0 is no limit.
@@ -27,6 +29,7 @@ class Shape:
     ahead: int
     inputs_ahead: bool = False
     stages: int = 0
+    turns: int = 1
     streams_first: int = 0
     stream_columns: int = 256
     stream_stages: int = 4

@@ -2,10 +2,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreters import skip_unread_checks
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 if type(tl.sum) is not InterpretedFunction:
     raise RuntimeError("triton was imported before tests/conftest.py set TRITON_INTERPRET")
+skip_unread_checks()
 
 
 @pytest.fixture(autouse=True)
@@ -21,14 +23,6 @@ def poisoned_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
-
-
-@pytest.fixture
-def few_programs(monkeypatch):
-    """Let one program do a repacking job: the interpreter runs programs one after the other."""
-    import kernels.arena
-
-    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
 
 
 @pytest.fixture(autouse=True)

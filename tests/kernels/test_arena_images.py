@@ -16,8 +16,6 @@ from kernels.fragments import FragmentShape, order_by_bit, order_by_tile
 from kernels.image import build_image
 from kernels.plan import StepPlan
 
-pytestmark = pytest.mark.usefixtures("few_programs")
-
 
 def take_apart(factor):
     arrays = {name: getattr(factor, name) for name in ("codes", "scale", "zero")}

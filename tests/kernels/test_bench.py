@@ -236,7 +236,6 @@ def test_a_case_that_is_late_costs_no_other_its_result(monkeypatch):
 
 
 def test_rows_prompts_and_merging_are_checked(monkeypatch):
-    monkeypatch.setattr(kernels.arena, "_REPACK_PROGRAMS", 1)
     monkeypatch.setattr(kernels.triton_ops.unfold, "_PROGRAMS", 1)
     few = models.Layout(
         name="few",
