@@ -24,7 +24,8 @@ from triton.errors import TritonError
 from kernels.compile_matrix import WARP_SIZE
 from kernels.config import SHARED_LIMIT_BYTES
 from kernels.fragments import FAST_PLANES, PLANES
-from kernels.triton_ops.batch import batch_expand_kernel, batch_shrink_kernel
+from kernels.triton_ops.batch_expand import batch_expand_kernel
+from kernels.triton_ops.batch_shrink import batch_shrink_kernel
 from kernels.triton_ops.gather import gather_kernel, project_kernel
 from kernels.triton_ops.layer import layer_kernel
 from kernels.triton_ops.prepare import prepare_kernel
@@ -71,7 +72,6 @@ _OF_THE_MODEL: Final = {
     "base_ptr",
 }
 _ALL_WIDTHS: Final = (1, 2, 3, 4, 8)
-_TAKING_TURNS: Final = {"shrink", "expand"}
 # Overlapping launches need Hopper.
 _OVERLAP_FROM: Final = 90
 _INLINE = re.compile(r"tt\.elementwise_inline_asm.*?-> tensor<\d+xi32, (#\w+)>")
@@ -139,6 +139,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "HAS_DIRECT": True,
         "HAS_FACTORS": True,
         "HAS_BIAS": True,
+        "SHRINKS": 0 if variant.has_groups else 2,
         "HAS_BASIS": True,
         "ROWS": 16,
         "BLOCK_M": 128,
@@ -146,16 +147,15 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "BLOCK_K": 32,
         "BLOCK_R": 8,
         "BAND": 8,
-        # Turns need loads to registers; a product of many tokens is pipelined either way.
-        "STAGES": 0 if variant.kernel in _TAKING_TURNS and not variant.has_groups else 3,
+        "STAGES": 3,
         "TURNS": 1 if variant.has_groups else 2,
+        "TOKENS": 1 if variant.has_groups else 2,
         "R": 2,
         "SUMS": 128,
         "WK": 2,
         "WR": 2,
         "U": 2,
         "X_AHEAD": variant.arch >= _OVERLAP_FROM,
-        "CODE_STAGES": 0,
         "USE_PTX": True,
         "OVERLAP": variant.arch >= _OVERLAP_FROM,
         "BLOCK": 256,

@@ -24,10 +24,31 @@ from kernels.streams import send
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
-    """Tokens that use a delta, those of a slot together: slot and token, -1 where there is none."""
+    """Tokens that use a delta, those of a slot together: slot and token, -1 where there is none.
+
+    counts: places whose tokens a program multiplies with the same codes, where it takes several:
+    two for the first of a pair of a slot, 0 for the second.
+    """
 
     slots: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int32]
+
+
+def count_together(slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The `counts` of places.
+
+    Args:
+        slots: of places in rising order.
+
+    Returns:
+        As many.
+    """
+    number = np.arange(len(slots))
+    is_first = np.diff(slots, prepend=-1) != 0
+    in_run = number - np.maximum.accumulate(np.where(is_first, number, 0))
+    has_next = np.diff(slots, append=-1) == 0
+    return np.where(in_run % 2 == 0, 1 + has_next, 0)
 
 
 def place_tokens(slots: Sequence[int], *, n_places: int | None = None) -> Places:
@@ -45,7 +66,9 @@ def place_tokens(slots: Sequence[int], *, n_places: int | None = None) -> Places
     """
     n_places = len(slots) if n_places is None else n_places
     places = Places(
-        slots=np.full(n_places, -1, dtype=np.int32), tokens=np.full(n_places, -1, dtype=np.int32)
+        slots=np.full(n_places, -1, dtype=np.int32),
+        tokens=np.full(n_places, -1, dtype=np.int32),
+        counts=np.zeros(n_places, dtype=np.int32),
     )
     known = np.asarray(slots, dtype=np.int64)
     order = np.argsort(known, kind="stable")
@@ -54,6 +77,7 @@ def place_tokens(slots: Sequence[int], *, n_places: int | None = None) -> Places
         raise InternalError(f"{len(tokens)} tokens where {n_places} have room")
     places.slots[: len(tokens)] = known[tokens]
     places.tokens[: len(tokens)] = tokens
+    places.counts[: len(tokens)] = count_together(known[tokens])
     return places
 
 
@@ -93,9 +117,8 @@ class StepPlan:
         device = arena.device
         # Side by side, so that a step is one copy; each where a kernel may take 16 bytes at once.
         self._width = -(-n_places // 4) * 4
-        self._places = torch.full((self._width + n_places,), -1, dtype=torch.int32, device=device)
-        self.place_slots = self._places[:n_places]
-        self.place_tokens = self._places[self._width :]
+        self._places = torch.full((3, self._width), -1, dtype=torch.int32, device=device)
+        self.place_slots, self.place_tokens, self.place_counts = self._places[:, :n_places]
         self.token_slots: list[int] = [-1] * n_tokens
         sites = range(len(arena.spec.sites))
         pairs = max(site.input_pairs for site in arena.spec.sites)
@@ -108,12 +131,13 @@ class StepPlan:
         self.h_sums = torch.empty(
             (n_places, hidden * 2 * STEP_WORDS), dtype=torch.int64, device=device
         )
-        # Delta and backbone's product of a lone token, and who of them has been to which rows.
+        # Delta and backbone's product of a lone token, who of them has been to which rows, and how
+        # many programs have written hidden values.
         widest = max(site.total_out for site in arena.spec.sites)
         self.terms = torch.empty(widest if n_tokens == 1 else 0, device=device)
         self.products = torch.empty_like(self.terms)
         n_blocks = -(-widest // STEP_ROWS)
-        self.arrivals = torch.zeros((1, n_blocks), dtype=torch.int32, device=device)
+        self.arrivals = torch.zeros((1, n_blocks + 1), dtype=torch.int32, device=device)
         self.x_step = torch.empty(n_places, device=device)
         self.x_norm = torch.empty(n_places, device=device)
 
@@ -132,7 +156,6 @@ class StepPlan:
         self.arena.check_slots(slots)
         places = place_tokens(slots, n_places=self.n_places)
         self.token_slots = list(slots)
-        numbers = np.full(len(self._places), -1, dtype=np.int32)
-        numbers[: self.n_places] = places.slots
-        numbers[self._width :] = places.tokens
+        numbers = np.full(self._places.shape, -1, dtype=np.int32)
+        numbers[:, : self.n_places] = places.slots, places.tokens, places.counts
         self._places.copy_(send(numbers, self._places.device))

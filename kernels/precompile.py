@@ -27,7 +27,8 @@ from kernels.compile_matrix import WARP_SIZE
 from kernels.fragments import UNIT_BYTES, WORD_COLUMNS
 from kernels.plan import StepPlan
 from kernels.serving import add_delta, choose_layer, multiply_beside, multiply_layer
-from kernels.triton_ops.launch_batch import launch_gather, launch_project, launch_repack
+from kernels.triton_ops.launch_batch import launch_repack
+from kernels.triton_ops.launch_rows import launch_gather, launch_project
 from kernels.triton_ops.unfold import unfold
 from kernels.wanted import (
     ArenaKernels,

@@ -89,12 +89,11 @@ def _launch_first(
     plan: StepPlan,
     site: int,
     *,
-    cleared: torch.Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     from kernels.triton_ops.launch_batch import launch_prepare, launch_shrink
 
-    launch_prepare(x, plan, site, cleared=cleared, overlap=overlap)
+    launch_prepare(x, plan, site, overlap=overlap)
     launch_shrink(plan, site, shape_for("shrink", plan, site))
 
 
@@ -170,10 +169,12 @@ def multiply_layer(
     Returns:
         [1, out] in x's dtype, rounded once; the same with a delta that is 0 as without one.
     """
-    from kernels.triton_ops.launch_batch import launch_layer
+    from kernels.triton_ops.launch_batch import launch_layer, launch_prepare, launch_shrink
 
     y = torch.empty(1, len(weight), dtype=x.dtype, device=x.device)
-    _launch_first(x, plan, site, cleared=plan.arrivals, overlap=True)
+    launch_prepare(x, plan, site, cleared=plan.arrivals, overlap=True)
+    if not shape.shrinks:
+        launch_shrink(plan, site, shape_for("shrink", plan, site))
     launch_layer(x, weight, bias, y, plan, site, shape)
     return y
 

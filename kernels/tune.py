@@ -22,7 +22,7 @@ from kernels import serving
 from kernels.arena import ArenaSpec, DeltaArena
 from kernels.bench.compiling import count_cpus
 from kernels.bench.models import HUB, LLAMA_7B, Pool
-from kernels.bench.sections import fill_slots
+from kernels.bench.sections import draw_zipf, fill_slots
 from kernels.bench.timing import time_graph
 from kernels.image import Site, build_image
 from kernels.plan import StepPlan
@@ -37,7 +37,8 @@ def _shape(
     ahead: int,
     *,
     x: bool = False,
-    stages: int = 0,
+    turns: int = 1,
+    tokens: int = 1,
     first: int = 0,
     registers: int = 0,
 ) -> Shape:
@@ -47,7 +48,8 @@ def _shape(
         along_rows=along_rows,
         ahead=ahead,
         inputs_ahead=x,
-        stages=stages,
+        turns=turns,
+        tokens=tokens,
         streams_first=first,
         registers=registers,
     )
@@ -57,55 +59,70 @@ def _shape(
 CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
     "shrink": (
         _shape(2, 16, 1, 1),
-        _shape(2, 8, 1, 2),
         _shape(2, 8, 1, 2, x=True),
         _shape(2, 8, 1, 4, x=True, registers=128),
-        _shape(2, 4, 1, 2, x=True),
         _shape(2, 4, 1, 2, x=True, registers=80),
         _shape(2, 4, 1, 4),
-        _shape(2, 4, 1, 4, x=True, registers=96),
         _shape(2, 4, 1, 4, x=True, registers=128),
         _shape(2, 4, 1, 4, x=True, registers=160),
         _shape(2, 4, 2, 4, x=True, registers=128),
-        _shape(2, 4, 1, 8, x=True, registers=208),
         _shape(4, 4, 1, 2, x=True, registers=168),
-        _shape(4, 4, 1, 4, x=True, registers=240),
+        _shape(2, 4, 1, 2, turns=4, registers=96),
+        _shape(2, 4, 1, 4, turns=2, registers=128),
+        _shape(2, 4, 1, 4, x=True, turns=2, registers=128),
+        _shape(2, 4, 1, 4, x=True, turns=4, registers=128),
+        _shape(2, 4, 1, 4, x=True, turns=4, registers=160),
+        _shape(2, 4, 2, 4, x=True, turns=4, registers=128),
+        _shape(2, 4, 1, 2, x=True, tokens=2, registers=168),
+        _shape(2, 4, 1, 2, x=True, turns=2, tokens=2, registers=168),
+        _shape(2, 4, 1, 2, x=True, turns=4, tokens=2, registers=168),
+        _shape(2, 4, 1, 4, turns=2, tokens=2, registers=168),
+        _shape(2, 4, 2, 2, x=True, turns=2, tokens=2, registers=168),
     ),
     "expand": (
-        _shape(1, 4, 1, 1),
-        _shape(1, 4, 1, 2),
         _shape(1, 4, 1, 2, x=True),
         _shape(2, 2, 1, 2),
-        _shape(2, 2, 2, 2),
         _shape(2, 2, 2, 2, x=True),
         _shape(2, 2, 2, 4, x=True, registers=128),
-        _shape(2, 2, 1, 4, x=True, registers=128),
         _shape(2, 1, 4, 2, x=True, registers=80),
-        _shape(2, 1, 4, 4, x=True, registers=128),
+        _shape(2, 1, 4, 3, x=True, registers=96),
         _shape(2, 1, 4, 3, x=True, registers=112),
+        _shape(2, 1, 4, 4, x=True, registers=128),
         _shape(4, 1, 2, 2, x=True, registers=168),
-        _shape(4, 1, 2, 4, x=True, registers=240),
-        _shape(2, 1, 4, 1, stages=4),
-        _shape(2, 1, 4, 1, stages=4, registers=64),
-        _shape(2, 2, 1, 1, stages=4),
-        _shape(4, 1, 2, 1, stages=4),
-        _shape(4, 1, 2, 1, stages=4, registers=96),
-        _shape(4, 1, 4, 1, stages=4),
+        _shape(2, 1, 4, 4, registers=96),
+        _shape(2, 1, 4, 2, turns=4, registers=96),
+        _shape(2, 1, 4, 2, x=True, turns=4, registers=96),
+        _shape(2, 1, 4, 3, x=True, turns=2, registers=112),
+        _shape(2, 1, 4, 3, x=True, turns=4, registers=112),
+        _shape(2, 1, 4, 4, turns=4, registers=128),
+        _shape(2, 1, 4, 4, x=True, turns=2, registers=128),
+        _shape(2, 1, 4, 4, x=True, turns=4, registers=128),
+        _shape(2, 1, 4, 4, x=True, turns=8, registers=128),
+        _shape(4, 1, 2, 2, x=True, turns=4, registers=168),
+        _shape(2, 1, 4, 2, x=True, tokens=2, registers=168),
+        _shape(2, 1, 4, 2, x=True, turns=2, tokens=2, registers=168),
+        _shape(2, 1, 4, 2, x=True, turns=4, tokens=2, registers=168),
+        _shape(2, 1, 4, 3, turns=4, tokens=2, registers=168),
+        _shape(2, 1, 4, 4, turns=4, tokens=2, registers=168),
     ),
-    "layer": (
-        _shape(2, 2, 2, 2),
-        _shape(2, 2, 2, 2, first=132),
-        _shape(2, 2, 2, 4, first=132),
-        _shape(2, 2, 2, 4, x=True, first=132, registers=128),
-        _shape(2, 2, 2, 2, first=264),
-        _shape(2, 2, 2, 4, x=True, first=264, registers=128),
-        _shape(2, 2, 2, 2, first=528),
-        _shape(2, 2, 2, 2, x=True, first=528),
-        _shape(1, 4, 1, 2, first=264),
-        replace(_shape(2, 2, 2, 2, first=264), stream_columns=512, stream_stages=3),
+    "layer": tuple(
+        replace(shape, shrinks=shrinks)
+        for shrinks in (False, True)
+        for shape in (
+            _shape(2, 2, 2, 2, first=132),
+            _shape(2, 2, 2, 4, x=True, first=132, registers=128),
+            _shape(2, 2, 2, 2, first=264),
+            _shape(2, 2, 2, 4, x=True, first=264, registers=128),
+            _shape(2, 2, 2, 2, first=528),
+            _shape(2, 2, 2, 2, x=True, first=528),
+            _shape(1, 4, 1, 2, first=264),
+            replace(_shape(2, 2, 2, 2, first=264), stream_columns=512, stream_stages=3),
+        )
     ),
 }
-TOKENS: Final = (1, 8, 32)
+TOKENS: Final = (1, 8, 32, 64)
+# From so many on, tenants of a batch are drawn by Zipf's law: each has several tokens.
+_SHARED: Final = 64
 # What a choice is found by.
 KEY: Final = ("stage", "tokens", "steps", "rows")
 _N_SLOTS: Final = 160
@@ -222,7 +239,8 @@ def _runs(
     for stage in stages:
         for shape in CANDIDATES[stage]:
             fits = all(out % shape.rows == 0 for out in where.out_features)
-            if stage != "layer" or (fits and n_tokens == 1):
+            is_layer = stage == "layer"
+            if (fits and n_tokens == 1) if is_layer else n_tokens >= _SHARED * (shape.tokens - 1):
                 yield stage, shape, partial(launch, stage, shape)
 
 
@@ -233,7 +251,8 @@ def _time_shapes(
     plans = []
     for first in range(arena.n_slots // n_tokens if n_tokens > 1 else 48):
         plan = StepPlan(arena, n_tokens=n_tokens)
-        plan.assign([(first * n_tokens + i) % arena.n_slots for i in range(n_tokens)])
+        slots = range(n_tokens) if n_tokens < _SHARED else draw_zipf(n_tokens, n_tokens, seed=0)
+        plan.assign([(first * n_tokens + slot) % arena.n_slots for slot in slots])
         plans.append(plan)
     found = []
     for stage, shape, run in _runs(arena, site, plans, stages):
@@ -280,7 +299,7 @@ def sweep(stages: Sequence[Stage], token_counts: Sequence[int]) -> list[dict[str
 
     Args:
         stages: whose candidates.
-        token_counts: tokens of a launch, each of another tenant.
+        token_counts: tokens of a launch, each of another tenant if there are few.
 
     Returns:
         One row a candidate, site and number of tokens.

@@ -246,7 +246,7 @@ class EmbeddingTable:
         """
         if self.device.type != "cuda":
             return self.add_rows_plainly(y, ids, slots)
-        from kernels.triton_ops.launch_batch import launch_gather
+        from kernels.triton_ops.launch_rows import launch_gather
 
         kind = self._kind
         launch_gather(
@@ -312,7 +312,7 @@ class EmbeddingTable:
             raise InternalError("these rows are no coordinates")
         if self.device.type != "cuda":
             return self.project_plainly(x, slots)
-        from kernels.triton_ops.launch_batch import launch_project
+        from kernels.triton_ops.launch_rows import launch_project
 
         hidden = torch.empty(len(x), self._kind.width, device=x.device)
         launch_project(x, slots, self._table, hidden)

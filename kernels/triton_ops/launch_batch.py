@@ -7,20 +7,18 @@ import torch
 import triton
 from triton.runtime import driver
 
-from deltacome_core.layout import TILE_CODES, words_per_row
-from kernels.fragments import PAIR_COLUMNS, STEP_WORDS, WORD_COLUMNS
+from kernels.fragments import PAIR_COLUMNS, STEP_ROWS, STEP_WORDS, WORD_COLUMNS
 from kernels.plan import MOST_SHARES, StepPlan
-from kernels.triton_ops import batch, gather, layer, prepare, repack
-from kernels.triton_ops.batch import batch_expand_kernel, batch_shrink_kernel
-from kernels.triton_ops.gather import gather_kernel, project_kernel
+from kernels.triton_ops import batch_expand, batch_shrink, layer, prepare, repack
+from kernels.triton_ops.batch_expand import batch_expand_kernel
+from kernels.triton_ops.batch_shrink import batch_shrink_kernel
 from kernels.triton_ops.keys import settle_keys
 from kernels.triton_ops.layer import layer_kernel
 from kernels.triton_ops.prepare import prepare_kernel
 from kernels.triton_ops.repack import repack_kernel
 from kernels.tuning import Shape
-from kernels.vocabulary import count_groups
 
-settle_keys(prepare, batch, layer, repack, gather)
+settle_keys(prepare, batch_shrink, batch_expand, layer, repack)
 
 # Columns of a token that a thread of `prepare` turns into bits: few where few tokens fill a device.
 _FEW_TOKENS = 8
@@ -28,10 +26,9 @@ _MOST_CHUNKS = 4
 _PREPARE_THREADS = 512
 # One number for most models, so that their kernels are the same.
 _LEAST_SUMS = 128
-# Eight ranks by 512 columns: 32 values of a basis a thread in flight.
-_PROJECT_RANKS = 8
-_PROJECT_COLUMNS = 512
 LAYER_ROWS = 16
+# Row blocks of a warp of a layer's programs that do what `shrink` does.
+_SHRINK_BLOCKS = 2
 
 
 def is_compiled() -> bool:
@@ -161,8 +158,8 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "WR": shape.along_rows,
         "U": shape.ahead,
         "X_AHEAD": shape.inputs_ahead,
-        "STAGES": shape.stages,
         "TURNS": _count_turns(plan, site, shape),
+        "TOKENS": shape.tokens if spec.is_plain(site) else 1,
         "USE_PTX": is_compiled(),
         "OVERLAP": overlap,
         "num_warps": shape.warps,
@@ -172,9 +169,21 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
     }
 
 
+def _cut_layer(plan: StepPlan, site: int, shape: Shape) -> dict[str, Any]:
+    """Say how the layer of a lone token is compiled; only loads of weights are pipelined."""
+    cut = _cut(plan, site, shape, overlap=overlaps())
+    del cut["num_stages"], cut["TURNS"], cut["TOKENS"]
+    return cut | {
+        "SHRINKS": _SHRINK_BLOCKS if shape.shrinks else 0,
+        "ROWS": LAYER_ROWS,
+        "BLOCK": shape.stream_columns,
+        "STAGES": shape.stream_stages,
+    }
+
+
 def _count_turns(plan: StepPlan, site: int, shape: Shape) -> int:
     """Blocks that a program multiplies after each other: one where a matrix has several records."""
-    return shape.turns if plan.arena.spec.is_plain(site) and not shape.stages else 1
+    return shape.turns if plan.arena.spec.is_plain(site) else 1
 
 
 def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | None = None) -> None:
@@ -206,6 +215,7 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
         arena.directory.stride(0),
         site * arena.directory.stride(1),
         plan.place_slots,
+        plan.place_counts,
         P=plan.planes,
         **_cut(plan, site, shape, overlap=overlap),
     )
@@ -242,6 +252,7 @@ def launch_expand(
         arena.directory.stride(0),
         site * arena.directory.stride(1),
         plan.place_slots,
+        plan.place_counts,
         plan.place_tokens,
         y,
         y.stride(0),
@@ -268,21 +279,23 @@ def launch_layer(
         weight: [out, in] of the backbone, contiguous; parts begin at multiples of shape.rows.
         bias: [out] or None.
         y: [1, out], overwritten.
-        plan: of the step, of one token; prepared with its flags cleared, and shrunk just before.
+        plan: of the step, of one token; prepared with its flags cleared, and shrunk just before
+            unless shape.shrinks.
         site: number of the site.
         shape: how the programs of the delta are cut.
     """
     arena = plan.arena
     spec = arena.spec
-    cut = _cut(plan, site, shape, overlap=overlaps())
-    del cut["num_stages"], cut["STAGES"], cut["TURNS"]
+    cut = _cut_layer(plan, site, shape)
+    n_shrink = spec.shrink_blocks(site, STEP_ROWS * _SHRINK_BLOCKS) if shape.shrinks else 0
     n_delta = len(weight) // shape.rows
     n_base = len(weight) // LAYER_ROWS
-    layer_kernel[(n_delta + n_base,)](
+    layer_kernel[(n_shrink + n_delta + n_base,)](
         x,
         weight,
         weight if bias is None else bias,
         x.shape[1],
+        n_shrink,
         min(n_base, shape.streams_first),
         n_delta,
         plan.x_planes.view(torch.int64),
@@ -300,88 +313,13 @@ def launch_layer(
         plan.terms,
         plan.products,
         plan.arrivals,
+        plan.arrivals.shape[1] - 1,
         y,
         P=plan.planes,
         HAS_DIRECT=spec.has_direct(site),
         HAS_FACTORS=spec.has_factors(site),
         HAS_BIAS=bias is not None,
-        ROWS=LAYER_ROWS,
-        BLOCK=shape.stream_columns,
-        STAGES=shape.stream_stages,
-        CODE_STAGES=shape.stages,
         **cut,
-    )
-
-
-def launch_gather(
-    y: torch.Tensor,
-    ids: torch.Tensor,
-    slots: torch.Tensor,
-    table: torch.Tensor,
-    *,
-    cols: int,
-    width: int,
-    bits: int,
-    group: int,
-    has_zero: bool,
-    has_basis: bool,
-) -> None:
-    """Add the embedding deltas of tokens.
-
-    Args:
-        y: bf16, fp16 or fp32 [tokens, cols], columns adjacent.
-        ids: int32 [tokens].
-        slots: int32 [tokens], -1 for the backbone.
-        table: int64 [slots, 5], addresses of places, codes, scales, zeros and basis.
-        cols: columns of a row.
-        width: codes of a row, its coordinates where there is a basis.
-        bits: of its codes.
-        group: codes that share a scale, 0 for all.
-        has_zero: whether zero points are stored.
-        has_basis: whether rows are coordinates.
-    """
-    row_groups = count_groups(width, group)
-    gather_kernel[(triton.cdiv(cols, TILE_CODES), len(y))](
-        ids,
-        slots,
-        table,
-        y,
-        y.stride(0),
-        cols,
-        width,
-        words_per_row(width, bits),
-        group or width,
-        row_groups,
-        BITS=bits,
-        HAS_ZERO=has_zero,
-        HAS_BASIS=has_basis,
-        num_warps=8 if has_basis else 1,
-    )
-
-
-def launch_project(
-    x: torch.Tensor, slots: torch.Tensor, table: torch.Tensor, hidden: torch.Tensor
-) -> None:
-    """Write the coordinates of tokens in the bases of their deltas.
-
-    Args:
-        x: bf16, fp16 or fp32 [tokens, cols], columns adjacent.
-        slots: int32 [tokens], -1 for the backbone.
-        table: of `launch_gather`.
-        hidden: fp32 [tokens, ranks], overwritten.
-    """
-    n_tokens, n_ranks = hidden.shape
-    project_kernel[(triton.cdiv(n_ranks, _PROJECT_RANKS), n_tokens)](
-        x,
-        x.stride(0),
-        slots,
-        table,
-        hidden,
-        x.shape[1],
-        n_ranks,
-        BLOCK_R=_PROJECT_RANKS,
-        BLOCK=_PROJECT_COLUMNS,
-        num_warps=4,
     )
 
 

@@ -5,7 +5,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from kernels import directory
-from kernels.triton_ops.batch import INPUT
+from kernels.triton_ops.batch_expand import INPUT
+from kernels.triton_ops.batch_shrink import shrink_rows
 from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.prepare import largest_number
 from kernels.triton_ops.record_products import row_of_share, sum_part
@@ -46,6 +47,16 @@ def find_part(entry_ptr, row, N_PARTS: tl.constexpr):
 
 
 @triton.jit
+def wait_for_shrink(shrunk_ptr, n_shrink) -> None:
+    """Wait until n_shrink programs before this one have written their hidden values."""
+    shrunk = tl.atomic_add(shrunk_ptr, 0, sem="acquire")
+    while shrunk < n_shrink:
+        shrunk = tl.atomic_add(shrunk_ptr, 0, sem="acquire")
+    # One thread has asked for all.
+    tl.debug_barrier()
+
+
+@triton.jit
 def sum_delta(
     first_row,
     planes_ptr,
@@ -60,23 +71,26 @@ def sum_delta(
     slot_stride,
     site_offset,
     slot_ptr,
+    shrunk_ptr,
+    n_shrink,
     P: tl.constexpr,
     SUMS: tl.constexpr,
     IS_PLAIN: tl.constexpr,
     HAS_DIRECT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
+    SHRINKS: tl.constexpr,
     R: tl.constexpr,
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    CODE_STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
     """The delta of a lone token at 16 R WR outputs, fp32 [WR, 8, 2 R] as of `add_shares`.
 
-    Arguments are those of `layer_kernel`. The first loads start before `shrink` has to be done.
+    Arguments are those of `layer_kernel`. The first loads start before the hidden values have to be
+    there.
     """
     ROWS: tl.constexpr = 16 * R * WR
     delta = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
@@ -94,11 +108,13 @@ def sum_delta(
             wk = thread // 32 % WK
             block = row_in_part // ROWS
             first_block = (block * WR + thread // 32 // WK) * R
-            started = start_record(fields, slab, first_block, wk, lane, R, U, CODE_STAGES)
+            started = start_record(fields, slab, first_block, wk, lane, R, U)
             n_records = tl.load(part_ptr + 2)
             source = tl.load(part_ptr + 1)
             if OVERLAP:
                 gdc_wait()
+            if SHRINKS > 0:
+                wait_for_shrink(shrunk_ptr, n_shrink)
             source_ptr = hidden_ptr
             own_sums_ptr = hidden_sums_ptr
             n_own = 0 * n_inputs
@@ -112,7 +128,7 @@ def sum_delta(
             total = sum_part(
                 started, fields, record_ptr, n_records, own_sums_ptr, n_own, slab, block,
                 first_block, source_ptr, wk, lane, SUMS, IS_PLAIN, HAS_FACTORS,
-                R, P, WK, WR, U, X_AHEAD, CODE_STAGES, USE_PTX,
+                R, P, WK, WR, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
             delta = total * worth
     return delta
@@ -142,12 +158,23 @@ def multiply_rows(
     return tl.sum(total, axis=1)
 
 
-@triton.jit(do_not_specialize=["n_delta", "n_before", "n_inputs", "slot_stride", "site_offset"])
+@triton.jit(
+    do_not_specialize=[
+        "n_shrink",
+        "n_delta",
+        "n_before",
+        "n_inputs",
+        "n_blocks",
+        "slot_stride",
+        "site_offset",
+    ]
+)
 def layer_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
     n_cols,
+    n_shrink,
     n_before,
     n_delta,
     planes_ptr,
@@ -165,6 +192,7 @@ def layer_kernel(
     term_ptr,
     product_ptr,
     arrival_ptr,
+    n_blocks,
     y_ptr,
     P: tl.constexpr,
     SUMS: tl.constexpr,
@@ -172,12 +200,12 @@ def layer_kernel(
     HAS_DIRECT: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SHRINKS: tl.constexpr,
     R: tl.constexpr,
     WK: tl.constexpr,
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    CODE_STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -186,21 +214,40 @@ def layer_kernel(
 ) -> None:
     """One token: y = x W^T + bias + U h, or + D x; n_delta programs sum the delta.
 
-    The others stream the backbone's weights, the first n_before of them while `prepare` and
-    `shrink`, launched before, still run; then come those of the delta. Nobody waits for anybody: of
-    the two programs that have a row, the second to arrive adds what the first has left. Parts of
-    the site begin at multiples of the delta's blocks.
+    The first n_shrink programs do what `shrink` does, SHRINKS row blocks a warp; it is 0 where that
+    was launched before. Others stream the backbone's weights, n_before of them while that and
+    `prepare` still run; then come those of the delta, and only they wait, for programs that have
+    started before them. Of the two programs that have a row, the second to arrive adds what the
+    first has left. Parts of the site begin at multiples of the delta's blocks.
     """
     DELTA_ROWS: tl.constexpr = 16 * R * WR
+    shrunk_ptr = arrival_ptr + n_blocks
     program = tl.program_id(0)
+    if SHRINKS > 0:
+        program -= n_shrink
+        if program < 0:
+            slot = tl.load(slot_ptr)
+            if slot >= 0:
+                entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
+                shrink_rows(
+                    program + n_shrink, 0, slot, planes_ptr, 0, step_ptr, norm_ptr, sums_ptr,
+                    n_inputs, hidden_ptr.to(tl.pointer_type(tl.int32)), 0, hidden_sums_ptr,
+                    table_ptr, entry_ptr, P, SUMS, IS_PLAIN, SHRINKS, WK * WR, 1, U, X_AHEAD,
+                    1, 1, USE_PTX, OVERLAP,
+                )  # fmt: skip
+            # Arrivals are those of this launch once the launches before have ended.
+            if OVERLAP:
+                gdc_wait()
+            tl.debug_barrier()
+            tl.atomic_add(shrunk_ptr, 1, sem="acq_rel")
     if (program >= n_before) & (program < n_before + n_delta):
         if tl.load(slot_ptr) >= 0:
             first_row = (program - n_before) * DELTA_ROWS
             delta = sum_delta(
                 first_row, planes_ptr, step_ptr, norm_ptr, sums_ptr, n_inputs, hidden_ptr,
                 hidden_sums_ptr, table_ptr, directory_ptr, slot_stride, site_offset,
-                slot_ptr, P, SUMS, IS_PLAIN, HAS_DIRECT, HAS_FACTORS, R, WK, WR, U, X_AHEAD,
-                CODE_STAGES, USE_PTX, OVERLAP,
+                slot_ptr, shrunk_ptr, n_shrink, P, SUMS, IS_PLAIN, HAS_DIRECT, HAS_FACTORS,
+                SHRINKS, R, WK, WR, U, X_AHEAD, USE_PTX, OVERLAP,
             )  # fmt: skip
             # A part without a delta has waited for nothing yet.
             if OVERLAP:
@@ -215,7 +262,7 @@ def layer_kernel(
             y = tl.load(product_ptr + first_row + row, mask=mask, other=0.0, cache_modifier=".cg")
             y += tl.load(term_ptr + first_row + row, mask=mask, other=0.0, cache_modifier=".cg")
             tl.store(y_ptr + first_row + row, y.to(y_ptr.dtype.element_ty), mask=mask)
-    else:
+    elif program >= 0:
         number = tl.where(program < n_before, program, program - n_delta)
         first_row = number * ROWS
         rows = first_row + tl.arange(0, ROWS)

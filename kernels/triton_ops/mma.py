@@ -44,24 +44,27 @@ def load_codes(at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, R: tl.constex
 
 
 @triton.jit
-def load_planes(at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr):
-    """Bits of a token for COUNT pairs from the FIRST one on, those of a pair together.
+def load_planes(sources, offset, left, FIRST: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr):
+    """Bits of tokens for COUNT pairs from the FIRST one on, those of a pair together.
 
     Args:
-        at: int64 pointers [threads], this lane's word of the first byte.
+        sources: int64 pointers [threads] of each token, this lane's word of the first byte.
+        offset: Words from there on.
         left: int32 [threads], pairs that exist from there on.
         FIRST: Same.
         COUNT: Same.
         P: Bytes of a number.
 
     Returns:
-        COUNT x P int64 [threads].
+        COUNT x tokens x P int64 [threads].
     """
     planes = ()
     for u in tl.static_range(FIRST, FIRST + COUNT):
-        for byte in tl.static_range(P):
-            place = at + u * words_of_pair(P) + 32 * byte
-            planes += (tl.load(place, mask=left > u, other=0),)
+        for token in tl.static_range(len(sources)):
+            at = sources[token] + offset
+            for byte in tl.static_range(P):
+                place = at + u * words_of_pair(P) + 32 * byte
+                planes += (tl.load(place, mask=left > u, other=0),)
     return planes
 
 
@@ -72,7 +75,7 @@ def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PT
     Args:
         acc: int32 [threads], 4 (R + HAS_ONES) for each byte.
         words: 2 R int64 [threads] of `load_codes`.
-        planes: int64 [threads] of `load_planes`, one for each byte.
+        planes: int64 [threads] of `load_planes`, one for each byte of each token.
         R: Row blocks.
         HAS_ONES: Same.
         USE_PTX: Of `multiply_pair`.
@@ -81,16 +84,18 @@ def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PT
         acc.
     """
     if not USE_PTX:
-        # Four bytes are multiplied at once: of a fourth that does not exist nothing is added.
-        four = planes + (tl.zeros_like(planes[0]),) * (4 - len(planes))
+        # Four bytes are multiplied at once: of those that do not exist nothing is added.
+        fours = planes + (tl.zeros_like(planes[0]),) * (-len(planes) % 4)
     for r in tl.static_range(R + HAS_ONES):
         if r < R:
             first, second = words[2 * r], words[2 * r + 1]
         else:
             first = tl.full(planes[0].shape, -1, dtype=tl.int64)
             second = first
+        found = ()
         if not USE_PTX:
-            found = multiply_plainly(first, second, four)
+            for n in tl.static_range(0, len(fours), 4):
+                found += multiply_plainly(first, second, fours[n : n + 4])
         for n in tl.static_range(len(planes)):
             c = acc[4 * (n * (R + HAS_ONES) + r) : 4 * (n * (R + HAS_ONES) + r + 1)]
             if USE_PTX:
@@ -156,7 +161,7 @@ def multiply_columns(
     following,
     readings,
     n_steps,
-    source_at,
+    sources,
     wk,
     lane,
     R: tl.constexpr,
@@ -167,7 +172,7 @@ def multiply_columns(
     HAS_FOLLOWING: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Products of R blocks of 16 rows and a token, this warp's share of the pairs of steps.
+    """Products of R blocks of 16 rows and tokens, this warp's share of the pairs of steps.
 
     Args:
         begun: Of `load_codes` and, with X_AHEAD, of `load_planes` at this warp's first pair: loads
@@ -177,7 +182,7 @@ def multiply_columns(
             their first loads are started with the last products of these.
         readings: How often the source is read, each time one bit further on.
         n_steps: Steps of a reading.
-        source_at: int64 pointers [threads], this lane's word of the source's first pair.
+        sources: int64 pointers [threads] of each token, this lane's word of its first pair.
         wk: int32 [threads], which of the WK shares is this warp's.
         lane: int32 [threads], 0..31.
         R: Row blocks of a warp.
@@ -189,17 +194,19 @@ def multiply_columns(
         USE_PTX: Of `multiply_pair`.
 
     Returns:
-        Of `join_bits`, and `begun` of the rows that follow.
+        Of `join_bits` for each token, and `begun` of the rows that follow.
     """
     n_pairs = (n_steps + 1) // 2
     n_rounds = (n_pairs + WK * U - 1) // (WK * U)
-    acc = (tl.zeros_like(lane),) * (P * R * 4)
+    # Bytes of all tokens.
+    N: tl.constexpr = P * len(sources)
+    acc = (tl.zeros_like(lane),) * (N * R * 4)
     reading = 0
     number = 0
     first = wk * U
     ahead, planes = begun
     for _ in range(readings * n_rounds):
-        at = source_at + first * words_of_pair(P) + reading * 4
+        offset = first * words_of_pair(P) + reading * 4
         left = n_pairs - first
         number += 1
         if number == n_rounds:
@@ -219,58 +226,22 @@ def multiply_columns(
                 next_at += (tl.where(is_over, places[r] + 64 * first, rows_at[r]),)
         else:
             next_left = tl.where(is_over, 0, n_pairs - first)
-        place = source_at + first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
+        next_offset = first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
         for u in tl.static_range(U):
             words = ahead[2 * R * u : 2 * R * (u + 1)]
             if X_AHEAD:
-                own = planes[u * P : (u + 1) * P]
+                own = planes[u * N : (u + 1) * N]
             else:
-                own = load_planes(at, left, u, 1, P)
+                own = load_planes(sources, offset, left, u, 1, P)
             acc = add_pair(acc, words, own, R, False, USE_PTX)
             # The registers that were just read are those of the next round's loads.
             words = load_codes(next_at, next_left, u, 1, R)
             ahead = replace_items(ahead, words, 2 * R * u, 2 * R)
             if X_AHEAD:
-                own = load_planes(place, next_left, u, 1, P)
-                planes = replace_items(planes, own, P * u, P)
-    return join_bits(acc, lane, R, P, False, USE_PTX), (ahead, planes)
-
-
-@triton.jit
-def multiply_staged(
-    codes_at,
-    readings,
-    n_steps,
-    source_at,
-    wk,
-    lane,
-    R: tl.constexpr,
-    P: tl.constexpr,
-    WK: tl.constexpr,
-    U: tl.constexpr,
-    STAGES: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """What `multiply_columns` gives, its loads on their way to shared memory STAGES rounds ahead.
-
-    Arguments are those of `multiply_columns`. More bytes are under way than registers could take.
-    """
-    n_pairs = (n_steps + 1) // 2
-    n_rounds = (n_pairs + WK * U - 1) // (WK * U)
-    acc = (tl.zeros_like(lane),) * (P * R * 4)
-    for turn in tl.range(0, readings * n_rounds, num_stages=STAGES):
-        reading = turn // n_rounds
-        first = (turn % n_rounds * WK + wk) * U
-        at = source_at + first * words_of_pair(P) + reading * 4
-        left = n_pairs - first
-        places = ()
-        for r in tl.static_range(R):
-            places += (codes_at[r] + (reading * n_steps + 2 * first) * 32,)
-        words = load_codes(places, left, 0, U, R)
-        planes = load_planes(at, left, 0, U, P)
-        for u in tl.static_range(U):
-            acc = add_pair(
-                acc, words[2 * R * u : 2 * R * (u + 1)],
-                planes[u * P : (u + 1) * P], R, False, USE_PTX,
-            )  # fmt: skip
-    return join_bits(acc, lane, R, P, False, USE_PTX)
+                own = load_planes(sources, next_offset, next_left, u, 1, P)
+                planes = replace_items(planes, own, N * u, N)
+    totals = ()
+    for token in tl.static_range(len(sources)):
+        own = acc[token * P * R * 4 : (token + 1) * P * R * 4]
+        totals += (join_bits(own, lane, R, P, False, USE_PTX),)
+    return totals, (ahead, planes)

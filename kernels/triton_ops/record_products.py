@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton_ops.masks import mask_if
-from kernels.triton_ops.mma import multiply_columns, multiply_staged
+from kernels.triton_ops.mma import multiply_columns
 from kernels.triton_ops.records import (
     RECORD_INTS,
     begin_products,
@@ -98,7 +98,6 @@ def finish_record(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Twice the products of a record and a token, over its bound.
@@ -119,23 +118,22 @@ def finish_record(
         WR: Warps that share no steps.
         U: Same.
         X_AHEAD: Same.
-        STAGES: Of `multiply_staged`; 0 loads `ahead` to registers instead.
         USE_PTX: Same.
 
     Returns:
         fp32 [WR, 8, 2 R] of `add_shares`.
     """
-    codes_at, _ = started
     source_at = locate_source(fields, source_ptr, lane, P)
+    found = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
     if IS_PLAIN:
         found = finish_plain(
-            started, fields, sums, source_at, wk, lane,
-            R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
+            started, fields, sums, slab, first_block, source_at, wk, lane,
+            R, P, WK, WR, U, X_AHEAD, USE_PTX,
         )  # fmt: skip
     else:
         group = fields[6]
-        found = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
         if group > 0:
+            codes_at = locate_codes(fields, slab, first_block, lane, R)
             group_ptr = load_pointer(slab, group, tl.int32)
             tiles = multiply_tiles(
                 codes_at, fields[0], fields[4], fields[9], fields[10], group_ptr,
@@ -145,8 +143,8 @@ def finish_record(
             found = add_shares(tiles, R, WK, WR)
         else:
             found = finish_plain(
-                started, fields, sums, source_at, wk, lane,
-                R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
+                started, fields, sums, slab, first_block, source_at, wk, lane,
+                R, P, WK, WR, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
     return found
 
@@ -154,41 +152,6 @@ def finish_record(
 @triton.jit
 def finish_plain(
     started,
-    fields,
-    sums,
-    source_at,
-    wk,
-    lane,
-    R: tl.constexpr,
-    P: tl.constexpr,
-    WK: tl.constexpr,
-    WR: tl.constexpr,
-    U: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    STAGES: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """`finish_record` of one without scales for tiles; source_at is that of `multiply_columns`."""
-    codes_at, ahead = started
-    if STAGES > 0:
-        totals = multiply_staged(
-            codes_at, fields[0], fields[4], source_at, wk, lane,
-            R, P, WK, U, STAGES, USE_PTX,
-        )  # fmt: skip
-    else:
-        begun = begin_products(ahead, fields, source_at, wk, P, U, X_AHEAD)
-        totals, _ = multiply_columns(
-            begun, codes_at, (), fields[0], fields[4], source_at, wk, lane,
-            R, P, WK, U, X_AHEAD, False, USE_PTX,
-        )  # fmt: skip
-    return centre_products(totals, fields, sums, R, WK, WR)
-
-
-@triton.jit
-def finish_turn(
-    begun,
-    turn,
-    n_turns,
     fields,
     sums,
     slab,
@@ -204,17 +167,47 @@ def finish_turn(
     X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """`finish_plain` of one of the blocks that a program multiplies after each other.
+    """`finish_record` of one without scales for tiles; source_at is that of `multiply_columns`."""
+    begun = begin_products(started, fields, (source_at,), wk, P, U, X_AHEAD)
+    products, _ = finish_turn(
+        begun, 0, 1, fields, (sums,), slab, first_block, (source_at,), wk, lane,
+        R, P, WK, WR, U, X_AHEAD, False, USE_PTX,
+    )  # fmt: skip
+    return products[0]
+
+
+@triton.jit
+def finish_turn(
+    begun,
+    turn,
+    n_turns,
+    fields,
+    sums,
+    slab,
+    first_block,
+    sources,
+    wk,
+    lane,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    WK: tl.constexpr,
+    WR: tl.constexpr,
+    U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
+    HAS_FOLLOWING: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """`finish_record` for tokens, of one of the blocks that a program multiplies after each other.
 
     Args:
         begun: Of `begin_products`, or what the turn before returned.
         turn: Number of the block.
         n_turns: Of them; the loads of the next start with the last products of this.
-        fields: Of `load_record`, and all others of `finish_record`.
-        sums: Same.
+        fields: Of `load_record`, and all others of `finish_record`; no scales for tiles.
+        sums: Of `load_sums`, of each token.
         slab: Same.
         first_block: Of the first turn.
-        source_at: Of `multiply_columns`.
+        sources: Of `multiply_columns`.
         wk: Same.
         lane: Same.
         R: Same.
@@ -223,20 +216,26 @@ def finish_turn(
         WR: Same.
         U: Same.
         X_AHEAD: Same.
+        HAS_FOLLOWING: Whether there is more than one turn.
         USE_PTX: Same.
 
     Returns:
-        fp32 [WR, 8, 2 R], and `begun` of the next turn.
+        fp32 [WR, 8, 2 R] of each token, and `begun` of the next turn.
     """
     own_block = first_block + turn * (R * WR)
     codes_at = locate_codes(fields, slab, own_block, lane, R)
-    next_at = locate_codes(fields, slab, own_block + R * WR, lane, R)
-    following = (next_at, (turn + 1 < n_turns).to(tl.int32))
+    following = ()
+    if HAS_FOLLOWING:
+        next_at = locate_codes(fields, slab, own_block + R * WR, lane, R)
+        following = (next_at, (turn + 1 < n_turns).to(tl.int32))
     totals, begun = multiply_columns(
-        begun, codes_at, following, fields[0], fields[4], source_at, wk, lane,
-        R, P, WK, U, X_AHEAD, True, USE_PTX,
+        begun, codes_at, following, fields[0], fields[4], sources, wk, lane,
+        R, P, WK, U, X_AHEAD, HAS_FOLLOWING, USE_PTX,
     )  # fmt: skip
-    return centre_products(totals, fields, sums, R, WK, WR), begun
+    products = ()
+    for token in tl.static_range(len(sources)):
+        products += (centre_products(totals[token], fields, sums[token], R, WK, WR),)
+    return products, begun
 
 
 @triton.jit
@@ -271,7 +270,6 @@ def sum_part(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
-    STAGES: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Twice the outputs of a part for a token, fp32 [WR, 8, 2 R].
@@ -298,25 +296,24 @@ def sum_part(
         WR: Same.
         U: Same.
         X_AHEAD: Same.
-        STAGES: Same.
         USE_PTX: Same.
     """
     if IS_PLAIN:
         shares = load_sums(sums_ptr, n_inputs, first, SUMS)
         products = finish_record(
             started, first, shares, slab, first_block, source_ptr, wk, lane,
-            True, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
+            True, R, P, WK, WR, U, X_AHEAD, USE_PTX,
         )  # fmt: skip
         sums = scale_shares(products, first, slab, block, HAS_FACTORS, R, WR)
     else:
         sums = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
         for number in range(n_records):
             fields = load_record(record_ptr + number * RECORD_INTS)
-            begun = start_record(fields, slab, first_block, wk, lane, R, U, STAGES)
+            begun = start_record(fields, slab, first_block, wk, lane, R, U)
             shares = load_sums(sums_ptr, n_inputs, fields, SUMS)
             products = finish_record(
                 begun, fields, shares, slab, first_block, source_ptr, wk, lane,
-                False, R, P, WK, WR, U, X_AHEAD, STAGES, USE_PTX,
+                False, R, P, WK, WR, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
             sums += scale_shares(products, fields, slab, block, HAS_FACTORS, R, WR)
     return sums

@@ -79,27 +79,12 @@ def locate_codes(fields, slab, first_block, lane, R: tl.constexpr):
 
 
 @triton.jit
-def start_record(
-    fields,
-    slab,
-    first_block,
-    wk,
-    lane,
-    R: tl.constexpr,
-    U: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Start the first loads of a record's codes; arguments are those of `finish_record`."""
+def start_record(fields, slab, first_block, wk, lane, R: tl.constexpr, U: tl.constexpr):
+    """Start the first loads of a record's codes: those of `multiply_columns`'s `begun`.
+
+    Arguments are those of `finish_record`.
+    """
     at = locate_codes(fields, slab, first_block, lane, R)
-    ahead = ()
-    if STAGES == 0:
-        ahead = load_first(fields, at, wk, R, U)
-    return at, ahead
-
-
-@triton.jit
-def load_first(fields, at, wk, R: tl.constexpr, U: tl.constexpr):
-    """Codes of `multiply_columns`'s `begun`."""
     first = wk * U
     places = ()
     for r in tl.static_range(R):
@@ -118,18 +103,18 @@ def locate_source(fields, source_ptr, lane, P: tl.constexpr):
 def begin_products(
     ahead,
     fields,
-    source_at,
+    sources,
     wk,
     P: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
 ):
-    """`begun` of `multiply_columns`: `ahead` of `load_first`, and activations if they are too."""
+    """`begun` of `multiply_columns`: `ahead` of `start_record`, and activations if they are too."""
     planes = ()
     if X_AHEAD:
         first = wk * U
         left = (fields[4] + 1) // 2 - first
-        planes = load_planes(source_at + first * words_of_pair(P), left, 0, U, P)
+        planes = load_planes(sources, first * words_of_pair(P), left, 0, U, P)
     return ahead, planes
 
 

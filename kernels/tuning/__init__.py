@@ -15,9 +15,10 @@ class Shape:
     """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
 
     inputs_ahead: load the activations of those pairs ahead too.
-    stages: rounds of such pairs on their way to shared memory; 0 is one, to registers.
     turns: blocks of rows that a program multiplies after each other, the next one's loads under way
         while it ends the one before.
+    tokens: of a tenant, that a program multiplies its codes with at once, at most two.
+    shrinks: a lone token's layer does what `shrink` does, in its first programs.
     streams_first: programs of a lone token's layer that stream weights before its delta starts.
     stream_columns, stream_stages: columns of a block of such weights, and blocks in flight.
     registers: most that a thread may use, so that more programs run at once; 0 is no limit.
@@ -28,8 +29,9 @@ class Shape:
     along_rows: int
     ahead: int
     inputs_ahead: bool = False
-    stages: int = 0
     turns: int = 1
+    tokens: int = 1
+    shrinks: bool = False
     streams_first: int = 0
     stream_columns: int = 256
     stream_stages: int = 4

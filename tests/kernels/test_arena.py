@@ -43,11 +43,11 @@ def test_recipes_of_every_kind_share_a_batch(planes, limit, numbers):
 
 
 @pytest.mark.parametrize(
-    ("before", "without"),
-    [(0, ()), (1, ("q",)), (264, ())],
+    ("before", "without", "shrinks"),
+    [(0, (), False), (1, ("q",), True), (264, (), True)],
     ids=["delta-first", "one-part-between", "delta-last"],
 )
-def test_a_lone_token_has_its_whole_layer_in_one_launch(before, without):
+def test_a_lone_token_has_its_whole_layer_in_one_launch(before, without, shrinks):
     site = replace(SITE, out_features=(64, 32))
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site, without=without)
     arena, (slot,) = build_arena([delta], site=site)
@@ -55,7 +55,8 @@ def test_a_lone_token_has_its_whole_layer_in_one_launch(before, without):
     x, weight = (torch.randn(n, 70, generator=generator) for n in (1, 96))
     bias = torch.randn(96, generator=generator)
     plan = StepPlan(arena, n_tokens=1)
-    shape = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, streams_first=before)
+    cut = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2)
+    shape = replace(cut, streams_first=before, shrinks=shrinks)
     base = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     found = {}
     # The last of three runs must not take the first one's arrivals for its own.
@@ -108,23 +109,24 @@ def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
     site = replace(SITE, parts=("q",), out_features=(65,))
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site)
     arena, (slot,) = build_arena([delta], site=site)
-    x = torch.randn(2, 70, generator=torch.Generator().manual_seed(9))
+    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(9))
     found = []
     ahead = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)
     for shape in (
         Shape(blocks=2, along_steps=2, along_rows=2, ahead=1),
         ahead,
-        Shape(blocks=1, along_steps=2, along_rows=4, ahead=1, stages=2),
+        Shape(blocks=1, along_steps=2, along_rows=4, ahead=1),
         # The last program has one block of rows where the others have two.
         replace(ahead, turns=2),
-        Shape(blocks=2, along_steps=2, along_rows=1, ahead=1, turns=8),
+        Shape(blocks=2, along_steps=2, along_rows=1, ahead=1, turns=8, tokens=2),
+        replace(ahead, tokens=2),
     ):
         monkeypatch.setattr(serving, "shape_for", lambda *_, shape=shape: shape)
-        plan = StepPlan(arena, n_tokens=2)
-        plan.assign([slot] * 2)
+        plan = StepPlan(arena, n_tokens=3)
+        plan.assign([slot] * 3)
         plan.h_planes.fill_(85)
-        found.append(serving.add_delta(torch.zeros(2, 65), x, plan, 0))
-    assert relative(found[0], expected_terms([delta], [0] * 2, x, site)) <= 2e-6
+        found.append(serving.add_delta(torch.zeros(3, 65), x, plan, 0))
+    assert relative(found[0], expected_terms([delta], [0] * 3, x, site)) <= 2e-6
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 

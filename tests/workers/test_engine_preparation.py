@@ -123,9 +123,9 @@ if order == "backwards":
     from kernels.triton_ops.unfold import unfold_kernel
 from kernels.precompile import noting_launches, _launch_rows
 from kernels.wanted import parse_wanted
-from kernels.triton_ops import batch, gather, layer, prepare, repack, unfold
+from kernels.triton_ops import batch_expand, batch_shrink, gather, layer, prepare, repack, unfold
 from triton.runtime import driver
-kernels = [prepare.prepare_kernel, batch.batch_shrink_kernel, batch.batch_expand_kernel,
+kernels = [prepare.prepare_kernel, batch_shrink.batch_shrink_kernel, batch_expand.batch_expand_kernel,
            layer.layer_kernel, repack.repack_kernel, unfold.unfold_kernel, gather.gather_kernel]
 for kernel in reversed(kernels) if order == "backwards" else kernels:
     kernel.cache_key
