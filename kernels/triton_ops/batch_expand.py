@@ -26,6 +26,7 @@ from kernels.triton_ops.records import (
     load_record,
     load_sums,
     locate_source,
+    place_threads,
     start_record,
 )
 
@@ -78,10 +79,7 @@ def expand_rows(
         part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
         record_ptr = entry_ptr + EXPAND_RECORDS + number * (MAX_OUTPUTS * RECORD_INTS)
         fields = load_record(record_ptr)
-        thread = tl.arange(0, 32 * WK * WR)
-        lane = thread % 32
-        wk = thread // 32 % WK
-        first_block = (own * TURNS * WR + thread // 32 // WK) * R
+        lane, wk, first_block = place_threads(own * TURNS, R, WK, WR)
         started = start_record(fields, slab, first_block, wk, lane, R, U)
         source_ptr = hidden_ptr
         stride = hidden_stride
@@ -110,10 +108,11 @@ def expand_rows(
         sources = ()
         for token in tl.static_range(TOKENS):
             at = place + token
-            shares += (load_sums(own_sums_ptr + at * sums_stride, n_own, fields, SUMS),)
             hidden_worth = tl.load(norm_ptr + at) / largest_number(P)
             worth += (0.5 * tl.where(is_direct, tl.load(step_ptr + at), hidden_worth),)
-            sources += (locate_source(fields, source_ptr + at * stride, lane, P),)
+            if IS_PLAIN:
+                shares += (load_sums(own_sums_ptr + at * sums_stride, n_own, fields, SUMS),)
+                sources += (locate_source(fields, source_ptr + at * stride, lane, P),)
         begun = ((), ())
         if IS_PLAIN:
             begun = begin_products(started, fields, sources, wk, P, U, X_AHEAD)

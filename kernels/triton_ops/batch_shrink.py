@@ -25,6 +25,7 @@ from kernels.triton_ops.records import (
     load_record,
     load_sums,
     locate_source,
+    place_threads,
     start_record,
 )
 
@@ -158,12 +159,9 @@ def shrink_rows(
     number, own = find_block(entry_ptr, program, ROWS * TURNS)
     if number < MAX_RECORDS:
         slab = tl.load(table_ptr + slot)
-        thread = tl.arange(0, THREADS)
-        lane = thread % 32
-        wk = thread // 32 % WK
         record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
         fields = load_record(record_ptr)
-        first_block = (own * TURNS * WR + thread // 32 // WK) * R
+        lane, wk, first_block = place_threads(own * TURNS, R, WK, WR)
         started = start_record(fields, slab, first_block, wk, lane, R, U)
         # Loads that only the last lines need start here, beside the codes.
         factors_ptr = load_pointer(slab, fields[5], tl.float32)

@@ -18,6 +18,7 @@ from kernels.triton_ops.records import (
     PART_INTS,
     RECORD_INTS,
     load_record,
+    place_threads,
     start_record,
 )
 
@@ -103,11 +104,8 @@ def sum_delta(
             part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
             record_ptr = entry_ptr + EXPAND_RECORDS + number * (MAX_OUTPUTS * RECORD_INTS)
             fields = load_record(record_ptr)
-            thread = tl.arange(0, 32 * WK * WR)
-            lane = thread % 32
-            wk = thread // 32 % WK
             block = row_in_part // ROWS
-            first_block = (block * WR + thread // 32 // WK) * R
+            lane, wk, first_block = place_threads(block, R, WK, WR)
             started = start_record(fields, slab, first_block, wk, lane, R, U)
             n_records = tl.load(part_ptr + 2)
             source = tl.load(part_ptr + 1)

@@ -78,7 +78,7 @@ def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PT
         planes: int64 [threads] of `load_planes`, one for each byte of each token.
         R: Row blocks.
         HAS_ONES: Same.
-        USE_PTX: Of `multiply_pair`.
+        USE_PTX: `multiply_pair`; without it `multiply_plainly`.
 
     Returns:
         acc.
@@ -191,7 +191,7 @@ def multiply_columns(
         U: Pairs of a round; their loads are under way during the round before.
         X_AHEAD: Whether their activations are loaded ahead too.
         HAS_FOLLOWING: Same.
-        USE_PTX: Of `multiply_pair`.
+        USE_PTX: Of `add_pair`.
 
     Returns:
         Of `join_bits` for each token, and `begun` of the rows that follow.

@@ -37,6 +37,24 @@ def find_block(sizes_ptr, block, ROWS: tl.constexpr):
 
 
 @triton.jit
+def place_threads(block, R: tl.constexpr, WK: tl.constexpr, WR: tl.constexpr):
+    """Lane of each thread, which of WK shares is its warp's, and the warp's first row block.
+
+    Args:
+        block: Number of the program's first block of 16 R WR rows.
+        R: Row blocks of a warp.
+        WK: Warps that share steps.
+        WR: Warps that do not.
+
+    Returns:
+        Three int32 [threads].
+    """
+    thread = tl.arange(0, 32 * WK * WR)
+    warp = thread // 32
+    return thread % 32, warp % WK, (block * WR + warp // WK) * R
+
+
+@triton.jit
 def count_turns(fields, own, R: tl.constexpr, WR: tl.constexpr, TURNS: tl.constexpr):
     """Blocks of 16 R WR rows that a record has for its program `own`, at most TURNS."""
     blocks = (fields[3] + R * WR - 1) // (R * WR)

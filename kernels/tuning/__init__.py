@@ -15,8 +15,8 @@ class Shape:
     """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
 
     inputs_ahead: load the activations of those pairs ahead too.
-    turns: blocks of rows that a program multiplies after each other, the next one's loads under way
-        while it ends the one before.
+    turns: blocks of rows that a program multiplies after each other, a power of two; the next one's
+        loads are under way while it ends the one before.
     tokens: of a tenant, that a program multiplies its codes with at once, at most two.
     shrinks: a lone token's layer does what `shrink` does, in its first programs.
     streams_first: programs of a lone token's layer that stream weights before its delta starts.

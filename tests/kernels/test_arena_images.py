@@ -15,6 +15,7 @@ from kernels.arena import ArenaSpec, DeltaArena
 from kernels.fragments import FragmentShape, order_by_bit, order_by_tile
 from kernels.image import build_image
 from kernels.plan import StepPlan
+from kernels.triton_ops.repack import repack_kernel
 
 
 def take_apart(factor):
@@ -58,6 +59,25 @@ def read_codes(image):
         for job in image.jobs[chunk.first_job : chunk.first_job + chunk.n_jobs].tolist()
         if job[0] == kernels.image.CODES_JOB
     ]
+
+
+def test_codes_read_one_column_at_a_time_lie_where_32_at_once_put_them():
+    """As a device reads them; the interpreter is given 32 columns, for its speed."""
+    arena, (slot,) = build_arena([draw(replace(BY_TILE, wide=(RankBand(3, 2),)))])
+    image, wanted = arena.images[slot], arena._slabs[slot]
+    found = torch.full_like(wanted, 85)
+    for chunk in image.chunks:
+        repack_kernel[(1, chunk.n_jobs)](
+            image.jobs[chunk.first_job : chunk.first_job + chunk.n_jobs],
+            chunk.source.data_ptr(),
+            found.data_ptr(),
+            WIDTHS=1 << 3,
+            BLOCK=256,
+            COLUMNS=1,
+        )
+    written = found != 85
+    assert written.any()
+    assert torch.equal(found[written], wanted[written])
 
 
 @pytest.mark.parametrize("order", [("one", "two"), ("two", "one")], ids=["in order", "backwards"])
