@@ -39,6 +39,7 @@ def _shape(
     x: bool = False,
     turns: int = 1,
     tokens: int = 1,
+    side: bool = False,
     first: int = 0,
     registers: int = 0,
 ) -> Shape:
@@ -50,6 +51,7 @@ def _shape(
         inputs_ahead=x,
         turns=turns,
         tokens=tokens,
+        tokens_first=side,
         streams_first=first,
         registers=registers,
     )
@@ -62,48 +64,32 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
         _shape(2, 8, 1, 2, x=True),
         _shape(2, 8, 1, 4, x=True, registers=128),
         _shape(2, 4, 1, 2, x=True, registers=80),
-        _shape(2, 4, 1, 4),
-        _shape(2, 4, 1, 4, x=True, registers=128),
+        _shape(2, 4, 1, 2, x=True, side=True, registers=80),
         _shape(2, 4, 1, 4, x=True, registers=160),
-        _shape(2, 4, 2, 4, x=True, registers=128),
-        _shape(4, 4, 1, 2, x=True, registers=168),
-        _shape(2, 4, 1, 2, turns=4, registers=96),
-        _shape(2, 4, 1, 4, turns=2, registers=128),
-        _shape(2, 4, 1, 4, x=True, turns=2, registers=128),
-        _shape(2, 4, 1, 4, x=True, turns=4, registers=128),
         _shape(2, 4, 1, 4, x=True, turns=4, registers=160),
-        _shape(2, 4, 2, 4, x=True, turns=4, registers=128),
-        _shape(2, 4, 1, 2, x=True, tokens=2, registers=168),
+        *(
+            _shape(2, 4, 1, 4, x=True, turns=turns, side=side, registers=128)
+            for turns in (1, 2, 4)
+            for side in (False, True)
+        ),
         _shape(2, 4, 1, 2, x=True, turns=2, tokens=2, registers=168),
-        _shape(2, 4, 1, 2, x=True, turns=4, tokens=2, registers=168),
-        _shape(2, 4, 1, 4, turns=2, tokens=2, registers=168),
-        _shape(2, 4, 2, 2, x=True, turns=2, tokens=2, registers=168),
+        _shape(2, 4, 1, 2, x=True, turns=2, tokens=2, side=True, registers=168),
     ),
     "expand": (
         _shape(1, 4, 1, 2, x=True),
-        _shape(2, 2, 1, 2),
         _shape(2, 2, 2, 2, x=True),
         _shape(2, 2, 2, 4, x=True, registers=128),
         _shape(2, 1, 4, 2, x=True, registers=80),
-        _shape(2, 1, 4, 3, x=True, registers=96),
         _shape(2, 1, 4, 3, x=True, registers=112),
         _shape(2, 1, 4, 4, x=True, registers=128),
-        _shape(4, 1, 2, 2, x=True, registers=168),
-        _shape(2, 1, 4, 4, registers=96),
-        _shape(2, 1, 4, 2, turns=4, registers=96),
-        _shape(2, 1, 4, 2, x=True, turns=4, registers=96),
-        _shape(2, 1, 4, 3, x=True, turns=2, registers=112),
-        _shape(2, 1, 4, 3, x=True, turns=4, registers=112),
-        _shape(2, 1, 4, 4, turns=4, registers=128),
-        _shape(2, 1, 4, 4, x=True, turns=2, registers=128),
-        _shape(2, 1, 4, 4, x=True, turns=4, registers=128),
-        _shape(2, 1, 4, 4, x=True, turns=8, registers=128),
-        _shape(4, 1, 2, 2, x=True, turns=4, registers=168),
-        _shape(2, 1, 4, 2, x=True, tokens=2, registers=168),
-        _shape(2, 1, 4, 2, x=True, turns=2, tokens=2, registers=168),
-        _shape(2, 1, 4, 2, x=True, turns=4, tokens=2, registers=168),
-        _shape(2, 1, 4, 3, turns=4, tokens=2, registers=168),
+        *(
+            _shape(2, 1, 4, ahead, x=True, turns=turns, side=side, registers=registers)
+            for ahead, registers in ((3, 112), (4, 128))
+            for turns in (2, 4, 8)
+            for side in (False, True)
+        ),
         _shape(2, 1, 4, 4, turns=4, tokens=2, registers=168),
+        _shape(2, 1, 4, 4, turns=4, tokens=2, side=True, registers=168),
     ),
     "layer": tuple(
         replace(shape, shrinks=shrinks)

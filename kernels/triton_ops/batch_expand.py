@@ -8,6 +8,7 @@ from kernels import directory
 from kernels.triton_ops.mma import words_of_pair
 from kernels.triton_ops.prepare import largest_number
 from kernels.triton_ops.record_products import (
+    count_all,
     finish_turn,
     row_of_share,
     scale_shares,
@@ -116,9 +117,11 @@ def expand_rows(
         begun = ((), ())
         if IS_PLAIN:
             begun = begin_products(started, fields, sources, wk, P, U, X_AHEAD)
+            if TURNS > 1:
+                shares = count_all(shares, fields)
         for turn in range(n_turns if TURNS > 1 else 1):
             block = own * TURNS + turn
-            row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
+            row = row_of_share(block, R, WR)
             # What the last lines need is loaded beside the codes.
             before = ()
             for token in tl.static_range(TOKENS):
@@ -186,11 +189,13 @@ def batch_expand_kernel(
     X_AHEAD: tl.constexpr,
     TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     """TURNS blocks of outputs for up to TOKENS tokens of a tenant: y += U h, or D x."""
-    place = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0 if TOKENS_FIRST else 1).to(tl.int64)
+    program = tl.program_id(1 if TOKENS_FIRST else 0)
     slot = tl.load(slot_ptr + place)
     count = 1 if TOKENS == 1 else tl.load(count_ptr + place)
     if slot >= 0:
@@ -198,7 +203,7 @@ def batch_expand_kernel(
         for tokens in tl.static_range(1, TOKENS + 1):
             if count == tokens:
                 expand_rows(
-                    tl.program_id(0), place, slot, planes_ptr, planes_stride, step_ptr, norm_ptr,
+                    program, place, slot, planes_ptr, planes_stride, step_ptr, norm_ptr,
                     sums_ptr, n_inputs, hidden_ptr, hidden_stride, hidden_sums_ptr, table_ptr,
                     entry_ptr, token_ptr, y_ptr, y_stride, P, SUMS, IS_PLAIN, HAS_DIRECT,
                     HAS_FACTORS, R, WK, WR, U, X_AHEAD, TURNS, tokens, USE_PTX, OVERLAP,

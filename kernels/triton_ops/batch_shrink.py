@@ -8,6 +8,7 @@ from kernels.triton_ops.bits import transpose_bits
 from kernels.triton_ops.mma import words_of_pair
 from kernels.triton_ops.prepare import largest_number, place_words, round_to_int
 from kernels.triton_ops.record_products import (
+    count_all,
     finish_record,
     finish_turn,
     order_shares,
@@ -184,9 +185,11 @@ def shrink_rows(
         begun = ((), ())
         if IS_PLAIN:
             begun = begin_products(started, fields, sources, wk, P, U, X_AHEAD)
+            if TURNS > 1:
+                shares = count_all(shares, fields)
         for turn in range(n_turns if TURNS > 1 else 1):
             block = own * TURNS + turn
-            row = row_of_share(block, R, WR)  # [WR, 8, 2 R]
+            row = row_of_share(block, R, WR)
             factor = tl.load(factors_ptr + row, mask=row < fields[2], other=0.0)
             if IS_PLAIN:
                 products, begun = finish_turn(
@@ -240,13 +243,15 @@ def batch_shrink_kernel(
     X_AHEAD: tl.constexpr,
     TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
+    TOKENS_FIRST: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
     """TURNS blocks of rows of V for up to TOKENS tokens of a tenant: hidden = bits of V x."""
     if OVERLAP:
         gdc_launch_dependents()
-    place = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0 if TOKENS_FIRST else 1).to(tl.int64)
+    program = tl.program_id(1 if TOKENS_FIRST else 0)
     slot = tl.load(slot_ptr + place)
     count = 1 if TOKENS == 1 else tl.load(count_ptr + place)
     if slot >= 0:
@@ -254,7 +259,7 @@ def batch_shrink_kernel(
         for tokens in tl.static_range(1, TOKENS + 1):
             if count == tokens:
                 shrink_rows(
-                    tl.program_id(0), place, slot, planes_ptr, planes_stride, step_ptr, norm_ptr,
+                    program, place, slot, planes_ptr, planes_stride, step_ptr, norm_ptr,
                     sums_ptr, n_inputs, hidden_ptr, hidden_stride, hidden_sums_ptr, table_ptr,
                     entry_ptr, P, SUMS, IS_PLAIN, R, WK, WR, U, X_AHEAD, TURNS, tokens, USE_PTX,
                     OVERLAP,

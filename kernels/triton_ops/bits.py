@@ -108,6 +108,67 @@ def read_fourth(values, lane, USE_PTX: tl.constexpr):
 
 
 @triton.jit
+def exchange(values, APART: tl.constexpr, USE_PTX: tl.constexpr):
+    """The value of the lane whose number differs in the bit APART.
+
+    Args:
+        values: int32 or fp32 [threads].
+        APART: 1 or 2.
+        USE_PTX: One exchange between lanes; without it the same in plain Triton.
+
+    Returns:
+        As many of the same type.
+    """
+    if USE_PTX:
+        other = tl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, $2, 31, 0xffffffff;",
+            "=r,r,r",
+            [values.to(tl.int32, bitcast=True), APART],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        other = other.to(values.dtype, bitcast=True)
+    else:
+        pairs = tl.reshape(values, (values.shape[0] // (2 * APART), 2, APART))
+        is_first = (tl.arange(0, 2) == 0)[None, :, None]
+        first = tl.sum(tl.where(is_first, pairs, 0), axis=1)[:, None, :]
+        second = tl.sum(tl.where(is_first, 0, pairs), axis=1)[:, None, :]
+        other = tl.reshape(tl.where(is_first, second, first), values.shape)
+    return other
+
+
+@triton.jit
+def add_half(first, second, lane, APART: tl.constexpr, USE_PTX: tl.constexpr):
+    """Sums over two lanes: of `first` in the one whose bit APART is 0, of `second` in the other."""
+    is_first = lane & APART == 0
+    kept = tl.where(is_first, first, second)
+    return kept + exchange(tl.where(is_first, second, first), APART, USE_PTX)
+
+
+@triton.jit
+def deal_rows(shares, lane, R: tl.constexpr, USE_PTX: tl.constexpr):
+    """Sums over four lanes, dealt to them: `row_of_share` says which row a lane gets.
+
+    Args:
+        shares: 2 R int32 or fp32 [threads]: rows g and g + 8 of each block.
+        lane: int32 [threads], 0..31.
+        R: Row blocks, 1 or 2.
+        USE_PTX: Of `exchange`.
+
+    Returns:
+        [threads] of the same type; with R = 1 two lanes have the same.
+    """
+    tl.static_assert(R <= 2)  # noqa: PLR2004 a lane has no more than one row
+    dealt = add_half(shares[0], shares[R], lane, 2, USE_PTX)
+    if R == 1:
+        dealt += exchange(dealt, 1, USE_PTX)
+    else:
+        dealt = add_half(dealt, add_half(shares[1], shares[3], lane, 2, USE_PTX), lane, 1, USE_PTX)
+    return dealt
+
+
+@triton.jit
 def count_nibbles(words):
     """Bits that are set in each four of int64 words."""
     pairs = words - ((words >> 1) & 0x5555555555555555)

@@ -160,6 +160,7 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "X_AHEAD": shape.inputs_ahead,
         "TURNS": _count_turns(plan, site, shape),
         "TOKENS": shape.tokens if spec.is_plain(site) else 1,
+        "TOKENS_FIRST": shape.tokens_first,
         "USE_PTX": is_compiled(),
         "OVERLAP": overlap,
         "num_warps": shape.warps,
@@ -172,13 +173,18 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
 def _cut_layer(plan: StepPlan, site: int, shape: Shape) -> dict[str, Any]:
     """Say how the layer of a lone token is compiled; only loads of weights are pipelined."""
     cut = _cut(plan, site, shape, overlap=overlaps())
-    del cut["num_stages"], cut["TURNS"], cut["TOKENS"]
+    del cut["num_stages"], cut["TURNS"], cut["TOKENS"], cut["TOKENS_FIRST"]
     return cut | {
         "SHRINKS": _SHRINK_BLOCKS if shape.shrinks else 0,
         "ROWS": LAYER_ROWS,
         "BLOCK": shape.stream_columns,
         "STAGES": shape.stream_stages,
     }
+
+
+def _grid(plan: StepPlan, blocks: int, shape: Shape) -> tuple[int, int]:
+    """Programs of a launch, those that are numbered after each other first."""
+    return (plan.n_places, blocks) if shape.tokens_first else (blocks, plan.n_places)
 
 
 def _count_turns(plan: StepPlan, site: int, shape: Shape) -> int:
@@ -200,7 +206,7 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
     blocks = arena.spec.shrink_blocks(site, shape.rows * _count_turns(plan, site, shape))
     if blocks == 0:
         return
-    batch_shrink_kernel[(blocks, plan.n_places)](
+    batch_shrink_kernel[_grid(plan, blocks, shape)](
         plan.x_planes.view(torch.int64),
         plan.x_planes.stride(0) // 2,
         plan.x_step,
@@ -237,7 +243,7 @@ def launch_expand(
     overlap = overlap and overlaps()
     rows = shape.rows * _count_turns(plan, site, shape)
     blocks = sum(-(-out // rows) for out in arena.spec.sites[site].out_features)
-    batch_expand_kernel[(blocks, plan.n_places)](
+    batch_expand_kernel[_grid(plan, blocks, shape)](
         plan.x_planes.view(torch.int64),
         plan.x_planes.stride(0) // 2,
         plan.x_step,

@@ -88,13 +88,13 @@ def sum_delta(
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
-    """The delta of a lone token at 16 R WR outputs, fp32 [WR, 8, 2 R] as of `add_shares`.
+    """The delta of a lone token at 16 R WR outputs, fp32 [32 WR] of `add_shares`.
 
     Arguments are those of `layer_kernel`. The first loads start before the hidden values have to be
     there.
     """
     ROWS: tl.constexpr = 16 * R * WR
-    delta = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
+    delta = tl.zeros((32 * WR,), dtype=tl.float32)
     slot = tl.load(slot_ptr)
     if slot >= 0:
         slab = tl.load(table_ptr + slot)

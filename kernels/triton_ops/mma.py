@@ -10,7 +10,7 @@ lost. With c_p the bits that the codes and bit p of x have in common, twice the 
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.bits import multiply_pair, multiply_plainly, read_fourth
+from kernels.triton_ops.bits import deal_rows, multiply_pair, multiply_plainly, read_fourth
 from kernels.triton_ops.items import replace_items
 
 
@@ -114,15 +114,8 @@ def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PT
 
 
 @triton.jit
-def join_bits(
-    acc,
-    lane,
-    R: tl.constexpr,
-    P: tl.constexpr,
-    HAS_ONES: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """Whole numbers of the sums of single bits: those of 2 R rows, then of ones.
+def join_bits(acc, lane, R: tl.constexpr, P: tl.constexpr, USE_PTX: tl.constexpr):
+    """Whole numbers of the sums of single bits, with ones: those of 2 R rows, then of ones.
 
     The highest bit counts below 0. It is taken off every other one, where a number near 0 has the
     same: so a lane's share is no larger than the numbers are.
@@ -132,26 +125,59 @@ def join_bits(
         lane: int32 [threads], 0..31.
         R: Row blocks.
         P: Bytes of a number.
-        HAS_ONES: Of `add_pair`.
         USE_PTX: Of `read_fourth`.
 
     Returns:
-        2 R + HAS_ONES int64 [threads], of this lane's bits: rows g and g + 8 of each
+        2 R + 1 int64 [threads], of this lane's bits: rows g and g + 8 of each
         block, then ones.
     """
     shift = (lane % 4 * 2).to(tl.int64)
     totals = ()
-    for i in tl.static_range(2 * R + HAS_ONES):
+    for i in tl.static_range(2 * R + 1):
         # A lane has its two bits of a byte side by side, rows g and g + 8 after each other.
-        highest = acc[(P - 1) * (R + HAS_ONES) * 4 + 2 * i + 1]
+        highest = acc[(P - 1) * (R + 1) * 4 + 2 * i + 1]
         highest = read_fourth(highest, lane, USE_PTX)
         total = tl.where(lane % 4 == 0, -highest, 0).to(tl.int64)
         for byte in tl.static_range(P):
-            first = acc[byte * (R + HAS_ONES) * 4 + 2 * i] - highest
-            second = acc[byte * (R + HAS_ONES) * 4 + 2 * i + 1] - highest
+            first = acc[byte * (R + 1) * 4 + 2 * i] - highest
+            second = acc[byte * (R + 1) * 4 + 2 * i + 1] - highest
             total += (first + 2 * second).to(tl.int64) * (1 << 8 * byte)
         totals += (total << shift,)
     return totals
+
+
+@triton.jit
+def join_rows(acc, lane, R: tl.constexpr, P: tl.constexpr, USE_PTX: tl.constexpr):
+    """Whole numbers of the sums of single bits, as `join_bits`, those of rows dealt to the lanes.
+
+    A row's bits of a byte are summed before its bytes are joined, in 32 bits: of fewer than 2^23
+    codes, readings counted, no sum is larger.
+
+    Args:
+        acc: Of `add_pair`, without ones.
+        lane: int32 [threads], 0..31.
+        R: Row blocks.
+        P: Bytes of a number.
+        USE_PTX: Of `deal_rows`.
+
+    Returns:
+        int64 [threads], rows as of `deal_rows`.
+    """
+    place = lane % 4
+    weight = 1 << 2 * place
+    highest = ()
+    for i in tl.static_range(2 * R):
+        highest += (read_fourth(acc[(P - 1) * R * 4 + 2 * i + 1], lane, USE_PTX),)
+    total = tl.zeros_like(lane).to(tl.int64)
+    for byte in tl.static_range(P):
+        shares = ()
+        for i in tl.static_range(2 * R):
+            pair = acc[byte * R * 4 + 2 * i] + 2 * acc[byte * R * 4 + 2 * i + 1]
+            # The highest bit itself counts once below 0.
+            taken = 3 * weight + (place == 0).to(tl.int32) if byte == 0 else 3 * weight
+            shares += (pair * weight - highest[i] * taken,)
+        total += deal_rows(shares, lane, R, USE_PTX).to(tl.int64) * (1 << 8 * byte)
+    return total
 
 
 @triton.jit
@@ -194,7 +220,7 @@ def multiply_columns(
         USE_PTX: Of `add_pair`.
 
     Returns:
-        Of `join_bits` for each token, and `begun` of the rows that follow.
+        Of `join_rows` for each token, and `begun` of the rows that follow.
     """
     n_pairs = (n_steps + 1) // 2
     n_rounds = (n_pairs + WK * U - 1) // (WK * U)
@@ -243,5 +269,5 @@ def multiply_columns(
     totals = ()
     for token in tl.static_range(len(sources)):
         own = acc[token * P * R * 4 : (token + 1) * P * R * 4]
-        totals += (join_bits(own, lane, R, P, False, USE_PTX),)
+        totals += (join_rows(own, lane, R, P, USE_PTX),)
     return totals, (ahead, planes)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kernels.triton_ops.bits import deal_rows
 from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.mma import multiply_columns
 from kernels.triton_ops.records import (
@@ -27,57 +28,56 @@ def count_read(shares, readings):
 
 
 @triton.jit
-def add_shares(
-    totals,
-    R: tl.constexpr,
-    WK: tl.constexpr,
-    WR: tl.constexpr,
-):
-    """Products of one token, summed over its bits and over the warps that shared the steps.
+def count_all(shares, fields):
+    """`count_read` for the record of each token's shares."""
+    counts = ()
+    for token in tl.static_range(len(shares)):
+        counts += (count_read(shares[token], fields[0]),)
+    return counts
+
+
+@triton.jit
+def add_shares(totals, WK: tl.constexpr, WR: tl.constexpr):
+    """Products of one token, summed over the warps that shared the steps.
 
     Args:
-        totals: 2 R [threads].
-        R: Row blocks of a warp, 1, 2 or 4.
+        totals: [threads], of `deal_rows`.
         WK: Warps that shared the steps.
         WR: Warps that did not.
 
     Returns:
-        [WR, 8, 2 R]; `row_of_share` says which rows these are.
+        [32 WR]; `row_of_share` says which rows these are.
     """
-    joined = tl.join(totals[0], totals[1])
-    if R >= 2:  # noqa: PLR2004 pairs of rows
-        joined = tl.join(joined, tl.join(totals[2], totals[3]))
-    if R == 4:  # noqa: PLR2004 same
-        third = tl.join(totals[4], totals[5])
-        joined = tl.join(joined, tl.join(third, tl.join(totals[6], totals[7])))
-    # Four lanes have the bits of a row.
-    shares = tl.reshape(joined, (WR, WK, 8, 4, 2 * R))
-    return tl.sum(tl.sum(shares, axis=3), axis=1)
+    shares = totals
+    if WK > 1:
+        shares = tl.sum(tl.reshape(shares, (WR, WK, 32)), axis=1)
+        shares = tl.reshape(shares, (32 * WR,))
+    return shares
 
 
 @triton.jit
 def row_of_share(block, R: tl.constexpr, WR: tl.constexpr):
-    """Row numbers of `add_shares`, int32 [WR, 8, 2 R], for the block's number in its band."""
-    share = tl.arange(0, 2 * R)
-    half = share // R
-    if R == 4:  # noqa: PLR2004 the order in which `add_shares` joins
-        number = share % 4 // 2 + 2 * (share % 2)
+    """Row numbers of `add_shares`, int32 [32 WR], for the block's number in its band.
+
+    With R = 1 every other lane has the row of the one before it.
+    """
+    lane = tl.arange(0, 32 * WR)
+    row = (block * WR + lane // 32) * 16 * R + lane % 32 // 4
+    if R == 1:
+        row += lane // 2 % 2 * 8
     else:
-        number = share % R
-    warp = block * WR + tl.arange(0, WR)
-    row = (warp * 16 * R)[:, None, None] + tl.arange(0, 8)[None, :, None]
-    return row + (16 * number + 8 * half)[None, None, :]
+        row += lane // 2 % 2 * 16 + lane % 2 * 8
+    return row
 
 
 @triton.jit
 def order_shares(shares, R: tl.constexpr, WR: tl.constexpr):
     """`shares` of `add_shares` in the order of rows, [16 R WR]."""
+    lanes = tl.reshape(shares, (WR, 8, 2, 2))
     if R == 1:
-        ordered = tl.permute(tl.reshape(shares, (WR, 8, 2)), (0, 2, 1))
-    elif R == 2:  # noqa: PLR2004 same
-        ordered = tl.permute(tl.reshape(shares, (WR, 8, 2, 2)), (0, 3, 2, 1))
+        ordered = tl.permute(tl.max(lanes, axis=3), (0, 2, 1))
     else:
-        ordered = tl.permute(tl.reshape(shares, (WR, 8, 2, 2, 2)), (0, 4, 3, 2, 1))
+        ordered = tl.permute(lanes, (0, 2, 3, 1))
     return tl.reshape(ordered, (16 * R * WR,))
 
 
@@ -121,10 +121,10 @@ def finish_record(
         USE_PTX: Same.
 
     Returns:
-        fp32 [WR, 8, 2 R] of `add_shares`.
+        fp32 [32 WR] of `add_shares`.
     """
     source_at = locate_source(fields, source_ptr, lane, P)
-    found = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
+    found = tl.zeros((32 * WR,), dtype=tl.float32)
     if IS_PLAIN:
         found = finish_plain(
             started, fields, sums, slab, first_block, source_at, wk, lane,
@@ -140,7 +140,7 @@ def finish_record(
                 first_block, fields[3], source_at, wk, lane,
                 R, P, WK, USE_PTX,
             )  # fmt: skip
-            found = add_shares(tiles, R, WK, WR)
+            found = add_shares(deal_rows(tiles, lane, R, USE_PTX), WK, WR)
         else:
             found = finish_plain(
                 started, fields, sums, slab, first_block, source_at, wk, lane,
@@ -204,7 +204,7 @@ def finish_turn(
         turn: Number of the block.
         n_turns: Of them; the loads of the next start with the last products of this.
         fields: Of `load_record`, and all others of `finish_record`; no scales for tiles.
-        sums: Of `load_sums`, of each token.
+        sums: Of `load_sums`, of each token; with HAS_FOLLOWING of `count_read`.
         slab: Same.
         first_block: Of the first turn.
         sources: Of `multiply_columns`.
@@ -220,7 +220,7 @@ def finish_turn(
         USE_PTX: Same.
 
     Returns:
-        fp32 [WR, 8, 2 R] of each token, and `begun` of the next turn.
+        fp32 [32 WR] of `add_shares` for each token, and `begun` of the next turn.
     """
     own_block = first_block + turn * (R * WR)
     codes_at = locate_codes(fields, slab, own_block, lane, R)
@@ -234,17 +234,12 @@ def finish_turn(
     )  # fmt: skip
     products = ()
     for token in tl.static_range(len(sources)):
-        products += (centre_products(totals[token], fields, sums[token], R, WK, WR),)
+        # One sum for all turns; where there is one turn, it is taken while nothing waits for it.
+        count = sums[token] if HAS_FOLLOWING else count_read(sums[token], fields[0])
+        twice = 2 * add_shares(totals[token], WK, WR)
+        # Of codes around 0, not of whole ones.
+        products += ((twice - count).to(tl.float32),)
     return products, begun
-
-
-@triton.jit
-def centre_products(
-    totals, fields, sums, R: tl.constexpr, WK: tl.constexpr, WR: tl.constexpr
-) -> tl.tensor:
-    """Twice the products of codes around 0, from those of whole codes: fp32 [WR, 8, 2 R]."""
-    twice = 2 * add_shares(totals, R, WK, WR)
-    return (twice - count_read(sums, fields[0])).to(tl.float32)
 
 
 @triton.jit
@@ -272,7 +267,7 @@ def sum_part(
     X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Twice the outputs of a part for a token, fp32 [WR, 8, 2 R].
+    """Twice the outputs of a part for a token, fp32 [32 WR].
 
     Args:
         started: Of `start_record`, for the part's first record; unread unless IS_PLAIN.
@@ -306,7 +301,7 @@ def sum_part(
         )  # fmt: skip
         sums = scale_shares(products, first, slab, block, HAS_FACTORS, R, WR)
     else:
-        sums = tl.zeros((WR, 8, 2 * R), dtype=tl.float32)
+        sums = tl.zeros((32 * WR,), dtype=tl.float32)
         for number in range(n_records):
             fields = load_record(record_ptr + number * RECORD_INTS)
             begun = start_record(fields, slab, first_block, wk, lane, R, U)

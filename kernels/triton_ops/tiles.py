@@ -62,7 +62,7 @@ def add_tile(
     Returns:
         The totals.
     """
-    found = join_bits(acc, lane, R, P, True, USE_PTX)
+    found = join_bits(acc, lane, R, P, USE_PTX)
     ones = found[2 * R]
     most = ((1 << bits) - 1).to(tl.float32)
     for i in tl.static_range(2 * R):

@@ -14,10 +14,13 @@ FOLDER: Final = Path(__file__).parent
 class Shape:
     """How a program is cut: row blocks a warp, warps along steps and rows, pairs loaded ahead.
 
+    blocks: one or two.
     inputs_ahead: load the activations of those pairs ahead too.
     turns: blocks of rows that a program multiplies after each other, a power of two; the next one's
         loads are under way while it ends the one before.
     tokens: of a tenant, that a program multiplies its codes with at once, at most two.
+    tokens_first: the first programs are those of all tokens for the first rows, not those of the
+        first token: tokens of a tenant read the same codes at the same time.
     shrinks: a lone token's layer does what `shrink` does, in its first programs.
     streams_first: programs of a lone token's layer that stream weights before its delta starts.
     stream_columns, stream_stages: columns of a block of such weights, and blocks in flight.
@@ -31,6 +34,7 @@ class Shape:
     inputs_ahead: bool = False
     turns: int = 1
     tokens: int = 1
+    tokens_first: bool = False
     shrinks: bool = False
     streams_first: int = 0
     stream_columns: int = 256

@@ -119,7 +119,7 @@ def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
         # The last program has one block of rows where the others have two.
         replace(ahead, turns=2),
         Shape(blocks=2, along_steps=2, along_rows=1, ahead=1, turns=8, tokens=2),
-        replace(ahead, tokens=2),
+        replace(ahead, tokens=2, tokens_first=True),
     ):
         monkeypatch.setattr(serving, "shape_for", lambda *_, shape=shape: shape)
         plan = StepPlan(arena, n_tokens=3)
