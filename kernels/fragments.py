@@ -2,8 +2,9 @@
 
 A code of b bits is b columns of one bit. The unit is a step: 16 rows by 128 such columns, half of
 an `mma.m16n8k256` of single bits. Lane `4 g + t` of a warp holds of it two words, columns
-`32 t .. 32 t + 31` of row g and of row g + 8, the first column in the lowest bit: 256 bytes a step,
-and no unpacking. PTX ISA 8.7, "Matrix Fragments for mma.m16n8k256".
+`32 t .. 32 t + 31` of row g and of row g + 8, the first column in the lowest bit. A pair of steps
+is 512 bytes: a lane's words of both lie side by side, 16 bytes that it loads at once and multiplies
+as they are. PTX ISA 8.7, "Matrix Fragments for mma.m16n8k256".
 
 The k-th highest bits of 32 codes that follow each other are a word. Words of V lie by bit, then by
 column; those of U one code's bits side by side, bands after each other, so that few ranks fill
@@ -43,6 +44,11 @@ def count_pairs(steps: int) -> int:
     return -(-steps // 2)
 
 
+def fill_pairs(steps: int) -> int:
+    """Steps that so many take with those that fill the last pair."""
+    return 2 * count_pairs(steps)
+
+
 def words_of_pair(planes: int) -> int:
     """Words of a pair of steps of a source: all bits of its numbers and the sign again."""
     return (UNIT_COLUMNS * planes + SIGN_BITS) * 2 * STEP_WORDS
@@ -57,7 +63,8 @@ def words_of(columns: int) -> int:
 class WordOrder:
     """Which word of a row of steps holds bit k, from the highest, of the q-th 32 codes of a row.
 
-    It is first + q // 4 * tile + q % 4 * group + k * bit, of `steps` steps of four words.
+    It is first + q // 4 * tile + q % 4 * group + k * bit, of `steps` steps of four words, whole
+    pairs of them.
     """
 
     first: int
@@ -69,14 +76,14 @@ class WordOrder:
 
 def order_by_bit(*, columns: int, bits: int) -> WordOrder:
     """One bit of all codes after the other: what a source of plain columns is read by."""
-    steps = count_steps(columns)
+    steps = fill_pairs(count_steps(columns))
     return WordOrder(first=0, tile=4, group=1, bit=4 * steps, steps=bits * steps)
 
 
 def order_by_tile(*, columns: int, bits: int) -> WordOrder:
     """All bits of 128 codes, one after the other, then those of the next: a tile has a scale."""
-    steps = count_steps(columns)
-    return WordOrder(first=0, tile=4 * bits, group=1, bit=4, steps=bits * steps)
+    steps = fill_pairs(bits * count_steps(columns))
+    return WordOrder(first=0, tile=4 * bits, group=1, bit=4, steps=steps)
 
 
 @dataclass(frozen=True, slots=True)

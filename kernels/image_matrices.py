@@ -19,6 +19,7 @@ from kernels.fragments import (
     WordOrder,
     count_pairs,
     count_steps,
+    fill_pairs,
     order_by_bit,
     order_by_tile,
     words_of,
@@ -116,6 +117,7 @@ def _order_bands(bands: Sequence[tuple[PackedBand, torch.Tensor]]) -> list[list[
 def _settle(chosen: list[_Band]) -> list[_Band]:
     """Bands of one record with the steps and the limit that they share."""
     steps = max(band.order.steps for band in chosen) or -(-chosen[-1].words // STEP_WORDS)
+    steps = fill_pairs(steps)
     bound = max(band.bound for band in chosen)
     return [replace(band, order=replace(band.order, steps=steps), bound=bound) for band in chosen]
 
@@ -151,7 +153,7 @@ def _add_product(
         codes=codes,
         rows=factor.rows,
         row_blocks=shape.row_blocks,
-        steps=count_steps(factor.cols),
+        steps=order.steps // factor.bits if by_row else count_steps(factor.cols),
         factors=factors,
         groups=groups,
         bound=1.0,
@@ -181,7 +183,7 @@ def _add_last(writer: JobWriter, matrix: PackedMatrix, bands: list[_Band], *, pa
         codes=codes,
         rows=matrix.out_features,
         row_blocks=shape.row_blocks,
-        steps=order.steps,
+        steps=count_steps(last.cols) * (order.tile // STEP_WORDS) if groups else order.steps,
         factors=factors,
         groups=groups,
         bound=bands[0].bound,

@@ -163,7 +163,7 @@ def shrink_rows(
         record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
         fields = load_record(record_ptr)
         lane, wk, first_block = place_threads(own * TURNS, R, WK, WR)
-        started = start_record(fields, slab, first_block, wk, lane, R, U)
+        started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
         # Loads that only the last lines need start here, beside the codes.
         factors_ptr = load_pointer(slab, fields[5], tl.float32)
         target = load_target(record_ptr)

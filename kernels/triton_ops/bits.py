@@ -30,6 +30,41 @@ TRANSPOSE = tl.constexpr(
 )
 
 
+LOAD_TWO = tl.constexpr(
+    "{ .reg .pred p; setp.gt.s32 p, $3, $4; mov.b64 $0, 0; mov.b64 $1, 0;"
+    " @p ld.global.v2.b64 {$0, $1}, [$2]; }"
+)
+
+
+@triton.jit
+def load_two(at, left, needed, USE_PTX: tl.constexpr):
+    """Two words that lie side by side.
+
+    Args:
+        at: int64 pointers [threads], multiples of 16 bytes.
+        left: int32 [threads].
+        needed: The words exist where left is more than this.
+        USE_PTX: One load, whose words can be an instruction's operand as they lie; without it two.
+
+    Returns:
+        Two int64 [threads], 0 where they do not exist.
+    """
+    if USE_PTX:
+        words = tl.inline_asm_elementwise(
+            LOAD_TWO,
+            "=&l,=&l,l,r,r",
+            [at, left, needed],
+            dtype=(tl.int64, tl.int64),
+            is_pure=True,
+            pack=1,
+        )
+        first, second = words[0], words[1]
+    else:
+        first = tl.load(at, mask=left > needed, other=0)
+        second = tl.load(at + 1, mask=left > needed, other=0)
+    return first, second
+
+
 @triton.jit
 def transpose_bits(values, lane, USE_PTX: tl.constexpr):
     """Bit i of what lane p gets is bit p of the value of lane i.

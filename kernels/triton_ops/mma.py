@@ -10,7 +10,13 @@ lost. With c_p the bits that the codes and bit p of x have in common, twice the 
 import triton
 import triton.language as tl
 
-from kernels.triton_ops.bits import deal_rows, multiply_pair, multiply_plainly, read_fourth
+from kernels.triton_ops.bits import (
+    deal_rows,
+    load_two,
+    multiply_pair,
+    multiply_plainly,
+    read_fourth,
+)
 from kernels.triton_ops.items import replace_items
 
 
@@ -21,15 +27,18 @@ def words_of_pair(n_planes):
 
 
 @triton.jit
-def load_codes(at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr):
+def load_codes(
+    at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, USE_PTX: tl.constexpr
+):
     """Words of COUNT pairs of steps, from the FIRST one on, of R row blocks.
 
     Args:
-        at: R int64 pointers [threads], this lane's first word.
+        at: R int64 pointers [threads], this lane's first two words.
         left: int32 [threads], pairs that exist from there on.
         FIRST: Same.
         COUNT: Same.
         R: Row blocks.
+        USE_PTX: Of `load_two`.
 
     Returns:
         2 R COUNT int64 [threads]: two for a pair and block. Those that do not exist are any words:
@@ -38,8 +47,7 @@ def load_codes(at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, R: tl.constex
     words = ()
     for u in tl.static_range(FIRST, FIRST + COUNT):
         for r in tl.static_range(R):
-            for step in tl.static_range(2):
-                words += (tl.load(at[r] + 64 * u + 32 * step, mask=left > u),)
+            words += load_two(at[r] + 64 * u, left, u, USE_PTX)
     return words
 
 
@@ -261,7 +269,7 @@ def multiply_columns(
                 own = load_planes(sources, offset, left, u, 1, P)
             acc = add_pair(acc, words, own, R, False, USE_PTX)
             # The registers that were just read are those of the next round's loads.
-            words = load_codes(next_at, next_left, u, 1, R)
+            words = load_codes(next_at, next_left, u, 1, R, USE_PTX)
             ahead = replace_items(ahead, words, 2 * R * u, 2 * R)
             if X_AHEAD:
                 own = load_planes(sources, next_offset, next_left, u, 1, P)

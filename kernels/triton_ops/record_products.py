@@ -304,7 +304,7 @@ def sum_part(
         sums = tl.zeros((32 * WR,), dtype=tl.float32)
         for number in range(n_records):
             fields = load_record(record_ptr + number * RECORD_INTS)
-            begun = start_record(fields, slab, first_block, wk, lane, R, U)
+            begun = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
             shares = load_sums(sums_ptr, n_inputs, fields, SUMS)
             products = finish_record(
                 begun, fields, shares, slab, first_block, source_ptr, wk, lane,

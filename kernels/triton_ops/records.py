@@ -80,6 +80,8 @@ def load_record(record_ptr):
 def locate_codes(fields, slab, first_block, lane, R: tl.constexpr):
     """R int64 pointers [threads]: this lane's words of R row blocks, of the last for those beyond.
 
+    Each points at two words of a pair of steps.
+
     Args:
         fields: Of `load_record`.
         slab: Address of the tenant's slab.
@@ -88,16 +90,19 @@ def locate_codes(fields, slab, first_block, lane, R: tl.constexpr):
         R: Row blocks.
     """
     codes_ptr = load_pointer(slab, fields[1], tl.int64)
-    steps = fields[0] * fields[4]
+    # Whole pairs.
+    steps = (fields[0] * fields[4] + 1) // 2 * 2
     at = ()
     for r in tl.static_range(R):
         block = tl.minimum(first_block + r, fields[3] - 1)
-        at += (codes_ptr + (block * steps).to(tl.int64) * 32 + lane,)
+        at += (codes_ptr + (block * steps).to(tl.int64) * 32 + 2 * lane,)
     return at
 
 
 @triton.jit
-def start_record(fields, slab, first_block, wk, lane, R: tl.constexpr, U: tl.constexpr):
+def start_record(
+    fields, slab, first_block, wk, lane, R: tl.constexpr, U: tl.constexpr, USE_PTX: tl.constexpr
+):
     """Start the first loads of a record's codes: those of `multiply_columns`'s `begun`.
 
     Arguments are those of `finish_record`.
@@ -108,7 +113,7 @@ def start_record(fields, slab, first_block, wk, lane, R: tl.constexpr, U: tl.con
     for r in tl.static_range(R):
         places += (at[r] + 64 * first,)
     left = tl.where(fields[0] > 0, (fields[4] + 1) // 2 - first, 0)
-    return load_codes(places, left, 0, U, R)
+    return load_codes(places, left, 0, U, R, USE_PTX)
 
 
 @triton.jit

@@ -84,7 +84,8 @@ def repack_group(
     block_ptr = target_ptr + (row // 16).to(tl.int64) * n_steps * 64
     for bit in tl.static_range(BITS):
         number = word + bit * next_bit
-        at = block_ptr + (number // 4 * 32 + row % 8 * 4 + number % 4) * 2 + half
+        lane = row % 8 * 4 + number % 4
+        at = block_ptr + (number // 8 * 64 + lane * 2 + number // 4 % 2) * 2 + half
         tl.store(at, words[bit], mask=inside)
 
 

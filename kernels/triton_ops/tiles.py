@@ -129,7 +129,7 @@ def multiply_tiles(
         scales = load_scales(group_ptr, tile, first_block, n_blocks, lane, exists, R)
         words = ()
         for r in tl.static_range(R):
-            word = tl.load(codes_at[r] + place * 32, mask=exists, other=0)
+            word = tl.load(codes_at[r] + place // 2 * 64 + place % 2, mask=exists, other=0)
             words += (word, tl.zeros_like(word))
         step = tl.where(is_read_again, tile, place)
         shift = tl.where(is_read_again, inner, 0)

@@ -67,7 +67,8 @@ def unfold_words(
     codes_ptr = load_pointer(slab, codes, tl.int64)
     factors_ptr = load_pointer(slab, factors, tl.float32)
     group_ptr = load_pointer(slab, group, tl.int32)
-    steps = readings * n_steps
+    # Whole pairs.
+    steps = (readings * n_steps + 1) // 2 * 2
     lane = tl.arange(0, 32 * WARPS) % 32
     # Lanes of a row write next to each other: of four words each, they have the same eight columns.
     eighth = lane % 4 * 8
@@ -83,7 +84,8 @@ def unfold_words(
         for bit in tl.static_range(BITS):
             for i in tl.static_range(4):
                 word = order[0] + four * order[1] + i * order[2] + bit * order[3]
-                at = (block * steps + word // 4).to(tl.int64) * 32 + lane // 4 * 4 + word % 4
+                at = (block * steps).to(tl.int64) * 32 + word // 8 * 64 + word // 4 % 2
+                at += (lane // 4 * 4 + word % 4) * 2
                 mask = exists & (four * 4 + i < n_groups)
                 words += (tl.load(codes_ptr + at, mask=mask, other=0),)
         for half in tl.static_range(2):
