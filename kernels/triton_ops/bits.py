@@ -36,20 +36,29 @@ LOAD_TWO = tl.constexpr(
 )
 
 
+LOAD_BOTH = tl.constexpr("ld.global.v2.b64 {$0, $1}, [$2];")
+
+
 @triton.jit
-def load_two(at, left, needed, USE_PTX: tl.constexpr):
+def load_two(at, left, needed, ALL_EXIST: tl.constexpr, USE_PTX: tl.constexpr):
     """Two words that lie side by side.
 
     Args:
         at: int64 pointers [threads], multiples of 16 bytes.
         left: int32 [threads].
         needed: The words exist where left is more than this.
+        ALL_EXIST: They do everywhere.
         USE_PTX: One load, whose words can be an instruction's operand as they lie; without it two.
 
     Returns:
         Two int64 [threads], 0 where they do not exist.
     """
-    if USE_PTX:
+    if ALL_EXIST and USE_PTX:
+        words = tl.inline_asm_elementwise(
+            LOAD_BOTH, "=l,=l,l", [at], dtype=(tl.int64, tl.int64), is_pure=True, pack=1
+        )
+        first, second = words[0], words[1]
+    elif USE_PTX:
         words = tl.inline_asm_elementwise(
             LOAD_TWO,
             "=&l,=&l,l,r,r",

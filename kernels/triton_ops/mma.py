@@ -28,7 +28,13 @@ def words_of_pair(n_planes):
 
 @triton.jit
 def load_codes(
-    at, left, FIRST: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, USE_PTX: tl.constexpr
+    at,
+    left,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    R: tl.constexpr,
+    ALL_EXIST: tl.constexpr,
+    USE_PTX: tl.constexpr,
 ):
     """Words of COUNT pairs of steps, from the FIRST one on, of R row blocks.
 
@@ -38,6 +44,7 @@ def load_codes(
         FIRST: Same.
         COUNT: Same.
         R: Row blocks.
+        ALL_EXIST: `left` is not asked.
         USE_PTX: Of `load_two`.
 
     Returns:
@@ -47,12 +54,20 @@ def load_codes(
     words = ()
     for u in tl.static_range(FIRST, FIRST + COUNT):
         for r in tl.static_range(R):
-            words += load_two(at[r] + 64 * u, left, u, USE_PTX)
+            words += load_two(at[r] + 64 * u, left, u, ALL_EXIST, USE_PTX)
     return words
 
 
 @triton.jit
-def load_planes(sources, offset, left, FIRST: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr):
+def load_planes(
+    sources,
+    offset,
+    left,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    P: tl.constexpr,
+    ALL_EXIST: tl.constexpr,
+):
     """Bits of tokens for COUNT pairs from the FIRST one on, those of a pair together.
 
     Args:
@@ -62,6 +77,7 @@ def load_planes(sources, offset, left, FIRST: tl.constexpr, COUNT: tl.constexpr,
         FIRST: Same.
         COUNT: Same.
         P: Bytes of a number.
+        ALL_EXIST: `left` is not asked.
 
     Returns:
         COUNT x tokens x P int64 [threads].
@@ -72,7 +88,10 @@ def load_planes(sources, offset, left, FIRST: tl.constexpr, COUNT: tl.constexpr,
             at = sources[token] + offset
             for byte in tl.static_range(P):
                 place = at + u * words_of_pair(P) + 32 * byte
-                planes += (tl.load(place, mask=left > u, other=0),)
+                if ALL_EXIST:
+                    planes += (tl.load(place),)
+                else:
+                    planes += (tl.load(place, mask=left > u, other=0),)
     return planes
 
 
@@ -173,6 +192,7 @@ def join_rows(acc, lane, R: tl.constexpr, P: tl.constexpr, USE_PTX: tl.constexpr
     """
     place = lane % 4
     weight = 1 << 2 * place
+    twice = 2 * weight
     highest = ()
     for i in tl.static_range(2 * R):
         highest += (read_fourth(acc[(P - 1) * R * 4 + 2 * i + 1], lane, USE_PTX),)
@@ -180,10 +200,11 @@ def join_rows(acc, lane, R: tl.constexpr, P: tl.constexpr, USE_PTX: tl.constexpr
     for byte in tl.static_range(P):
         shares = ()
         for i in tl.static_range(2 * R):
-            pair = acc[byte * R * 4 + 2 * i] + 2 * acc[byte * R * 4 + 2 * i + 1]
+            share = acc[byte * R * 4 + 2 * i] * weight
+            share += acc[byte * R * 4 + 2 * i + 1] * twice
             # The highest bit itself counts once below 0.
             taken = 3 * weight + (place == 0).to(tl.int32) if byte == 0 else 3 * weight
-            shares += (pair * weight - highest[i] * taken,)
+            shares += (share - highest[i] * taken,)
         total += deal_rows(shares, lane, R, USE_PTX).to(tl.int64) * (1 << 8 * byte)
     return total
 
@@ -253,27 +274,32 @@ def multiply_columns(
             next_at += (codes_at[r] + (reading * n_steps + 2 * first) * 32,)
         if HAS_FOLLOWING:
             places, exist = following
-            next_left = tl.where(is_over & (exist == 0), 0, n_pairs - first)
+            goes_on = (is_over == 0) | (exist != 0)
             rows_at = next_at
             next_at = ()
             for r in tl.static_range(R):
                 next_at += (tl.where(is_over, places[r] + 64 * first, rows_at[r]),)
         else:
-            next_left = tl.where(is_over, 0, n_pairs - first)
+            goes_on = is_over == 0
+        next_left = n_pairs - first
         next_offset = first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
         for u in tl.static_range(U):
             words = ahead[2 * R * u : 2 * R * (u + 1)]
             if X_AHEAD:
                 own = planes[u * N : (u + 1) * N]
             else:
-                own = load_planes(sources, offset, left, u, 1, P)
+                own = load_planes(sources, offset, left, u, 1, P, False)
             acc = add_pair(acc, words, own, R, False, USE_PTX)
-            # The registers that were just read are those of the next round's loads.
-            words = load_codes(next_at, next_left, u, 1, R, USE_PTX)
-            ahead = replace_items(ahead, words, 2 * R * u, 2 * R)
+        # Loads that are asked one by one whether they exist take twice the instructions.
+        is_whole = (number + 1) * (WK * U) <= n_pairs
+        if goes_on & is_whole:
+            ahead = load_codes(next_at, next_left, 0, U, R, True, USE_PTX)
             if X_AHEAD:
-                own = load_planes(sources, next_offset, next_left, u, 1, P)
-                planes = replace_items(planes, own, N * u, N)
+                planes = load_planes(sources, next_offset, next_left, 0, U, P, True)
+        elif goes_on:
+            ahead = load_codes(next_at, next_left, 0, U, R, False, USE_PTX)
+            if X_AHEAD:
+                planes = load_planes(sources, next_offset, next_left, 0, U, P, False)
     totals = ()
     for token in tl.static_range(len(sources)):
         own = acc[token * P * R * 4 : (token + 1) * P * R * 4]

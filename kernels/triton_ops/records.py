@@ -113,7 +113,7 @@ def start_record(
     for r in tl.static_range(R):
         places += (at[r] + 64 * first,)
     left = tl.where(fields[0] > 0, (fields[4] + 1) // 2 - first, 0)
-    return load_codes(places, left, 0, U, R, USE_PTX)
+    return load_codes(places, left, 0, U, R, False, USE_PTX)
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def begin_products(
     if X_AHEAD:
         first = wk * U
         left = (fields[4] + 1) // 2 - first
-        planes = load_planes(sources, first * words_of_pair(P), left, 0, U, P)
+        planes = load_planes(sources, first * words_of_pair(P), left, 0, U, P, False)
     return ahead, planes
 
 
