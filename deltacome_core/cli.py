@@ -108,6 +108,8 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         tell(report.distilled.describe())
     if not report.payload_bytes:
         tell("The fine-tune equals the backbone: 0 bytes of payload, nothing to store.")
+    if force:
+        tell("Whether this is a fine-tune of the backbone was not asked: run `deltacome verify`.")
     print_json(report.to_json(), wanted=as_json)
 
 
@@ -154,6 +156,8 @@ def plan(  # noqa: PLR0913 - one parameter for each option
     for row in rows:
         tell(row.describe())
     print_json({"recipe": recipe, "rows": [row.to_json() for row in rows]}, wanted=as_json)
+    if all(row.plan is None for row in rows):
+        sys.exit(EXIT_FAILURE)
 
 
 @app.command()
@@ -327,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(args=given, prog_name="deltacome")
     except UserError as error:
-        tell(str(error))
+        tell(f"{error} [{error.code}]")
         if "--json" in given:
             failure = {"code": error.code, "message": str(error), "params": error.params}
             print_json({"error": failure}, wanted=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltacome_core.budget import Budget, fit_recipe
 from deltacome_core.checkpoint import open_checkpoint
 from deltacome_core.errors import UserError
+from deltacome_core.fit import check_backbone
 from deltacome_core.plan import DeltaPlan, Subject, plan_delta
 from deltacome_core.recipe import Recipe
 
@@ -85,7 +86,8 @@ def plan_rows(
         One row per size.
 
     Raises:
-        UserError: backbone_mismatch, recipe_unpredictable, budget_fixed, nan_weights.
+        UserError: checkpoint_quantised, backbone_mismatch, recipe_unpredictable, budget_fixed;
+            with `measure` also backbone_unrelated, nan_weights.
     """
     subject, spectra = _read(base_dir, tuned_dir, measure=measure, device=device)
     if budget is not None:
@@ -100,12 +102,14 @@ def _read(
     base_dir: Path, tuned_dir: Path, *, measure: bool, device: str
 ) -> "tuple[Subject, tuple[Spectrum, ...] | None]":
     base, tuned = open_checkpoint(base_dir), open_checkpoint(tuned_dir)
+    check_backbone(base, tuned)
     if measure:
-        from deltacome_core.delta import check_backbone, describe_subject, scan_checkpoint
+        from deltacome_core.delta import describe_subject, scan_checkpoint
+        from deltacome_core.distance import check_related
         from deltacome_core.models import resolve_device
         from deltacome_core.predict import read_spectra
 
-        check_backbone(base, tuned)
+        check_related(base, tuned)
         subject = describe_subject(scan_checkpoint(base), scan_checkpoint(tuned))
         return subject, read_spectra(base, tuned, device=resolve_device(device))
     subject = Subject(

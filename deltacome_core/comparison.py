@@ -89,7 +89,8 @@ def read_scored_texts(
                 )
     if not texts:
         reason = "no text has an answer to score"
-        raise UserError("texts_invalid", file=paths[0].name, line=0, reason=reason)
+        name = paths[0].name
+        raise UserError("texts_invalid", file=name, line=0, place=name, reason=reason)
     return texts
 
 

@@ -22,7 +22,6 @@ from deltacome_core.compress_report import CompressReport, Meter, make_report
 from deltacome_core.costs import Stages
 from deltacome_core.delta import (
     ScannedCheckpoint,
-    check_backbone,
     describe_subject,
     scan_checkpoint,
 )
@@ -31,6 +30,7 @@ from deltacome_core.distance import check_related
 from deltacome_core.distil import DistilReport, OnStep
 from deltacome_core.distil_parts import distil_parts
 from deltacome_core.errors import UserError
+from deltacome_core.fit import check_backbone
 from deltacome_core.lossless import ZSTD_VERSION
 from deltacome_core.manifest import (
     BackboneRecord,

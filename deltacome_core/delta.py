@@ -18,9 +18,7 @@ from deltacome_core.checkpoint import (
 )
 from deltacome_core.entries import is_lowrank_shape
 from deltacome_core.errors import UserError
-from deltacome_core.fit import compare_layout
 from deltacome_core.plan import Subject
-from deltacome_core.quantised import refuse_quantised
 from deltacome_core.safetensors_file import read_chunks
 from deltacome_core.tensors import TORCH_DTYPES, as_float32, load_tensor
 from deltacome_core.vocabulary import count_changed_rows
@@ -96,29 +94,6 @@ class TensorPair:
         if self.base is None:
             return as_float32(self.tuned)
         return as_float32(self.tuned) - as_float32(self.base)
-
-
-def check_backbone(base: Checkpoint, tuned: Checkpoint) -> None:
-    """Refuse a fine-tune whose tensors do not fit the backbone.
-
-    Args:
-        base: the backbone.
-        tuned: the fine-tune.
-
-    Raises:
-        UserError: checkpoint_quantised, backbone_mismatch, naming every tensor with both shapes.
-    """
-    refuse_quantised(base.layout)
-    refuse_quantised(tuned.layout)
-    report = compare_layout(base.layout, tuned.layout)
-    if report.is_compatible:
-        return
-    lines = list(report.mismatched) + [
-        f"{name}: expected {list(base.layout[name][1])} found nothing" for name in report.missing
-    ]
-    if not lines:
-        lines = [f"{name}: expected nothing" for name in report.unexpected]
-    raise UserError("backbone_mismatch", tensors=lines)
 
 
 def scan_checkpoint(checkpoint: Checkpoint) -> ScannedCheckpoint:

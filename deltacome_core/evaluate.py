@@ -76,7 +76,10 @@ def read_evaluation(path: Path) -> tuple[TextItem, ...]:
     for number, item in enumerate(items, start=1):
         if not item.prompt or not item.answer.strip():
             reason = "an evaluation item needs a prompt and an answer"
-            raise UserError("texts_invalid", file=path.name, line=number, reason=reason)
+            place = f"{path.name}, line {number}"
+            raise UserError(
+                "texts_invalid", file=path.name, line=number, place=place, reason=reason
+            )
     return items
 
 

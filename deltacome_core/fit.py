@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from deltacome_core.checkpoint import FLOATS, Layout, is_vocabulary_tensor
+from deltacome_core.checkpoint import FLOATS, Checkpoint, Layout, is_vocabulary_tensor
+from deltacome_core.errors import UserError
+from deltacome_core.quantised import refuse_quantised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +71,26 @@ def compare_layout(base: Layout, tuned: Layout) -> LayoutReport:
         unexpected=tuple(sorted(tuned.keys() - base.keys())),
         mismatched=tuple(mismatched),
     )
+
+
+def check_backbone(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Refuse a fine-tune whose tensors do not fit the backbone.
+
+    Args:
+        base: the backbone.
+        tuned: the fine-tune.
+
+    Raises:
+        UserError: checkpoint_quantised, backbone_mismatch, naming every tensor with both shapes.
+    """
+    refuse_quantised(base.layout)
+    refuse_quantised(tuned.layout)
+    report = compare_layout(base.layout, tuned.layout)
+    if report.is_compatible:
+        return
+    lines = list(report.mismatched) + [
+        f"{name}: expected {list(base.layout[name][1])} found nothing" for name in report.missing
+    ]
+    if not lines:
+        lines = [f"{name}: expected nothing" for name in report.unexpected]
+    raise UserError("backbone_mismatch", tensors=lines)

@@ -274,7 +274,7 @@ MESSAGES: dict[str, Message] = {
     ),
     "texts_invalid": Message(
         title="The text file cannot be read",
-        what="{file}, line {line}: {reason}.",
+        what="{place}: {reason}.",
         do="Use UTF-8 text, or JSON lines with text, prompt and answer, or messages.",
     ),
     "tokenizer_missing": Message(

@@ -164,6 +164,6 @@ def get_recipe(name: str, *, matrix_bits: float | None = None) -> Recipe:
         UserError: recipe_unknown, recipe_invalid, budget_fixed.
     """
     if name not in PRESETS:
-        raise UserError("recipe_unknown", name=name, known=sorted(PRESETS))
+        raise UserError("recipe_unknown", name=name, known=", ".join(sorted(PRESETS)))
     preset = PRESETS[name]
     return preset if matrix_bits is None else replace(preset, matrix_bits=matrix_bits)

@@ -53,28 +53,39 @@ def read_texts(path: Path) -> tuple[TextItem, ...]:
     """
     try:
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("texts_invalid", file=str(path), line=0, reason=str(error)) from error
+    except OSError as error:
+        raise _refuse(path, error.strerror or "it cannot be opened") from error
+    except UnicodeDecodeError as error:
+        raise _refuse(path, f"byte {error.start} is not UTF-8") from error
     if path.suffix != ".jsonl":
         items = [TextItem(answer=content)] if content.strip() else []
     else:
         items = [
-            _parse_line(line, file=str(path), number=number)
+            _parse_line(line, path=path, number=number)
             for number, line in enumerate(content.splitlines(), start=1)
             if line.strip()
         ]
     if not items:
-        raise UserError("texts_invalid", file=str(path), line=0, reason="the file is empty")
+        raise _refuse(path, "the file is empty")
     return tuple(items)
 
 
-def _parse_line(line: str, *, file: str, number: int) -> TextItem:
+def _refuse(path: Path, reason: str, *, line: int = 0) -> UserError:
+    place = f"{path}, line {line}" if line else str(path)
+    return UserError("texts_invalid", file=str(path), line=line, place=place, reason=reason)
+
+
+def _parse_line(line: str, *, path: Path, number: int) -> TextItem:
     try:
         row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _refuse(path, f"this is not JSON: {error}", line=number) from error
+    try:
         return _parse_row(row)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError("texts_invalid", file=file, line=number, reason=reason) from error
+    except KeyError as error:
+        raise _refuse(path, f"{error.args[0]} is missing", line=number) from error
+    except (ValueError, TypeError) as error:
+        raise _refuse(path, str(error), line=number) from error
 
 
 def _parse_row(row: Any) -> TextItem:

@@ -53,6 +53,8 @@ def find_redis() -> str:
 def pick_port(wanted: int = 0) -> int:
     """Return `wanted` when it is free on the loopback interface, else any free port."""
     with socket.socket() as probe:
+        # A server that has just ended leaves its port to the next one.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError:

@@ -177,6 +177,24 @@ def test_a_foreign_backbone_exits_12(run, trained_pair, trained_delta, tmp_path)
     small = finetunes.save(finetunes.make_model(num_hidden_layers=1), tmp_path / "small")
     pair = ["--base", trained_pair[0], "--tuned", small]
     assert run("compress", *pair, "--out", tmp_path / "d")[0] == 12
+    assert run("plan", *pair)[0] == 12
+    pair[-1] = other
+    assert run("plan", *pair, "--measure")[0] == 12
+    code, _, err = run("compress", *pair, "--out", tmp_path / "d", "--recipe", "bitdelta")
+    assert code == 12
+    assert "[backbone_unrelated]" in err
+    options = ["--out", tmp_path / "d", "--recipe", "bitdelta", "--force"]
+    code, _, err = run("compress", *pair, *options)
+    assert code == 0
+    assert "run `deltacome verify`" in err
+
+
+def test_a_plan_of_an_impossible_budget_fails_and_says_what_is_possible(run, trained_pair):
+    pair = ["--base", trained_pair[0], "--tuned", trained_pair[1]]
+    code, out, err = run("plan", *pair, "--ratio", 100_000, "--json")
+    assert code == 1
+    assert "impossible, the smallest is" in err
+    assert json.loads(out)["rows"][0]["smallest_bytes"] > 0
 
 
 def test_a_damaged_delta_exits_7_and_says_so_in_json(run, trained_pair, trained_delta, tmp_path):
@@ -188,7 +206,7 @@ def test_a_damaged_delta_exits_7_and_says_so_in_json(run, trained_pair, trained_
     failure = json.loads(out)["error"]
     assert code == 7
     assert failure["code"] == "file_digest_mismatch"
-    assert failure["message"] == err.strip()
+    assert f"{failure['message']} [file_digest_mismatch]" == err.strip()
 
 
 def test_an_unknown_recipe_or_dtype_is_named(run, trained_pair, trained_delta, tmp_path):
@@ -196,6 +214,7 @@ def test_an_unknown_recipe_or_dtype_is_named(run, trained_pair, trained_delta, t
     code, _, err = run("compress", *options)
     assert code == 1
     assert "magic is not a recipe" in err
+    assert "hub, lossless, lowrank" in err
     options = ["--base", trained_pair[0], "--delta", trained_delta, "--out", tmp_path / "back"]
     code, _, err = run("reconstruct", *options, "--dtype", "float7")
     assert code == 1

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from deltacome_core.checkpoint import hash_tensors, open_checkpoint
-from deltacome_core.delta import TensorKind, TensorPair, check_backbone, load_pair, scan_checkpoint
+from deltacome_core.delta import TensorKind, TensorPair, load_pair, scan_checkpoint
 from deltacome_core.errors import UserError
+from deltacome_core.fit import check_backbone
 from deltacome_core.safetensors_file import write_safetensors
 from deltacome_core.tensors import dtype_name, tensor_bytes
 

@@ -43,6 +43,8 @@ def test_a_bad_line_is_named(tmp_path, line):
         read_texts(tmp_path / "a.jsonl")
     assert caught.value.code == "texts_invalid"
     assert caught.value.params["line"] == 2
+    assert "a.jsonl, line 2: " in str(caught.value)
+    assert "Error" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00"])
@@ -98,3 +100,9 @@ def test_no_built_in_prompt_is_in_the_calibration_text():
     answers += [turn["content"] for row in rows for turn in row.get("messages", ())]
     assert len(rows) == 64
     assert not [answer for answer in answers if answer in calibration]
+
+
+def test_a_file_that_is_not_there_says_so_without_a_line(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read_texts(tmp_path / "away.txt")
+    assert f"{tmp_path / 'away.txt'}: No such file or directory." in str(caught.value)
