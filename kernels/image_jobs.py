@@ -54,7 +54,7 @@ def count_elements(jobs: npt.NDArray[np.int64]) -> int:
         How many, 0 where there are no jobs.
     """
     rows = -(-jobs[:, 4] // STEP_ROWS) * STEP_ROWS
-    words = rows * -(-jobs[:, 9] // STEP_WORDS) * STEP_WORDS
+    words = rows * -(-jobs[:, 9] // (2 * STEP_WORDS)) * (2 * STEP_WORDS)
     scales = rows * -(-jobs[:, 5] // TILE_CODES)
     kinds = (jobs[:, 0] == CODES_JOB, jobs[:, 0] == GROUPS_JOB)
     return int(np.select(kinds, (words, scales), default=rows).max(initial=0))

@@ -45,7 +45,8 @@ def repack_group(
     Args:
         codes_ptr: int32 [rows, words] of the file.
         target_ptr: int32 words in operand order.
-        element: int32, (row block, four groups, row, group, half) of the job counted through.
+        element: int32, (row block, eight groups, row, group of four, which four, half) of the job
+            counted through: as the words of V lie, those of two steps side by side.
         mask: Which elements exist.
         job_ptr: int64 [16], the job.
         BITS: 1, 2, 3, 4 or 8.
@@ -58,12 +59,13 @@ def repack_group(
     row_words = tl.load(job_ptr + 6)
     first_group = tl.load(job_ptr + 8).to(tl.int32)
     job_groups = tl.load(job_ptr + 9).to(tl.int32)
-    fours = (job_groups + 3) // 4
+    eights = (job_groups + 7) // 8
     half = element % 2
-    row = element // 64 // fours * 16 + element // 8 % 8 + 8 * half
-    group = element // 64 % fours * 4 + element // 2 % 4
+    row = element // 128 // eights * 16 + element // 16 % 8 + 8 * half
+    group = element // 128 % eights * 8 + element // 2 % 2 * 4 + element // 4 % 4
     inside = mask & (row < n_rows) & (group < job_groups)
-    group += first_group
+    # A group that does not exist would be of a tile without columns.
+    group = first_group + tl.minimum(group, job_groups - 1)
     words = (tl.zeros_like(element),) * BITS
     # A loop, not unrolled: ten variants of this body would take a minute to compile.
     for start in range(0, 32, COLUMNS):
@@ -109,7 +111,7 @@ def repack_codes(
     bits = tl.load(job_ptr + 7)
     job_groups = tl.load(job_ptr + 9).to(tl.int32)
     whole = tl.load(job_ptr + 10)
-    total = (n_rows + 15) // 16 * ((job_groups + 3) // 4) * 64
+    total = (n_rows + 15) // 16 * ((job_groups + 7) // 8) * 128
     for start in range(tl.program_id(0) * BLOCK, total, tl.num_programs(0) * BLOCK):
         element = start + tl.arange(0, BLOCK)
         for width in tl.static_range(1, 9):
