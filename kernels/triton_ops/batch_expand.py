@@ -81,7 +81,9 @@ def expand_rows(
         record_ptr = entry_ptr + EXPAND_RECORDS + number * (MAX_OUTPUTS * RECORD_INTS)
         fields = load_record(record_ptr)
         lane, wk, first_block = place_threads(own * TURNS, R, WK, WR)
-        started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
+        started = ()
+        if IS_PLAIN:
+            started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
         source_ptr = hidden_ptr
         stride = hidden_stride
         own_sums_ptr = hidden_sums_ptr

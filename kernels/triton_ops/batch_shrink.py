@@ -163,7 +163,9 @@ def shrink_rows(
         record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
         fields = load_record(record_ptr)
         lane, wk, first_block = place_threads(own * TURNS, R, WK, WR)
-        started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
+        started = ()
+        if IS_PLAIN:
+            started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
         # Loads that only the last lines need start here, beside the codes.
         factors_ptr = load_pointer(slab, fields[5], tl.float32)
         target = load_target(record_ptr)
@@ -198,9 +200,8 @@ def shrink_rows(
                 )  # fmt: skip
             else:
                 found = finish_record(
-                    started, fields, shares[0], slab, first_block,
-                    planes_ptr + place * planes_stride, wk, lane,
-                    False, R, P, WK, WR, U, X_AHEAD, USE_PTX,
+                    fields, shares[0], slab, first_block, planes_ptr + place * planes_stride,
+                    wk, lane, R, P, WK, WR, U, X_AHEAD, USE_PTX,
                 )  # fmt: skip
                 products = (found,)
             for token in tl.static_range(TOKENS):

@@ -106,7 +106,9 @@ def sum_delta(
             fields = load_record(record_ptr)
             block = row_in_part // ROWS
             lane, wk, first_block = place_threads(block, R, WK, WR)
-            started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
+            started = ()
+            if IS_PLAIN:
+                started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
             n_records = tl.load(part_ptr + 2)
             source = tl.load(part_ptr + 1)
             if OVERLAP:

@@ -83,7 +83,6 @@ def order_shares(shares, R: tl.constexpr, WR: tl.constexpr):
 
 @triton.jit
 def finish_record(
-    started,
     fields,
     sums,
     slab,
@@ -91,7 +90,6 @@ def finish_record(
     source_ptr,
     wk,
     lane,
-    IS_PLAIN: tl.constexpr,
     R: tl.constexpr,
     P: tl.constexpr,
     WK: tl.constexpr,
@@ -100,10 +98,9 @@ def finish_record(
     X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Twice the products of a record and a token, over its bound.
+    """Twice the products of a record and a token, over its bound, where records differ in kind.
 
     Args:
-        started: Of `start_record`.
         fields: Of `load_record`.
         sums: Of `load_sums`; unread where the record has scales for tiles.
         slab: Address of the tenant's slab.
@@ -111,7 +108,6 @@ def finish_record(
         source_ptr: int64, the token's source.
         wk: Of `multiply_columns`, and so all that are not named here.
         lane: Same.
-        IS_PLAIN: No record has scales for tiles.
         R: Same.
         P: Same.
         WK: Same.
@@ -125,27 +121,22 @@ def finish_record(
     """
     source_at = locate_source(fields, source_ptr, lane, P)
     found = tl.zeros((32 * WR,), dtype=tl.float32)
-    if IS_PLAIN:
+    group = fields[6]
+    if group > 0:
+        codes_at = locate_codes(fields, slab, first_block, lane, R)
+        group_ptr = load_pointer(slab, group, tl.int32)
+        tiles = multiply_tiles(
+            codes_at, fields[0], fields[4], fields[9], fields[10], group_ptr,
+            first_block, fields[3], source_at, wk, lane,
+            R, P, WK, USE_PTX,
+        )  # fmt: skip
+        found = add_shares(deal_rows(tiles, lane, R, USE_PTX), WK, WR)
+    else:
+        started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
         found = finish_plain(
             started, fields, sums, slab, first_block, source_at, wk, lane,
             R, P, WK, WR, U, X_AHEAD, USE_PTX,
         )  # fmt: skip
-    else:
-        group = fields[6]
-        if group > 0:
-            codes_at = locate_codes(fields, slab, first_block, lane, R)
-            group_ptr = load_pointer(slab, group, tl.int32)
-            tiles = multiply_tiles(
-                codes_at, fields[0], fields[4], fields[9], fields[10], group_ptr,
-                first_block, fields[3], source_at, wk, lane,
-                R, P, WK, USE_PTX,
-            )  # fmt: skip
-            found = add_shares(deal_rows(tiles, lane, R, USE_PTX), WK, WR)
-        else:
-            found = finish_plain(
-                started, fields, sums, slab, first_block, source_at, wk, lane,
-                R, P, WK, WR, U, X_AHEAD, USE_PTX,
-            )  # fmt: skip
     return found
 
 
@@ -167,7 +158,10 @@ def finish_plain(
     X_AHEAD: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """`finish_record` of one without scales for tiles; source_at is that of `multiply_columns`."""
+    """`finish_record` of one without scales for tiles.
+
+    `started` is of `start_record`, source_at that of `multiply_columns`.
+    """
     begun = begin_products(started, fields, (source_at,), wk, P, U, X_AHEAD)
     products, _ = finish_turn(
         begun, 0, 1, fields, (sums,), slab, first_block, (source_at,), wk, lane,
@@ -295,20 +289,19 @@ def sum_part(
     """
     if IS_PLAIN:
         shares = load_sums(sums_ptr, n_inputs, first, SUMS)
-        products = finish_record(
-            started, first, shares, slab, first_block, source_ptr, wk, lane,
-            True, R, P, WK, WR, U, X_AHEAD, USE_PTX,
+        products = finish_plain(
+            started, first, shares, slab, first_block, locate_source(first, source_ptr, lane, P),
+            wk, lane, R, P, WK, WR, U, X_AHEAD, USE_PTX,
         )  # fmt: skip
         sums = scale_shares(products, first, slab, block, HAS_FACTORS, R, WR)
     else:
         sums = tl.zeros((32 * WR,), dtype=tl.float32)
         for number in range(n_records):
             fields = load_record(record_ptr + number * RECORD_INTS)
-            begun = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
             shares = load_sums(sums_ptr, n_inputs, fields, SUMS)
             products = finish_record(
-                begun, fields, shares, slab, first_block, source_ptr, wk, lane,
-                False, R, P, WK, WR, U, X_AHEAD, USE_PTX,
+                fields, shares, slab, first_block, source_ptr, wk, lane,
+                R, P, WK, WR, U, X_AHEAD, USE_PTX,
             )  # fmt: skip
             sums += scale_shares(products, fields, slab, block, HAS_FACTORS, R, WR)
     return sums

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton_ops.items import replace_items
+from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.mma import add_pair, join_bits, words_of_pair
 
 # Rounds of loads that are under way to shared memory.
@@ -31,7 +32,7 @@ def load_scales(group_ptr, tile, first_block, n_blocks, lane, exists, R: tl.cons
         first_block: int32 [threads], first row block of this warp.
         n_blocks: Row blocks.
         lane: int32 [threads], 0..31.
-        exists: bool [threads], whether the tile does.
+        exists: bool [threads], whether the tile does and its scales are asked for.
         R: Row blocks of a warp.
     """
     scales = ()
@@ -126,7 +127,9 @@ def multiply_tiles(
         inner = turn % tile_steps
         exists = tile < n_tiles
         place = tile * tile_steps + inner
-        scales = load_scales(group_ptr, tile, first_block, n_blocks, lane, exists, R)
+        # Asked for once a tile, with its last step.
+        asked = mask_if(exists, inner == tile_steps - 1)
+        scales = load_scales(group_ptr, tile, first_block, n_blocks, lane, asked, R)
         words = ()
         for r in tl.static_range(R):
             word = tl.load(codes_at[r] + place // 2 * 64 + place % 2, mask=exists, other=0)
