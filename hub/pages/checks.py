@@ -11,6 +11,7 @@ class Check:
     ok: bool
     value: Any
     threshold: Any
+    sign: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,8 @@ GRADES = (
     Grade(name="C", recovery=0.90, ppl=0.02),
 )
 
-
+# Checks whose threshold is the least that passes; of all others it is the most.
+_AT_LEAST = frozenset({"recovery"})
 # Names that are too short to be read without knowing the code.
 _LABELS = {"ppl_drift": "distance of the perplexity ratio from 1"}
 
@@ -58,6 +60,7 @@ def _check(found: Mapping[str, Any], *, name: str, ok: bool) -> Check:
         ok=ok,
         value=found.get("value"),
         threshold=found.get("threshold"),
+        sign="≥" if name in _AT_LEAST else "≤",
     )
 
 

@@ -19,6 +19,16 @@ from .page import crumbs, flash_error, page, repo_url
 
 DONE = "done"
 WAITING = "waiting"
+# What the bytes themselves are refused for: the same happens to them again.
+_OF_THE_BYTES = frozenset(
+    {
+        "backbone_mismatch",
+        "backbone_unrelated",
+        "budget_impossible",
+        "checkpoint_quantised",
+        "nan_weights",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +98,7 @@ def _context(request: HttpRequest, job: Job) -> dict[str, Any]:
         "can_write": access.may(request.user, job.repo, access.Right.WRITE),
         "can_cancel": not job.is_finished,
         "can_retry": job.state in {Job.State.FAILED, Job.State.CANCELLED},
+        "fails_again": job.error_code in _OF_THE_BYTES,
     }
 
 

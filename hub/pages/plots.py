@@ -1,5 +1,6 @@
 """Geometry of the server-rendered plots; the templates only place what is computed here."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ BAR_LABEL_PX = 62
 BAR_HEIGHT_PX = 16
 BAR_STEP_PX = 24
 BAR_VALUE_PX = 58
-# Half-width of a 95 % interval in standard errors.
+# Standard errors on each side of a 95 % interval.
 Z_95 = 1.96
 
 BYTE_CLASSES = ("codes", "scales", "embeddings", "exact", "coded", "header")
@@ -115,7 +116,8 @@ class Bar:
     middle_y: int
     width: int
     accuracy: float
-    margin: float
+    low: float
+    high: float
     n: int
     whisker_from: int
     whisker_to: int
@@ -140,9 +142,24 @@ _SUBJECT_LABELS = {
 }
 
 
+def bound_share(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n items, by Wilson's score: not empty where all are right.
+
+    Args:
+        share: 0 to 1.
+        n: items, at least one.
+
+    Returns:
+        Its lower and upper end.
+    """
+    spread = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n))
+    middle = share + Z_95**2 / (2 * n)
+    scale = 1 + Z_95**2 / n
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+
+
 def _place_bar(score: Evaluation, index: int) -> Bar:
-    margin = Z_95 * score.se
-    high = min(1.0, score.accuracy + margin)
+    low, high = bound_share(score.accuracy, score.n)
     top = index * BAR_STEP_PX
     return Bar(
         subject=score.subject,
@@ -152,9 +169,10 @@ def _place_bar(score: Evaluation, index: int) -> Bar:
         middle_y=top + BAR_HEIGHT_PX // 2,
         width=round(score.accuracy * BAR_WIDTH_PX),
         accuracy=score.accuracy,
-        margin=margin,
+        low=low,
+        high=high,
         n=score.n,
-        whisker_from=BAR_LABEL_PX + round(max(0.0, score.accuracy - margin) * BAR_WIDTH_PX),
+        whisker_from=BAR_LABEL_PX + round(low * BAR_WIDTH_PX),
         whisker_to=BAR_LABEL_PX + round(high * BAR_WIDTH_PX),
         value_x=BAR_LABEL_PX + round(high * BAR_WIDTH_PX) + 8,
     )

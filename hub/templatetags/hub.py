@@ -6,7 +6,7 @@ from typing import TypeGuard
 from django import template
 from django.templatetags.static import static
 from django.utils import timezone
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.timesince import timesince
 
@@ -147,6 +147,20 @@ def percent(share: float | None, digits: int = 1) -> str:
         digits += 1
         shown = f"{share * 100:.{digits}f}"
     return f"{shown}{_NBSP}%"
+
+
+@register.filter
+def code_words(text: object) -> SafeString:
+    """Print what stands between backticks as code."""
+    parts = str(text).split("`")
+    if len(parts) % 2 == 0:
+        # One of them stands alone.
+        return format_html("{}", text)
+    pieces = (
+        (format_html("<code>{}</code>", part) if number % 2 else part,)
+        for number, part in enumerate(parts)
+    )
+    return format_html_join("", "{}", pieces)
 
 
 @register.filter

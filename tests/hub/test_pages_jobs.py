@@ -116,6 +116,14 @@ def test_a_maintainer_cancels_and_retries(sign_in, make_job, ci_bot):
     assert job.state == Job.State.QUEUED
 
 
+@pytest.mark.parametrize(("code", "first"), [("nan_weights", False), ("storage_full", True)])
+def test_a_retry_comes_first_only_where_it_can_help(sign_in, make_job, ci_bot, code, first):
+    job = make_job(state="FAILED", error_code=code)
+    text = sign_in(ci_bot).get(f"/jobs/{job.pk}").text
+    assert ("Upload another checkpoint" in text) != first
+    assert ('class="button primary" type="submit"' in text) == first
+
+
 @pytest.mark.parametrize("action", ["cancel", "retry"])
 def test_readers_and_strangers_move_no_job(client, sign_in, make_job, bob, charlie, action):
     job = make_job(state="FAILED" if action == "retry" else "QUEUED")

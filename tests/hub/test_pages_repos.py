@@ -183,6 +183,15 @@ def test_evaluations_stand_beside_each_other(client, delta):
         ("delta", 0.536),
     ]
     assert plot.bars[1].width > plot.bars[2].width > plot.bars[0].width
+    assert all(bar.low < bar.accuracy < bar.high for bar in plot.bars)
+
+
+@pytest.mark.parametrize(
+    ("right", "ends"),
+    [(0, (0.0, 0.01885)), (100, (0.43136, 0.56864)), (200, (0.98115, 1.0))],
+)
+def test_an_interval_is_wilsons(right, ends):
+    assert plots.bound_share(right / 200, 200) == pytest.approx(ends, abs=1e-5)
 
 
 def test_a_model_without_records_says_so(client, acme, backbone):

@@ -128,3 +128,15 @@ def test_cards_start_below_the_heading_of_the_page_and_skip_no_level():
 
 def test_long_cards_are_cut():
     assert len(render_card("x" * 10 * MAX_CARD_CHARS)) < MAX_CARD_CHARS + 100
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Run `deltacome verify`.", "Run <code>deltacome verify</code>."),
+        ("`a<b` & `c`", "<code>a&lt;b</code> &amp; <code>c</code>"),
+        ("one ` alone <", "one ` alone &lt;"),
+    ],
+)
+def test_words_between_backticks_are_code(text, shown):
+    assert tags.code_words(text) == shown

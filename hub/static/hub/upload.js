@@ -137,12 +137,14 @@ function splitMismatch(line) {
 }
 
 function showProblem(error) {
-  const { fields = {}, do: remedy = "" } = error.body ?? {};
+  const { fields = {}, do: remedy = "", code = "" } = error.body ?? {};
   const lines = Array.isArray(fields.tensors) ? fields.tensors : [];
   byId("progress").hidden = false;
   byId("problem-title").textContent = lines.length ? "The fine-tune does not fit" : "The upload stopped";
   byId("problem-what").textContent = error.message;
   byId("problem-do").textContent = remedy;
+  byId("problem-ref").hidden = !code;
+  byId("problem-code").textContent = code;
   byId("mismatch").hidden = !lines.length;
   byId("mismatch-rows").replaceChildren(...lines.map((line) => {
     const row = document.createElement("tr");
