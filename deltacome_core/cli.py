@@ -25,7 +25,7 @@ from deltacome_core.cli_options import (
     Tuned,
     read_budget,
 )
-from deltacome_core.cli_output import BYTES_PER_MIB, EXIT_FAILURE, print_json, tell
+from deltacome_core.cli_output import BYTES_PER_MB, EXIT_FAILURE, print_json, tell
 from deltacome_core.errors import UserError
 from deltacome_core.precision import NATIVE
 from deltacome_core.recipe import DEFAULT_RECIPE
@@ -100,7 +100,7 @@ def compress(  # noqa: PLR0913 - one parameter for each option
         on_step=_tell_step,
     )
     tell(
-        f"{out}: {report.total_bytes / BYTES_PER_MIB:.2f} MiB, {report.ratio:.2f}x smaller, "
+        f"{out}: {report.total_bytes / BYTES_PER_MB:.2f} MB, {report.ratio:.2f}x smaller, "
         f"{report.bits_per_param:.3f} bits per parameter, {report.seconds:.1f} s; "
         f"{report.with_feedback} of {report.n_matrices} matrices calibrated"
     )
@@ -289,7 +289,7 @@ def reconstruct(
         device=resolve_device(device),
         residual=residual,
     )
-    tell(f"{out}: {report.n_tensors} tensors, {report.size_bytes / BYTES_PER_MIB:.2f} MiB")
+    tell(f"{out}: {report.n_tensors} tensors, {report.size_bytes / BYTES_PER_MB:.2f} MB")
     print_json(asdict(report) | {"path": str(out)}, wanted=as_json)
 
 
@@ -307,7 +307,7 @@ def residual(
 
     report = write_residual(base, tuned, delta, out)
     tell(
-        f"{out}: {report.size_bytes / BYTES_PER_MIB:.2f} MiB, {report.n_coded} tensors coded, "
+        f"{out}: {report.size_bytes / BYTES_PER_MB:.2f} MB, {report.n_coded} tensors coded, "
         f"{report.n_exact} exact already"
     )
     print_json(report.to_json(), wanted=as_json)

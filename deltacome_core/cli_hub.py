@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from deltacome_core.cli_options import AsJson, BitsPerParam, RecipeName, Token, Url
-from deltacome_core.cli_output import BYTES_PER_MIB, EXIT_FAILURE, print_json, tell
+from deltacome_core.cli_output import BYTES_PER_MB, EXIT_FAILURE, print_json, tell
 from deltacome_core.recipe import DEFAULT_RECIPE
 
 
@@ -72,7 +72,7 @@ def pull(
 
 def _progress(verb: str) -> Callable[[int, int], None]:
     def show(done_bytes: int, total_bytes: int) -> None:
-        done, total = done_bytes / BYTES_PER_MIB, total_bytes / BYTES_PER_MIB
-        tell(f"{done:.1f} of {total:.1f} MiB {verb}")
+        done, total = done_bytes / BYTES_PER_MB, total_bytes / BYTES_PER_MB
+        tell(f"{done:.1f} of {total:.1f} MB {verb}")
 
     return show

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 EXIT_FAILURE = 1
-BYTES_PER_MIB = 1 << 20
+BYTES_PER_MB = 1_000_000
 
 
 def tell(text: str) -> None:

@@ -203,10 +203,11 @@ class FineTune:
 
 
 def measure_one(args: argparse.Namespace) -> None:
-    deadline = time.monotonic() + args.seconds
     options = BenchOptions(device=args.device, dtype=torch.float32)
     (args.out / CLAIMS).mkdir(exist_ok=True)
     own = FineTune(args.base, args.work, args.only, options=options, out=args.out, part=args.part)
+    # Reading a fine-tune and its answers takes as long as a row.
+    deadline = time.monotonic() + args.seconds
     for candidate in CANDIDATES:
         if time.monotonic() < deadline and own.take(candidate):
             own.run(candidate)

@@ -11,7 +11,12 @@ class Check:
     ok: bool
     value: Any
     threshold: Any
-    sign: str
+    is_share: bool
+
+    @property
+    def sign(self) -> str:
+        """Which side of the threshold passes: a share needs at least so much, a fault at most."""
+        return "≥" if self.is_share else "≤"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +40,8 @@ GRADES = (
     Grade(name="C", recovery=0.90, ppl=0.02),
 )
 
-# Checks whose threshold is the least that passes; of all others it is the most.
-_AT_LEAST = frozenset({"recovery"})
+# Checks of a share, which is printed as one; all others measure or count a fault.
+_SHARES = frozenset({"recovery"})
 # Names that are too short to be read without knowing the code.
 _LABELS = {"ppl_drift": "distance of the perplexity ratio from 1"}
 
@@ -60,7 +65,7 @@ def _check(found: Mapping[str, Any], *, name: str, ok: bool) -> Check:
         ok=ok,
         value=found.get("value"),
         threshold=found.get("threshold"),
-        sign="≥" if name in _AT_LEAST else "≤",
+        is_share=name in _SHARES,
     )
 
 

@@ -19,14 +19,21 @@ from .page import crumbs, flash_error, page, repo_url
 
 DONE = "done"
 WAITING = "waiting"
-# What the bytes themselves are refused for: the same happens to them again.
+# What the bytes and their recipe are refused for: the same happens to them again.
 _OF_THE_BYTES = frozenset(
     {
+        "activations_not_finite",
+        "architecture_unknown",
         "backbone_mismatch",
         "backbone_unrelated",
         "budget_impossible",
+        "calibration_too_short",
         "checkpoint_quantised",
+        "config_unsafe",
+        "model_not_runnable",
         "nan_weights",
+        "texts_invalid",
+        "tokenizer_missing",
     }
 )
 

@@ -23,6 +23,7 @@ BAR_STEP_PX = 24
 BAR_VALUE_PX = 58
 # Standard errors on each side of a 95 % interval.
 Z_95 = 1.96
+_SHARE_DIGITS = 12
 
 BYTE_CLASSES = ("codes", "scales", "embeddings", "exact", "coded", "header")
 BYTES_WIDTH_PX = 600
@@ -155,7 +156,9 @@ def bound_share(share: float, n: int) -> tuple[float, float]:
     spread = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n))
     middle = share + Z_95**2 / (2 * n)
     scale = 1 + Z_95**2 / n
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
+    # Rounded, so that the end at 0 or 1 is met and not missed by the last bit.
+    low, high = (round((middle + side) / scale, _SHARE_DIGITS) for side in (-spread, spread))
+    return max(0.0, low), min(1.0, high)
 
 
 def _place_bar(score: Evaluation, index: int) -> Bar:

@@ -61,3 +61,9 @@ def test_no_page_has_an_accessibility_fault(
     assert find_faults(page, axe_source) == []
     paths = [*MEMBER_PAGES, f"/{backbone}", job, *(f"/{delta}{tab}" for tab in DELTA_TABS)]
     assert scan(page, paths, axe_source) == {}
+
+
+def test_the_checks_fit_a_narrow_screen(visit, delta):
+    page = visit(f"/{delta}/verification", viewport={"width": 375, "height": 800})
+    table = page.get_by_role("region", name="Table of checks")
+    assert table.evaluate("region => region.scrollWidth - region.clientWidth") == 0

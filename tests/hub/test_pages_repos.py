@@ -164,9 +164,14 @@ def test_a_class_without_bytes_is_left_out():
 def test_failing_checks_come_first(client, delta):
     response = client.get("/acme/math/verification")
     assert [check.ok for check in response.context["checks"]] == [False, True]
-    assert "0.0412" in response.text
     assert "98.76\xa0%" in response.text
-    assert "0.02" in response.text
+
+
+def test_what_a_check_needs_has_a_side_and_recovery_one_form(client, delta):
+    text = text_of(client.get("/acme/math/verification"))
+    assert '<td class="num">99.31 %</td> <td class="num">≥ 90 %</td>' in text
+    assert '<td class="num">0.0412</td> <td class="num">≤ 0.02</td>' in text
+    assert "0.9931" not in text
 
 
 def test_the_error_map_has_a_cell_for_each_matrix(client, delta):
@@ -192,6 +197,11 @@ def test_evaluations_stand_beside_each_other(client, delta):
 )
 def test_an_interval_is_wilsons(right, ends):
     assert plots.bound_share(right / 200, 200) == pytest.approx(ends, abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [12, 200, 305])
+def test_an_interval_of_all_or_none_ends_there(n):
+    assert (plots.bound_share(0.0, n)[0], plots.bound_share(1.0, n)[1]) == (0.0, 1.0)
 
 
 def test_a_model_without_records_says_so(client, acme, backbone):

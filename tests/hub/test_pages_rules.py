@@ -22,8 +22,8 @@ CSS_BUDGET_BYTES = 16_000
 HTML_BUDGET_BYTES = 30_000
 # Sent by a page on its own, besides what its HTML names.
 LOADED_LATER = {
-    "hub/upload.js": ("transfer.js", "upload.worker.js", "sha256.js"),
-    "hub/playground.js": ("asking.js", "blind.js", "departure.js"),
+    "hub/upload.js": ("transfer.js", "words.js", "upload.worker.js", "sha256.js"),
+    "hub/playground.js": ("asking.js", "blind.js", "departure.js", "words.js"),
 }
 INLINE = {
     "a script without a file": re.compile(r"<script(?![^>]*\bsrc=)"),

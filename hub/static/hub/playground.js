@@ -4,6 +4,7 @@
 import { asCurl, asPython, events, explainRefusal, post, requestFor } from "./asking.js";
 import * as blind from "./blind.js";
 import * as departure from "./departure.js";
+import { writeWords } from "./words.js";
 
 // Servers refuse longer addresses; the part after # never leaves the browser.
 const MAX_QUERY_CHARS = 4000;
@@ -86,7 +87,7 @@ function readFragment() {
 
 function showError(column, title, text) {
   column.part("error-title").textContent = title;
-  column.part("error-text").textContent = text;
+  writeWords(column.part("error-text"), text);
   column.part("error").hidden = false;
 }
 

@@ -1,6 +1,7 @@
 // The upload page: choose a folder, have its headers checked, send what is missing.
 
 import { Hasher, readHeader, Refusal, send, sendJson, Transfer } from "./transfer.js";
+import { writeWords } from "./words.js";
 
 const KEPT = /\.(safetensors|json|txt|jsonl|jinja|md|model)$/;
 const PICKLED = /\.(bin|pt|pth|ckpt|pkl|h5|msgpack|gguf|npz)$/i;
@@ -141,8 +142,9 @@ function showProblem(error) {
   const lines = Array.isArray(fields.tensors) ? fields.tensors : [];
   byId("progress").hidden = false;
   byId("problem-title").textContent = lines.length ? "The fine-tune does not fit" : "The upload stopped";
-  byId("problem-what").textContent = error.message;
-  byId("problem-do").textContent = remedy;
+  writeWords(byId("problem-what"), error.message);
+  const reasons = Object.entries(fields).filter(([name, said]) => Array.isArray(said) && name !== "tensors");
+  writeWords(byId("problem-do"), [remedy, ...reasons.map(([name, said]) => `${name}: ${said.join(" ")}`)].join(" "));
   byId("problem-ref").hidden = !code;
   byId("problem-code").textContent = code;
   byId("mismatch").hidden = !lines.length;
@@ -157,9 +159,6 @@ function showProblem(error) {
     });
     return row;
   }));
-  for (const [name, reasons] of Object.entries(fields)) {
-    if (Array.isArray(reasons) && name !== "tensors") byId("problem-do").textContent += ` ${name}: ${reasons.join(" ")}`;
-  }
   byId("problem").hidden = false;
   byId("problem").focus();
 }
@@ -207,6 +206,7 @@ function draw() {
   }
   const share = total ? sent / total : 0;
   const rate = rateOf(sent);
+  byId("total").hidden = false;
   byId("total").max = total;
   byId("total").value = sent;
   byId("total-text").textContent = `${(100 * share).toFixed(0)} % · ${formatSize(sent)} of ${formatSize(total)}`;
