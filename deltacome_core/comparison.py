@@ -10,10 +10,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from deltacome_core.batches import cut_batches
-from deltacome_core.errors import UserError
 from deltacome_core.generate import decode_greedily, end_tokens
 from deltacome_core.models import running_on_text
-from deltacome_core.texts import read_texts, render_text
+from deltacome_core.texts import read_texts, refuse_text, render_text
 
 MAX_PROMPTS_PER_FILE = 128
 MAX_TOKENS_PER_PROMPT = 512
@@ -89,8 +88,7 @@ def read_scored_texts(
                 )
     if not texts:
         reason = "no text has an answer to score"
-        name = paths[0].name
-        raise UserError("texts_invalid", file=name, line=0, place=name, reason=reason)
+        raise refuse_text(paths[0].name, reason)
     return texts
 
 

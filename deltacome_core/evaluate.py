@@ -14,7 +14,7 @@ from deltacome_core.memory import kv_bytes_per_token
 from deltacome_core.models import load_model, load_tokenizer
 from deltacome_core.reconstruct import reconstruct_checkpoint
 from deltacome_core.served import served_backbone
-from deltacome_core.texts import TextItem, read_texts
+from deltacome_core.texts import TextItem, read_texts, refuse_text
 
 MAX_NEW_TOKENS = 64
 # Rows that are decoded side by side: a small model takes as long for 64 as for 16.
@@ -76,10 +76,7 @@ def read_evaluation(path: Path) -> tuple[TextItem, ...]:
     for number, item in enumerate(items, start=1):
         if not item.prompt or not item.answer.strip():
             reason = "an evaluation item needs a prompt and an answer"
-            place = f"{path.name}, line {number}"
-            raise UserError(
-                "texts_invalid", file=path.name, line=number, place=place, reason=reason
-            )
+            raise refuse_text(path.name, reason, line=number)
     return items
 
 

@@ -54,9 +54,9 @@ def read_texts(path: Path) -> tuple[TextItem, ...]:
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise _refuse(path, error.strerror or "it cannot be opened") from error
+        raise refuse_text(str(path), error.strerror or "it cannot be opened") from error
     except UnicodeDecodeError as error:
-        raise _refuse(path, f"byte {error.start} is not UTF-8") from error
+        raise refuse_text(str(path), f"byte {error.start} is not UTF-8") from error
     if path.suffix != ".jsonl":
         items = [TextItem(answer=content)] if content.strip() else []
     else:
@@ -66,26 +66,36 @@ def read_texts(path: Path) -> tuple[TextItem, ...]:
             if line.strip()
         ]
     if not items:
-        raise _refuse(path, "the file is empty")
+        raise refuse_text(str(path), "the file is empty")
     return tuple(items)
 
 
-def _refuse(path: Path, reason: str, *, line: int = 0) -> UserError:
-    place = f"{path}, line {line}" if line else str(path)
-    return UserError("texts_invalid", file=str(path), line=line, place=place, reason=reason)
+def refuse_text(file: str, reason: str, *, line: int = 0) -> UserError:
+    """texts_invalid for a file, or one of its lines.
+
+    Args:
+        file: as people are told it.
+        reason: what is wrong, without a full stop.
+        line: from 1; 0 is the file.
+
+    Returns:
+        The error, to be raised.
+    """
+    place = f"{file}, line {line}" if line else file
+    return UserError("texts_invalid", file=file, line=line, place=place, reason=reason)
 
 
 def _parse_line(line: str, *, path: Path, number: int) -> TextItem:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _refuse(path, f"this is not JSON: {error}", line=number) from error
+        raise refuse_text(str(path), f"this is not JSON: {error}", line=number) from error
     try:
         return _parse_row(row)
     except KeyError as error:
-        raise _refuse(path, f"{error.args[0]} is missing", line=number) from error
+        raise refuse_text(str(path), f"{error.args[0]} is missing", line=number) from error
     except (ValueError, TypeError) as error:
-        raise _refuse(path, str(error), line=number) from error
+        raise refuse_text(str(path), str(error), line=number) from error
 
 
 def _parse_row(row: Any) -> TextItem:

@@ -150,7 +150,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "STAGES": 3,
         "TURNS": 1 if variant.has_groups else 2,
         "TOKENS": 1 if variant.has_groups else 2,
-        "TOKENS_FIRST": False,
+        "TOKENS_FIRST": variant.arch >= _OVERLAP_FROM,
         "R": 2,
         "SUMS": 128,
         "WK": 2,

@@ -30,18 +30,16 @@ def words_of_pair(n_planes):
 def load_codes(
     at,
     left,
-    FIRST: tl.constexpr,
     COUNT: tl.constexpr,
     R: tl.constexpr,
     ALL_EXIST: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Words of COUNT pairs of steps, from the FIRST one on, of R row blocks.
+    """Words of COUNT pairs of steps of R row blocks.
 
     Args:
         at: R int64 pointers [threads], this lane's first two words.
         left: int32 [threads], pairs that exist from there on.
-        FIRST: Same.
         COUNT: Same.
         R: Row blocks.
         ALL_EXIST: `left` is not asked.
@@ -52,7 +50,7 @@ def load_codes(
         their source is 0.
     """
     words = ()
-    for u in tl.static_range(FIRST, FIRST + COUNT):
+    for u in tl.static_range(COUNT):
         for r in tl.static_range(R):
             words += load_two(at[r] + 64 * u, left, u, ALL_EXIST, USE_PTX)
     return words
@@ -293,11 +291,11 @@ def multiply_columns(
         # Loads that are asked one by one whether they exist take twice the instructions.
         is_whole = (number + 1) * (WK * U) <= n_pairs
         if goes_on & is_whole:
-            ahead = load_codes(next_at, next_left, 0, U, R, True, USE_PTX)
+            ahead = load_codes(next_at, next_left, U, R, True, USE_PTX)
             if X_AHEAD:
                 planes = load_planes(sources, next_offset, next_left, 0, U, P, True)
         elif goes_on:
-            ahead = load_codes(next_at, next_left, 0, U, R, False, USE_PTX)
+            ahead = load_codes(next_at, next_left, U, R, False, USE_PTX)
             if X_AHEAD:
                 planes = load_planes(sources, next_offset, next_left, 0, U, P, False)
     totals = ()

@@ -113,7 +113,7 @@ def start_record(
     for r in tl.static_range(R):
         places += (at[r] + 64 * first,)
     left = tl.where(fields[0] > 0, (fields[4] + 1) // 2 - first, 0)
-    return load_codes(places, left, 0, U, R, False, USE_PTX)
+    return load_codes(places, left, U, R, False, USE_PTX)
 
 
 @triton.jit
