@@ -156,6 +156,7 @@ def _constants(variant: ArenaVariant) -> dict[str, Any]:
         "WK": 2,
         "WR": 2,
         "U": 2,
+        "NARROW": variant.planes == PLANES,
         "X_AHEAD": variant.arch >= _OVERLAP_FROM,
         "USE_PTX": True,
         "OVERLAP": variant.arch >= _OVERLAP_FROM,

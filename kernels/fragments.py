@@ -21,6 +21,8 @@ STEP_WORDS: Final = STEP_COLUMNS // WORD_COLUMNS
 STEP_BYTES: Final = STEP_ROWS * STEP_COLUMNS // 8
 # One instruction takes two steps.
 PAIR_COLUMNS: Final = 2 * STEP_COLUMNS
+# Pairs of a row of blocks that a warp loads at once, at most, whether they exist or not.
+MOST_AHEAD: Final = 8
 # Sections of a slab begin where a warp's load of one word a lane is one memory transaction.
 UNIT_BYTES: Final = 128
 # Bits of activations and hidden values that one instruction takes: a unit is one byte of a token.

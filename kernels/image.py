@@ -10,7 +10,14 @@ import torch
 
 from deltacome_core.packed import PackedDirect, PackedLinear
 from kernels.directory import MAX_RECORDS, Part, Record, encode_site
-from kernels.fragments import STEP_BYTES, WORD_COLUMNS, count_pairs, count_steps, words_of
+from kernels.fragments import (
+    MOST_AHEAD,
+    STEP_BYTES,
+    WORD_COLUMNS,
+    count_pairs,
+    count_steps,
+    words_of,
+)
 from kernels.image_jobs import (
     CODES_JOB,
     FACTORS_JOB,
@@ -313,8 +320,8 @@ def build_image(
         chunks=tuple(chunks),
         jobs=_host_tensor(jobs, pin=pin),
         directory=_host_tensor(np.stack([site.entry for site in found]), pin=pin),
-        # The second step of a last pair may not exist: it is read, whatever it is.
-        slab_bytes=writer.slab_bytes + STEP_BYTES,
+        # Steps beyond the last are loaded too; nothing is multiplied with what they are.
+        slab_bytes=writer.slab_bytes + MOST_AHEAD * 2 * STEP_BYTES,
         needs=tuple(site.needs for site in found),
         cuts=tuple(site.cuts for site in found),
         matrices=matrices,

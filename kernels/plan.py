@@ -21,34 +21,42 @@ from kernels.fragments import (
 )
 from kernels.streams import send
 
+# Tokens of a slot that can stand together: a power of two.
+MOST_TOGETHER: Final = 4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Places:
     """Tokens that use a delta, those of a slot together: slot and token, -1 where there is none.
 
-    counts: places whose tokens a program multiplies with the same codes, where it takes several:
-    two for the first of a pair of a slot, 0 for the second.
+    counts, numbers: a slot's tokens stand together in as large powers of two as it has: how many
+    do, and which of them each is. A program can multiply the same codes with all of them.
     """
 
     slots: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
     counts: npt.NDArray[np.int32]
+    numbers: npt.NDArray[np.int32]
 
 
-def count_together(slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The `counts` of places.
+def count_together(
+    slots: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The `counts` and `numbers` of places.
 
     Args:
         slots: of places in rising order.
 
     Returns:
-        As many.
+        As many of each.
     """
-    number = np.arange(len(slots))
-    is_first = np.diff(slots, prepend=-1) != 0
-    in_run = number - np.maximum.accumulate(np.where(is_first, number, 0))
-    has_next = np.diff(slots, append=-1) == 0
-    return np.where(in_run % 2 == 0, 1 + has_next, 0)
+    _, first, sizes = np.unique(slots, return_index=True, return_counts=True)
+    size = np.repeat(sizes, sizes)
+    in_run = np.arange(len(slots)) - np.repeat(first, sizes)
+    counts = np.full(len(slots), MOST_TOGETHER)
+    while (alone := in_run >= size // counts * counts).any():
+        counts[alone] //= 2
+    return counts, in_run % counts
 
 
 def place_tokens(slots: Sequence[int], *, n_places: int | None = None) -> Places:
@@ -68,7 +76,8 @@ def place_tokens(slots: Sequence[int], *, n_places: int | None = None) -> Places
     places = Places(
         slots=np.full(n_places, -1, dtype=np.int32),
         tokens=np.full(n_places, -1, dtype=np.int32),
-        counts=np.zeros(n_places, dtype=np.int32),
+        counts=np.ones(n_places, dtype=np.int32),
+        numbers=np.zeros(n_places, dtype=np.int32),
     )
     known = np.asarray(slots, dtype=np.int64)
     order = np.argsort(known, kind="stable")
@@ -77,7 +86,7 @@ def place_tokens(slots: Sequence[int], *, n_places: int | None = None) -> Places
         raise InternalError(f"{len(tokens)} tokens where {n_places} have room")
     places.slots[: len(tokens)] = known[tokens]
     places.tokens[: len(tokens)] = tokens
-    places.counts[: len(tokens)] = count_together(known[tokens])
+    places.counts[: len(tokens)], places.numbers[: len(tokens)] = count_together(known[tokens])
     return places
 
 
@@ -117,8 +126,10 @@ class StepPlan:
         device = arena.device
         # Side by side, so that a step is one copy; each where a kernel may take 16 bytes at once.
         self._width = -(-n_places // 4) * 4
-        self._places = torch.full((3, self._width), -1, dtype=torch.int32, device=device)
-        self.place_slots, self.place_tokens, self.place_counts = self._places[:, :n_places]
+        self._places = torch.full((4, self._width), -1, dtype=torch.int32, device=device)
+        self.place_slots, self.place_tokens, self.place_counts, self.place_numbers = self._places[
+            :, :n_places
+        ]
         self.token_slots: list[int] = [-1] * n_tokens
         sites = range(len(arena.spec.sites))
         pairs = max(site.input_pairs for site in arena.spec.sites)
@@ -157,5 +168,5 @@ class StepPlan:
         places = place_tokens(slots, n_places=self.n_places)
         self.token_slots = list(slots)
         numbers = np.full(self._places.shape, -1, dtype=np.int32)
-        numbers[:, : self.n_places] = places.slots, places.tokens, places.counts
+        numbers[:, : self.n_places] = places.slots, places.tokens, places.counts, places.numbers
         self._places.copy_(send(numbers, self._places.device))

@@ -72,8 +72,12 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
             for turns in (1, 2, 4)
             for side in (False, True)
         ),
-        _shape(2, 4, 1, 2, x=True, turns=2, tokens=2, registers=168),
-        _shape(2, 4, 1, 2, x=True, turns=2, tokens=2, side=True, registers=168),
+        _shape(2, 4, 1, 2, x=True, turns=4, side=True, registers=96),
+        *(
+            _shape(2, steps, rows, 4, x=True, turns=turns, tokens=tokens, side=True, registers=128)
+            for steps, rows, tokens in ((2, 2, 2), (4, 2, 2), (1, 4, 4), (2, 4, 4))
+            for turns in (1, 2, 4)
+        ),
     ),
     "expand": (
         _shape(1, 4, 1, 2, x=True),
@@ -88,8 +92,16 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
             for turns in (2, 4, 8)
             for side in (False, True)
         ),
-        _shape(2, 1, 4, 4, turns=4, tokens=2, registers=168),
-        _shape(2, 1, 4, 4, turns=4, tokens=2, side=True, registers=168),
+        _shape(2, 1, 4, 2, x=True, turns=8, side=True, registers=96),
+        _shape(2, 1, 4, 2, x=True, turns=8, tokens=4, side=True, registers=96),
+        *(
+            _shape(
+                2, 1, 4, ahead, x=True, turns=turns, tokens=tokens, side=True, registers=registers
+            )
+            for ahead, registers in ((3, 112), (4, 128))
+            for tokens in (2, 4)
+            for turns in (2, 4, 8)
+        ),
     ),
     "layer": tuple(
         replace(shape, shrinks=shrinks)
@@ -226,7 +238,8 @@ def _runs(
         for shape in CANDIDATES[stage]:
             fits = all(out % shape.rows == 0 for out in where.out_features)
             is_layer = stage == "layer"
-            if (fits and n_tokens == 1) if is_layer else n_tokens >= _SHARED * (shape.tokens - 1):
+            is_shared = n_tokens >= _SHARED
+            if (fits and n_tokens == 1) if is_layer else (is_shared or shape.tokens == 1):
                 yield stage, shape, partial(launch, stage, shape)
 
 

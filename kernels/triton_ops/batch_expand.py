@@ -8,7 +8,7 @@ from kernels import directory
 from kernels.triton_ops.mma import words_of_pair
 from kernels.triton_ops.prepare import largest_number
 from kernels.triton_ops.record_products import (
-    count_all,
+    count_read,
     finish_turn,
     row_of_share,
     scale_shares,
@@ -24,10 +24,12 @@ from kernels.triton_ops.records import (
     begin_products,
     count_turns,
     find_block,
+    load_group,
     load_record,
     load_sums,
     locate_source,
     place_threads,
+    place_tokens,
     start_record,
 )
 
@@ -38,6 +40,7 @@ INPUT = tl.constexpr(directory.SOURCE_INPUT)
 def expand_rows(
     program,
     place,
+    count,
     slot,
     planes_ptr,
     planes_stride,
@@ -63,24 +66,25 @@ def expand_rows(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Add TURNS blocks of outputs to the tokens at TOKENS places.
+    """Add TURNS blocks of outputs to the tokens of a program.
 
     Arguments are those of `shrink_rows`, with hidden_ptr int64, what that wrote, and of
     `launch_expand`: rows of y [tokens, y_stride] at token_ptr, int32 [places].
     """
     ROWS: tl.constexpr = 16 * R * WR
-    number, own = find_block(entry_ptr + MAX_RECORDS, program, ROWS * TURNS)
+    number, own = find_block(entry_ptr + MAX_RECORDS, program, count, ROWS * TURNS)
     if number < MAX_RECORDS:
         slab = tl.load(table_ptr + slot)
         part_ptr = entry_ptr + EXPAND_PARTS + number * PART_INTS
         record_ptr = entry_ptr + EXPAND_RECORDS + number * (MAX_OUTPUTS * RECORD_INTS)
         fields = load_record(record_ptr)
-        lane, wk, first_block = place_threads(own * TURNS, R, WK, WR)
+        lane, wk, first_block, token = place_threads(own * TURNS, count, R, WK, WR)
         started = ()
         if IS_PLAIN:
             started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
@@ -99,55 +103,44 @@ def expand_rows(
                 n_own = n_inputs
         first_row = tl.load(part_ptr)
         n_records = tl.load(part_ptr + 2)
-        n_turns = count_turns(fields, own, R, WR, TURNS)
-        outputs = ()
-        for token in tl.static_range(TOKENS):
-            y_row = tl.load(token_ptr + place + token).to(tl.int64)
-            outputs += (y_ptr + y_row * y_stride + first_row,)
+        width = R * (WR // count)
+        n_turns = count_turns(fields, own, width, TURNS)
+        at, sums_at = place_tokens(place, count, WR, TOKENS)
+        y_row = tl.load(token_ptr + at).to(tl.int64)
+        outputs = y_ptr + y_row * y_stride + first_row
+        source_ptr += (place + token) * stride
+        own_sums_ptr += sums_at * sums_stride
         if OVERLAP:
             gdc_wait()
-        shares = ()
-        worth = ()
-        sources = ()
-        for token in tl.static_range(TOKENS):
-            at = place + token
-            hidden_worth = tl.load(norm_ptr + at) / largest_number(P)
-            worth += (0.5 * tl.where(is_direct, tl.load(step_ptr + at), hidden_worth),)
-            if IS_PLAIN:
-                shares += (load_sums(own_sums_ptr + at * sums_stride, n_own, fields, SUMS),)
-                sources += (locate_source(fields, source_ptr + at * stride, lane, P),)
-        begun = ((), ())
+        hidden_worth = tl.load(norm_ptr + at) / largest_number(P)
+        worth = 0.5 * tl.where(is_direct, tl.load(step_ptr + at), hidden_worth)
+        source_at = locate_source(fields, source_ptr, lane, P)
+        sums = 0
+        begun = ((), (), ())
         if IS_PLAIN:
-            begun = begin_products(started, fields, sources, wk, P, U, X_AHEAD)
+            sums = load_sums(own_sums_ptr, n_own, fields, SUMS)
+            begun = begin_products(started, fields, source_at, wk, P, U, X_AHEAD)
             if TURNS > 1:
-                shares = count_all(shares, fields)
+                sums = count_read(sums, fields[0])
         for turn in range(n_turns if TURNS > 1 else 1):
             block = own * TURNS + turn
-            row = row_of_share(block, R, WR)
+            row = row_of_share(block, count, R, WR)
             # What the last lines need is loaded beside the codes.
-            before = ()
-            for token in tl.static_range(TOKENS):
-                y = tl.load(outputs[token] + row, mask=row < fields[2], other=0.0)
-                before += (y.to(tl.float32),)
+            y = tl.load(outputs + row, mask=row < fields[2], other=0.0).to(tl.float32)
             if IS_PLAIN:
                 products, begun = finish_turn(
-                    begun, turn, n_turns, fields, shares, slab, first_block, sources, wk, lane,
-                    R, P, WK, WR, U, X_AHEAD, TURNS > 1, USE_PTX,
+                    begun, turn, n_turns, fields, sums, slab, first_block, width, source_at, wk,
+                    lane, R, P, WK, WR, U, X_AHEAD, NARROW, TURNS > 1, USE_PTX,
                 )  # fmt: skip
+                products = scale_shares(products, fields, slab, row, HAS_FACTORS)
             else:
-                products = (
-                    sum_part(
-                        started, fields, record_ptr, n_records, own_sums_ptr + place * sums_stride,
-                        n_own, slab, block, first_block, source_ptr + place * stride, wk, lane,
-                        SUMS, False, HAS_FACTORS, R, P, WK, WR, U, X_AHEAD, USE_PTX,
-                    ),
+                products = sum_part(
+                    started, fields, record_ptr, n_records, own_sums_ptr, n_own, slab, block,
+                    first_block, source_ptr, wk, lane, SUMS, False, HAS_FACTORS,
+                    R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
                 )  # fmt: skip
-            for token in tl.static_range(TOKENS):
-                sums = products[token]
-                if IS_PLAIN:
-                    sums = scale_shares(sums, fields, slab, block, HAS_FACTORS, R, WR)
-                y = before[token] + worth[token] * sums
-                tl.store(outputs[token] + row, y.to(y_ptr.dtype.element_ty), mask=row < fields[2])
+            y += worth * products
+            tl.store(outputs + row, y.to(y_ptr.dtype.element_ty), mask=row < fields[2])
 
 
 @triton.jit(
@@ -176,6 +169,7 @@ def batch_expand_kernel(
     site_offset,
     slot_ptr,
     count_ptr,
+    number_ptr,
     token_ptr,
     y_ptr,
     y_stride,
@@ -189,6 +183,7 @@ def batch_expand_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
     TOKENS_FIRST: tl.constexpr,
@@ -199,16 +194,14 @@ def batch_expand_kernel(
     place = tl.program_id(0 if TOKENS_FIRST else 1).to(tl.int64)
     program = tl.program_id(1 if TOKENS_FIRST else 0)
     slot = tl.load(slot_ptr + place)
-    count = 1 if TOKENS == 1 else tl.load(count_ptr + place)
     if slot >= 0:
         entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-        for tokens in tl.static_range(1, TOKENS + 1):
-            if count == tokens:
-                expand_rows(
-                    program, place, slot, planes_ptr, planes_stride, step_ptr, norm_ptr,
-                    sums_ptr, n_inputs, hidden_ptr, hidden_stride, hidden_sums_ptr, table_ptr,
-                    entry_ptr, token_ptr, y_ptr, y_stride, P, SUMS, IS_PLAIN, HAS_DIRECT,
-                    HAS_FACTORS, R, WK, WR, U, X_AHEAD, TURNS, tokens, USE_PTX, OVERLAP,
-                )  # fmt: skip
+        count, number = load_group(count_ptr + place, number_ptr + place, TOKENS)
+        expand_rows(
+            program * count + number, place - number, count, slot, planes_ptr, planes_stride,
+            step_ptr, norm_ptr, sums_ptr, n_inputs, hidden_ptr, hidden_stride, hidden_sums_ptr,
+            table_ptr, entry_ptr, token_ptr, y_ptr, y_stride, P, SUMS, IS_PLAIN, HAS_DIRECT,
+            HAS_FACTORS, R, WK, WR, U, X_AHEAD, NARROW, TURNS, TOKENS, USE_PTX, OVERLAP,
+        )  # fmt: skip
     if OVERLAP:
         gdc_wait()

@@ -8,7 +8,7 @@ from kernels.triton_ops.bits import transpose_bits
 from kernels.triton_ops.mma import words_of_pair
 from kernels.triton_ops.prepare import largest_number, place_words, round_to_int
 from kernels.triton_ops.record_products import (
-    count_all,
+    count_read,
     finish_record,
     finish_turn,
     order_shares,
@@ -22,11 +22,14 @@ from kernels.triton_ops.records import (
     count_turns,
     find_block,
     load_bound,
+    load_group,
     load_pointer,
     load_record,
     load_sums,
     locate_source,
     place_threads,
+    place_tokens,
+    split_warps,
     start_record,
 )
 
@@ -48,7 +51,10 @@ def store_hidden(
     target,
     target_ptr,
     sums_ptr,
+    strides,
+    place,
     block,
+    count,
     n_rows,
     lane,
     N_PLANES: tl.constexpr,
@@ -59,11 +65,15 @@ def store_hidden(
     """Write ROWS hidden values of a band as bits, once for each bit of the codes they meet.
 
     Args:
-        h: int32 [ROWS], 0 beyond the band; bits that the last copy shifts out are 0.
+        h: int32 [ROWS], of `count` tokens; 0 beyond the band; bits that the last copy shifts out
+            are 0.
         target: Of `load_target`.
-        target_ptr: int32, the token's hidden values.
-        sums_ptr: int64, sums of each word of them.
+        target_ptr: int32 [places, strides[0]], the hidden values.
+        sums_ptr: int64 [places, strides[1]], sums of each word of them.
+        strides: Those two.
+        place: Of the first token.
         block: Number of these rows among those of the band.
+        count: Of `split_warps`, which shares the 32s of rows here.
         n_rows: Rows of the band.
         lane: int32 [THREADS], 0..31.
         N_PLANES: Bytes of a number.
@@ -79,7 +89,11 @@ def store_hidden(
     # Sums of 32 values, in all of their lanes.
     whole = tl.sum(tl.reshape(values, (THREADS // 32, 32)).to(tl.int64), axis=1)[:, None]
     whole = tl.reshape(whole + tl.zeros((THREADS // 32, 32), dtype=tl.int64), (THREADS,))
-    group = block * (ROWS // 32) + thread % ROWS // 32
+    token, group = split_warps(thread % ROWS // 32, count, ROWS // 32)
+    group += block * (ROWS // 32 // count)
+    hidden_stride, sums_stride = strides
+    own_ptr = target_ptr + (place + token) * hidden_stride
+    own_sums_ptr = sums_ptr + (place + token) * sums_stride
     n_groups = (n_rows + 31) // 32
     word = first + group // 4 * tile + group % 4 * n_bits
     # The last words of a record fill its last pair.
@@ -90,16 +104,17 @@ def store_hidden(
         shifted = tl.where(bit < n_bits, values >> shift, 0)
         bits = transpose_bits(shifted, lane, USE_PTX)
         exists = (group < n_groups) & (bit < n_words)
-        at = target_ptr + place_words(word + bit, lane, N_PLANES)
+        at = own_ptr + place_words(word + bit, lane, N_PLANES)
         tl.store(at, bits, mask=exists & (lane < 8 * N_PLANES))
         share = tl.where(bit < n_bits, whole >> shift.to(tl.int64), 0)
-        tl.store(sums_ptr + word + bit, share, mask=exists & (lane == 0))
+        tl.store(own_sums_ptr + word + bit, share, mask=exists & (lane == 0))
 
 
 @triton.jit
 def shrink_rows(
     program,
     place,
+    count,
     slot,
     planes_ptr,
     planes_stride,
@@ -120,16 +135,18 @@ def shrink_rows(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
-    """Write the hidden values of TURNS blocks of rows of V for tokens at TOKENS places.
+    """Write the hidden values of TURNS blocks of rows of V for the tokens of a program.
 
     Args:
         program: Number of the program among those of the tokens.
         place: Of the first token.
+        count: Tokens, a power of two; their warps multiply the same codes at the same time.
         slot: Of their tenant.
         planes_ptr: int64 [places, planes_stride], the bits of tokens.
         planes_stride: Same.
@@ -150,69 +167,62 @@ def shrink_rows(
         WR: Same.
         U: Same.
         X_AHEAD: Same.
+        NARROW: Same.
         TURNS: Same.
-        TOKENS: Same.
+        TOKENS: No fewer than `count`.
         USE_PTX: Same.
         OVERLAP: Wait for the launch before once the first loads are under way.
     """
     ROWS: tl.constexpr = 16 * R * WR
     THREADS: tl.constexpr = 32 * WK * WR
-    number, own = find_block(entry_ptr, program, ROWS * TURNS)
+    number, own = find_block(entry_ptr, program, count, ROWS * TURNS)
     if number < MAX_RECORDS:
         slab = tl.load(table_ptr + slot)
         record_ptr = entry_ptr + SHRINK_RECORDS + number * RECORD_INTS
         fields = load_record(record_ptr)
-        lane, wk, first_block = place_threads(own * TURNS, R, WK, WR)
+        lane, wk, first_block, token = place_threads(own * TURNS, count, R, WK, WR)
         started = ()
         if IS_PLAIN:
             started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
         # Loads that only the last lines need start here, beside the codes.
         factors_ptr = load_pointer(slab, fields[5], tl.float32)
         target = load_target(record_ptr)
-        n_turns = count_turns(fields, own, R, WR, TURNS)
+        width = R * (WR // count)
+        n_turns = count_turns(fields, own, width, TURNS)
+        at, sums_at = place_tokens(place, count, WR, TOKENS)
+        strides = (hidden_stride, hidden_stride // words_of_pair(P) * 4)
         if OVERLAP:
             gdc_wait()
-        shares = ()
-        worth = ()
-        sources = ()
-        for token in tl.static_range(TOKENS):
-            own_sums_ptr = sums_ptr + (place + token) * n_inputs
-            shares += (load_sums(own_sums_ptr, n_inputs, fields, SUMS),)
-            # A unit of a product, over one of a hidden value whose last copy's bits are 0.
-            unit = 0.5 * tl.load(step_ptr + place + token) / tl.load(norm_ptr + place + token)
-            unit = unit / load_bound(fields) * largest_number(P) / (1 << target[2] - 1)
-            worth += (unit,)
-            source_ptr = planes_ptr + (place + token) * planes_stride
-            sources += (locate_source(fields, source_ptr, lane, P),)
-        begun = ((), ())
+        # A unit of a product, over one of a hidden value whose last copy's bits are 0.
+        unit = 0.5 * tl.load(step_ptr + at) / tl.load(norm_ptr + at)
+        unit = unit / load_bound(fields) * largest_number(P) / (1 << target[2] - 1)
+        source_ptr = planes_ptr + (place + token) * planes_stride
+        sums = load_sums(sums_ptr + sums_at * n_inputs, n_inputs, fields, SUMS)
+        source_at = locate_source(fields, source_ptr, lane, P)
+        begun = ((), (), ())
         if IS_PLAIN:
-            begun = begin_products(started, fields, sources, wk, P, U, X_AHEAD)
+            begun = begin_products(started, fields, source_at, wk, P, U, X_AHEAD)
             if TURNS > 1:
-                shares = count_all(shares, fields)
+                sums = count_read(sums, fields[0])
         for turn in range(n_turns if TURNS > 1 else 1):
             block = own * TURNS + turn
-            row = row_of_share(block, R, WR)
+            row = row_of_share(block, count, R, WR)
             factor = tl.load(factors_ptr + row, mask=row < fields[2], other=0.0)
             if IS_PLAIN:
                 products, begun = finish_turn(
-                    begun, turn, n_turns, fields, shares, slab, first_block, sources, wk, lane,
-                    R, P, WK, WR, U, X_AHEAD, TURNS > 1, USE_PTX,
+                    begun, turn, n_turns, fields, sums, slab, first_block, width, source_at, wk,
+                    lane, R, P, WK, WR, U, X_AHEAD, NARROW, TURNS > 1, USE_PTX,
                 )  # fmt: skip
             else:
-                found = finish_record(
-                    fields, shares[0], slab, first_block, planes_ptr + place * planes_stride,
-                    wk, lane, R, P, WK, WR, U, X_AHEAD, USE_PTX,
+                products = finish_record(
+                    fields, sums, slab, first_block, source_ptr, wk, lane,
+                    R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
                 )  # fmt: skip
-                products = (found,)
-            for token in tl.static_range(TOKENS):
-                h = round_to_int(products[token] * factor * worth[token]) << target[2] - 1
-                own_hidden_sums_ptr = hidden_sums_ptr + (place + token) * (
-                    hidden_stride // words_of_pair(P) * 4
-                )
-                store_hidden(
-                    order_shares(h, R, WR), target, hidden_ptr + (place + token) * hidden_stride,
-                    own_hidden_sums_ptr, block, fields[2], lane, P, ROWS, THREADS, USE_PTX,
-                )  # fmt: skip
+            h = round_to_int(products * factor * unit) << target[2] - 1
+            store_hidden(
+                order_shares(h, R, WR), target, hidden_ptr, hidden_sums_ptr, strides, place,
+                block, count, fields[2], lane, P, ROWS, THREADS, USE_PTX,
+            )  # fmt: skip
 
 
 @triton.jit(
@@ -234,6 +244,7 @@ def batch_shrink_kernel(
     site_offset,
     slot_ptr,
     count_ptr,
+    number_ptr,
     P: tl.constexpr,
     SUMS: tl.constexpr,
     IS_PLAIN: tl.constexpr,
@@ -242,6 +253,7 @@ def batch_shrink_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     TURNS: tl.constexpr,
     TOKENS: tl.constexpr,
     TOKENS_FIRST: tl.constexpr,
@@ -254,17 +266,15 @@ def batch_shrink_kernel(
     place = tl.program_id(0 if TOKENS_FIRST else 1).to(tl.int64)
     program = tl.program_id(1 if TOKENS_FIRST else 0)
     slot = tl.load(slot_ptr + place)
-    count = 1 if TOKENS == 1 else tl.load(count_ptr + place)
     if slot >= 0:
         entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
-        for tokens in tl.static_range(1, TOKENS + 1):
-            if count == tokens:
-                shrink_rows(
-                    program, place, slot, planes_ptr, planes_stride, step_ptr, norm_ptr,
-                    sums_ptr, n_inputs, hidden_ptr, hidden_stride, hidden_sums_ptr, table_ptr,
-                    entry_ptr, P, SUMS, IS_PLAIN, R, WK, WR, U, X_AHEAD, TURNS, tokens, USE_PTX,
-                    OVERLAP,
-                )  # fmt: skip
+        count, number = load_group(count_ptr + place, number_ptr + place, TOKENS)
+        shrink_rows(
+            program * count + number, place - number, count, slot, planes_ptr, planes_stride,
+            step_ptr, norm_ptr, sums_ptr, n_inputs, hidden_ptr, hidden_stride, hidden_sums_ptr,
+            table_ptr, entry_ptr, P, SUMS, IS_PLAIN, R, WK, WR, U, X_AHEAD, NARROW, TURNS, TOKENS,
+            USE_PTX, OVERLAP,
+        )  # fmt: skip
     # Programs without work wait too: who waits for this launch means the ones before it as well.
     if OVERLAP:
         gdc_wait()

@@ -30,48 +30,42 @@ TRANSPOSE = tl.constexpr(
 )
 
 
-LOAD_TWO = tl.constexpr(
-    "{ .reg .pred p; setp.gt.s32 p, $3, $4; mov.b64 $0, 0; mov.b64 $1, 0;"
-    " @p ld.global.v2.b64 {$0, $1}, [$2]; }"
-)
-
-
-LOAD_BOTH = tl.constexpr("ld.global.v2.b64 {$0, $1}, [$2];")
-
-
 @triton.jit
-def load_two(at, left, needed, ALL_EXIST: tl.constexpr, USE_PTX: tl.constexpr):
-    """Two words that lie side by side.
+def load_four(at, USE_PTX: tl.constexpr):
+    """Four words that lie side by side, an operand of `multiply_pair`.
 
     Args:
         at: int64 pointers [threads], multiples of 16 bytes.
-        left: int32 [threads].
-        needed: The words exist where left is more than this.
-        ALL_EXIST: They do everywhere.
-        USE_PTX: One load, whose words can be an instruction's operand as they lie; without it two.
+        USE_PTX: One load, whose registers are the instruction's as they lie. Under a condition they
+            would not be: where several loads meet, each word is copied once more.
 
     Returns:
-        Two int64 [threads], 0 where they do not exist.
+        Four int32 [threads]; of plain Triton two int64.
     """
-    if ALL_EXIST and USE_PTX:
+    if USE_PTX:
         words = tl.inline_asm_elementwise(
-            LOAD_BOTH, "=l,=l,l", [at], dtype=(tl.int64, tl.int64), is_pure=True, pack=1
-        )
-        first, second = words[0], words[1]
-    elif USE_PTX:
-        words = tl.inline_asm_elementwise(
-            LOAD_TWO,
-            "=&l,=&l,l,r,r",
-            [at, left, needed],
-            dtype=(tl.int64, tl.int64),
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [at],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
         )
-        first, second = words[0], words[1]
+        found = (words[0], words[1], words[2], words[3])
     else:
-        first = tl.load(at, mask=left > needed, other=0)
-        second = tl.load(at + 1, mask=left > needed, other=0)
-    return first, second
+        found = (tl.load(at), tl.load(at + 1))
+    return found
+
+
+@triton.jit
+def split_word(word, USE_PTX: tl.constexpr):
+    """An int64 [threads] as `load_four` has it, with zeros for the second step."""
+    if USE_PTX:
+        none = tl.zeros(word.shape, dtype=tl.int32)
+        found = (word.to(tl.int32), (word >> 32).to(tl.int32), none, none)
+    else:
+        found = (word, tl.zeros_like(word))
+    return found
 
 
 @triton.jit

@@ -26,6 +26,8 @@ _MOST_CHUNKS = 4
 _PREPARE_THREADS = 512
 # One number for most models, so that their kernels are the same.
 _LEAST_SUMS = 128
+# Of so many codes the sums of two bytes fit into 32 bits.
+_NARROW_CODES = 1 << 16
 LAYER_ROWS = 16
 # Row blocks of a warp of a layer's programs that do what `shrink` does.
 _SHRINK_BLOCKS = 2
@@ -143,6 +145,13 @@ def _count_sums(plan: StepPlan, site: int) -> int:
     return int(triton.next_power_of_2(max(_LEAST_SUMS, hidden)))
 
 
+def _count_codes(plan: StepPlan, site: int) -> int:
+    """Codes of a row that are multiplied, readings counted, at most."""
+    spec = plan.arena.spec
+    inputs = spec.sites[site].input_pairs * max(spec.widths(site), default=1)
+    return PAIR_COLUMNS * int(max(inputs, spec.hidden_pairs(site)))
+
+
 def _overlapping(overlap: bool) -> dict[str, bool]:
     return {"launch_pdl": True} if overlap else {}
 
@@ -158,6 +167,7 @@ def _cut(plan: StepPlan, site: int, shape: Shape, *, overlap: bool) -> dict[str,
         "WR": shape.along_rows,
         "U": shape.ahead,
         "X_AHEAD": shape.inputs_ahead,
+        "NARROW": _count_codes(plan, site) <= _NARROW_CODES,
         "TURNS": _count_turns(plan, site, shape),
         "TOKENS": shape.tokens if spec.is_plain(site) else 1,
         "TOKENS_FIRST": shape.tokens_first,
@@ -222,6 +232,7 @@ def launch_shrink(plan: StepPlan, site: int, shape: Shape, *, overlap: bool | No
         site * arena.directory.stride(1),
         plan.place_slots,
         plan.place_counts,
+        plan.place_numbers,
         P=plan.planes,
         **_cut(plan, site, shape, overlap=overlap),
     )
@@ -259,6 +270,7 @@ def launch_expand(
         site * arena.directory.stride(1),
         plan.place_slots,
         plan.place_counts,
+        plan.place_numbers,
         plan.place_tokens,
         y,
         y.stride(0),

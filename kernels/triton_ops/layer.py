@@ -85,6 +85,7 @@ def sum_delta(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     USE_PTX: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> tl.tensor:
@@ -105,7 +106,7 @@ def sum_delta(
             record_ptr = entry_ptr + EXPAND_RECORDS + number * (MAX_OUTPUTS * RECORD_INTS)
             fields = load_record(record_ptr)
             block = row_in_part // ROWS
-            lane, wk, first_block = place_threads(block, R, WK, WR)
+            lane, wk, first_block, _ = place_threads(block, 1, R, WK, WR)
             started = ()
             if IS_PLAIN:
                 started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
@@ -128,7 +129,7 @@ def sum_delta(
             total = sum_part(
                 started, fields, record_ptr, n_records, own_sums_ptr, n_own, slab, block,
                 first_block, source_ptr, wk, lane, SUMS, IS_PLAIN, HAS_FACTORS,
-                R, P, WK, WR, U, X_AHEAD, USE_PTX,
+                R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
             )  # fmt: skip
             delta = total * worth
     return delta
@@ -206,6 +207,7 @@ def layer_kernel(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -230,10 +232,10 @@ def layer_kernel(
             if slot >= 0:
                 entry_ptr = directory_ptr + slot.to(tl.int64) * slot_stride + site_offset
                 shrink_rows(
-                    program + n_shrink, 0, slot, planes_ptr, 0, step_ptr, norm_ptr, sums_ptr,
+                    program + n_shrink, 0, 1, slot, planes_ptr, 0, step_ptr, norm_ptr, sums_ptr,
                     n_inputs, hidden_ptr.to(tl.pointer_type(tl.int32)), 0, hidden_sums_ptr,
                     table_ptr, entry_ptr, P, SUMS, IS_PLAIN, SHRINKS, WK * WR, 1, U, X_AHEAD,
-                    1, 1, USE_PTX, OVERLAP,
+                    NARROW, 1, 1, USE_PTX, OVERLAP,
                 )  # fmt: skip
             # Arrivals are those of this launch once the launches before have ended.
             if OVERLAP:
@@ -247,12 +249,12 @@ def layer_kernel(
                 first_row, planes_ptr, step_ptr, norm_ptr, sums_ptr, n_inputs, hidden_ptr,
                 hidden_sums_ptr, table_ptr, directory_ptr, slot_stride, site_offset,
                 slot_ptr, shrunk_ptr, n_shrink, P, SUMS, IS_PLAIN, HAS_DIRECT, HAS_FACTORS,
-                SHRINKS, R, WK, WR, U, X_AHEAD, USE_PTX, OVERLAP,
+                SHRINKS, R, WK, WR, U, X_AHEAD, NARROW, USE_PTX, OVERLAP,
             )  # fmt: skip
             # A part without a delta has waited for nothing yet.
             if OVERLAP:
                 gdc_wait()
-            tl.store(term_ptr + first_row + row_of_share(0, R, WR), delta)
+            tl.store(term_ptr + first_row + row_of_share(0, 1, R, WR), delta)
             tl.debug_barrier()
             at = arrival_ptr + program - n_before
             arrived = tl.atomic_or(at, HAS_DELTA, sem="acq_rel")

@@ -10,14 +10,17 @@ lost. With c_p the bits that the codes and bit p of x have in common, twice the 
 import triton
 import triton.language as tl
 
+from kernels import fragments
 from kernels.triton_ops.bits import (
     deal_rows,
-    load_two,
+    load_four,
     multiply_pair,
     multiply_plainly,
     read_fourth,
 )
 from kernels.triton_ops.items import replace_items
+
+MOST_AHEAD = tl.constexpr(fragments.MOST_AHEAD)
 
 
 @triton.constexpr_function
@@ -26,39 +29,37 @@ def words_of_pair(n_planes):
     return (8 * n_planes + 8) * 4
 
 
+@triton.constexpr_function
+def words_of_operand(use_ptx):
+    """Words of `load_four`."""
+    return 4 if use_ptx else 2
+
+
 @triton.jit
-def load_codes(
-    at,
-    left,
-    COUNT: tl.constexpr,
-    R: tl.constexpr,
-    ALL_EXIST: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """Words of COUNT pairs of steps of R row blocks.
+def load_codes(at, COUNT: tl.constexpr, R: tl.constexpr, USE_PTX: tl.constexpr):
+    """Words of COUNT pairs of steps of R row blocks, whether they exist or not.
 
     Args:
         at: R int64 pointers [threads], this lane's first two words.
-        left: int32 [threads], pairs that exist from there on.
-        COUNT: Same.
+        COUNT: At most fragments.MOST_AHEAD: slabs go on for so many pairs.
         R: Row blocks.
-        ALL_EXIST: `left` is not asked.
-        USE_PTX: Of `load_two`.
+        USE_PTX: Of `load_four`.
 
     Returns:
-        2 R COUNT int64 [threads]: two for a pair and block. Those that do not exist are any words:
+        Of `load_four`, for each pair and block in turn. Those that do not exist are any words:
         their source is 0.
     """
+    tl.static_assert(COUNT <= MOST_AHEAD)
     words = ()
     for u in tl.static_range(COUNT):
         for r in tl.static_range(R):
-            words += load_two(at[r] + 64 * u, left, u, ALL_EXIST, USE_PTX)
+            words += load_four(at[r] + 64 * u, USE_PTX)
     return words
 
 
 @triton.jit
 def load_planes(
-    sources,
+    source_at,
     offset,
     left,
     FIRST: tl.constexpr,
@@ -66,10 +67,10 @@ def load_planes(
     P: tl.constexpr,
     ALL_EXIST: tl.constexpr,
 ):
-    """Bits of tokens for COUNT pairs from the FIRST one on, those of a pair together.
+    """Bits of a token for COUNT pairs from the FIRST one on, those of a pair together.
 
     Args:
-        sources: int64 pointers [threads] of each token, this lane's word of the first byte.
+        source_at: int64 pointers [threads], this lane's word of the first byte.
         offset: Words from there on.
         left: int32 [threads], pairs that exist from there on.
         FIRST: Same.
@@ -78,18 +79,16 @@ def load_planes(
         ALL_EXIST: `left` is not asked.
 
     Returns:
-        COUNT x tokens x P int64 [threads].
+        COUNT x P int64 [threads].
     """
     planes = ()
     for u in tl.static_range(FIRST, FIRST + COUNT):
-        for token in tl.static_range(len(sources)):
-            at = sources[token] + offset
-            for byte in tl.static_range(P):
-                place = at + u * words_of_pair(P) + 32 * byte
-                if ALL_EXIST:
-                    planes += (tl.load(place),)
-                else:
-                    planes += (tl.load(place, mask=left > u, other=0),)
+        for byte in tl.static_range(P):
+            place = source_at + offset + u * words_of_pair(P) + 32 * byte
+            if ALL_EXIST:
+                planes += (tl.load(place),)
+            else:
+                planes += (tl.load(place, mask=left > u, other=0),)
     return planes
 
 
@@ -99,8 +98,8 @@ def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PT
 
     Args:
         acc: int32 [threads], 4 (R + HAS_ONES) for each byte.
-        words: 2 R int64 [threads] of `load_codes`.
-        planes: int64 [threads] of `load_planes`, one for each byte of each token.
+        words: Of `load_codes`, of one pair.
+        planes: int64 [threads] of `load_planes`, one for each byte.
         R: Row blocks.
         HAS_ONES: Same.
         USE_PTX: `multiply_pair`; without it `multiply_plainly`.
@@ -108,28 +107,19 @@ def add_pair(acc, words, planes, R: tl.constexpr, HAS_ONES: tl.constexpr, USE_PT
     Returns:
         acc.
     """
-    if not USE_PTX:
-        # Four bytes are multiplied at once: of those that do not exist nothing is added.
-        fours = planes + (tl.zeros_like(planes[0]),) * (-len(planes) % 4)
+    # Four bytes are multiplied at once: of those that do not exist nothing is added.
+    fours = planes if USE_PTX else planes + (tl.zeros_like(planes[0]),) * (4 - len(planes))
+    W: tl.constexpr = words_of_operand(USE_PTX)
     for r in tl.static_range(R + HAS_ONES):
         if r < R:
-            first, second = words[2 * r], words[2 * r + 1]
+            a = words[W * r : W * (r + 1)]
         else:
-            first = tl.full(planes[0].shape, -1, dtype=tl.int64)
-            second = first
-        found = ()
+            a = (tl.full(words[0].shape, -1, dtype=words[0].dtype),) * W
         if not USE_PTX:
-            for n in tl.static_range(0, len(fours), 4):
-                found += multiply_plainly(first, second, fours[n : n + 4])
+            found = multiply_plainly(a[0], a[1], fours)
         for n in tl.static_range(len(planes)):
             c = acc[4 * (n * (R + HAS_ONES) + r) : 4 * (n * (R + HAS_ONES) + r + 1)]
             if USE_PTX:
-                a = (
-                    first.to(tl.int32),
-                    (first >> 32).to(tl.int32),
-                    second.to(tl.int32),
-                    (second >> 32).to(tl.int32),
-                )
                 d = multiply_pair(a, planes[n].to(tl.int32), (planes[n] >> 32).to(tl.int32), c)
             else:
                 own = found[4 * n : 4 * n + 4]
@@ -172,49 +162,79 @@ def join_bits(acc, lane, R: tl.constexpr, P: tl.constexpr, USE_PTX: tl.constexpr
 
 
 @triton.jit
-def join_rows(acc, lane, R: tl.constexpr, P: tl.constexpr, USE_PTX: tl.constexpr):
-    """Whole numbers of the sums of single bits, as `join_bits`, those of rows dealt to the lanes.
+def join_rows(
+    acc, lane, R: tl.constexpr, P: tl.constexpr, NARROW: tl.constexpr, USE_PTX: tl.constexpr
+):
+    """Whole numbers of the sums of single bits, those of rows dealt to the lanes.
 
-    A row's bits of a byte are summed before its bytes are joined, in 32 bits: of fewer than 2^23
-    codes, readings counted, no sum is larger.
+    A row's bits are summed over its lanes before they are joined, in 32 bits: two bytes at once of
+    at most 2^16 codes, readings counted, one by one of fewer than 2^23.
 
     Args:
         acc: Of `add_pair`, without ones.
         lane: int32 [threads], 0..31.
         R: Row blocks.
         P: Bytes of a number.
+        NARROW: Whether there are at most 2^16 codes.
         USE_PTX: Of `deal_rows`.
 
     Returns:
         int64 [threads], rows as of `deal_rows`.
     """
     place = lane % 4
-    weight = 1 << 2 * place
-    twice = 2 * weight
-    highest = ()
-    for i in tl.static_range(2 * R):
-        highest += (read_fourth(acc[(P - 1) * R * 4 + 2 * i + 1], lane, USE_PTX),)
+    # The highest bit counts below 0.
+    highest = tl.where(place == 3, -2, 2)  # noqa: PLR2004 the last of four
+    TOGETHER: tl.constexpr = 2 if NARROW else 1
     total = tl.zeros_like(lane).to(tl.int64)
-    for byte in tl.static_range(P):
+    for lowest in tl.static_range(0, P, TOGETHER):
         shares = ()
         for i in tl.static_range(2 * R):
-            share = acc[byte * R * 4 + 2 * i] * weight
-            share += acc[byte * R * 4 + 2 * i + 1] * twice
-            # The highest bit itself counts once below 0.
-            taken = 3 * weight + (place == 0).to(tl.int32) if byte == 0 else 3 * weight
-            shares += (share - highest[i] * taken,)
-        total += deal_rows(shares, lane, R, USE_PTX).to(tl.int64) * (1 << 8 * byte)
+            share = tl.zeros_like(lane)
+            for byte in tl.static_range(lowest, min(lowest + TOGETHER, P)):
+                first = acc[byte * R * 4 + 2 * i]
+                second = acc[byte * R * 4 + 2 * i + 1]
+                own = first + second * (highest if byte == P - 1 else 2)
+                share += own << 8 * (byte - lowest)
+            shares += (share << 2 * place,)
+        dealt = deal_rows(shares, lane, R, USE_PTX)
+        if lowest + TOGETHER < P:
+            dealt = dealt.to(tl.uint32, bitcast=True)
+        total += dealt.to(tl.int64) << 8 * lowest
     return total
+
+
+@triton.jit
+def add_round(
+    acc,
+    ahead,
+    planes,
+    source_at,
+    offset,
+    left,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    U: tl.constexpr,
+    X_AHEAD: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """`add_pair` for the U pairs of a round; without X_AHEAD their activations are loaded here."""
+    W: tl.constexpr = words_of_operand(USE_PTX) * R
+    for u in tl.static_range(U):
+        if X_AHEAD:
+            own = planes[u * P : (u + 1) * P]
+        else:
+            own = load_planes(source_at, offset, left, u, 1, P, False)
+        acc = add_pair(acc, ahead[W * u : W * (u + 1)], own, R, False, USE_PTX)
+    return acc
 
 
 @triton.jit
 def multiply_columns(
     begun,
-    codes_at,
     following,
     readings,
     n_steps,
-    sources,
+    source_at,
     wk,
     lane,
     R: tl.constexpr,
@@ -222,20 +242,21 @@ def multiply_columns(
     WK: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     HAS_FOLLOWING: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """Products of R blocks of 16 rows and tokens, this warp's share of the pairs of steps.
+    """Products of R blocks of 16 rows and a token, this warp's share of the pairs of steps.
 
     Args:
-        begun: Of `load_codes` and, with X_AHEAD, of `load_planes` at this warp's first pair: loads
-            that were started before others.
-        codes_at: R int64 pointers [threads], this lane's words of the first pair of all.
-        following: With HAS_FOLLOWING those of the rows that come after these, and whether any do:
-            their first loads are started with the last products of these.
+        begun: R int64 pointers [threads], this lane's words of the first pair of all; and loads
+            that were started before others: of `load_codes` and, with X_AHEAD, of `load_planes` at
+            this warp's first pair.
+        following: With HAS_FOLLOWING pointers to the rows whose first loads are started with the
+            last products of these.
         readings: How often the source is read, each time one bit further on.
         n_steps: Steps of a reading.
-        sources: int64 pointers [threads] of each token, this lane's word of its first pair.
+        source_at: int64 pointers [threads], this lane's word of the token's first pair.
         wk: int32 [threads], which of the WK shares is this warp's.
         lane: int32 [threads], 0..31.
         R: Row blocks of a warp.
@@ -243,63 +264,52 @@ def multiply_columns(
         WK: Warps that share the pairs.
         U: Pairs of a round; their loads are under way during the round before.
         X_AHEAD: Whether their activations are loaded ahead too.
+        NARROW: Of `join_rows`.
         HAS_FOLLOWING: Same.
         USE_PTX: Of `add_pair`.
 
     Returns:
-        Of `join_rows` for each token, and `begun` of the rows that follow.
+        Of `join_rows`, and `begun` of the rows that follow.
     """
     n_pairs = (n_steps + 1) // 2
     n_rounds = (n_pairs + WK * U - 1) // (WK * U)
-    # Bytes of all tokens.
-    N: tl.constexpr = P * len(sources)
-    acc = (tl.zeros_like(lane),) * (N * R * 4)
+    # What the last round would load is what comes first in rows that follow, or nothing.
+    N_APART: tl.constexpr = 0 if HAS_FOLLOWING else 1
+    acc = (tl.zeros_like(lane),) * (P * R * 4)
     reading = 0
     number = 0
     first = wk * U
-    ahead, planes = begun
-    for _ in range(readings * n_rounds):
+    codes_at, ahead, planes = begun
+    for _ in range(readings * n_rounds - N_APART):
         offset = first * words_of_pair(P) + reading * 4
-        left = n_pairs - first
+        acc = add_round(
+            acc, ahead, planes, source_at, offset, n_pairs - first, R, P, U, X_AHEAD, USE_PTX
+        )
         number += 1
         if number == n_rounds:
             number = 0
             reading += 1
         first = (number * WK + wk) * U
+        at = tl.minimum(first, n_pairs)
         is_over = reading == readings
         next_at = ()
         for r in tl.static_range(R):
-            next_at += (codes_at[r] + (reading * n_steps + 2 * first) * 32,)
-        if HAS_FOLLOWING:
-            places, exist = following
-            goes_on = (is_over == 0) | (exist != 0)
-            rows_at = next_at
-            next_at = ()
-            for r in tl.static_range(R):
-                next_at += (tl.where(is_over, places[r] + 64 * first, rows_at[r]),)
-        else:
-            goes_on = is_over == 0
-        next_left = n_pairs - first
-        next_offset = first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
-        for u in tl.static_range(U):
-            words = ahead[2 * R * u : 2 * R * (u + 1)]
-            if X_AHEAD:
-                own = planes[u * N : (u + 1) * N]
+            own_at = codes_at[r] + (reading * n_steps + 2 * at) * 32
+            if HAS_FOLLOWING:
+                own_at = tl.where(is_over, following[r] + 64 * at, own_at)
+            next_at += (own_at,)
+        ahead = load_codes(next_at, U, R, USE_PTX)
+        if X_AHEAD:
+            offset = first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
+            # Loads that are asked one by one whether they exist take twice the instructions.
+            if (number + 1) * (WK * U) <= n_pairs:
+                planes = load_planes(source_at, offset, n_pairs - first, 0, U, P, True)
             else:
-                own = load_planes(sources, offset, left, u, 1, P, False)
-            acc = add_pair(acc, words, own, R, False, USE_PTX)
-        # Loads that are asked one by one whether they exist take twice the instructions.
-        is_whole = (number + 1) * (WK * U) <= n_pairs
-        if goes_on & is_whole:
-            ahead = load_codes(next_at, next_left, U, R, True, USE_PTX)
-            if X_AHEAD:
-                planes = load_planes(sources, next_offset, next_left, 0, U, P, True)
-        elif goes_on:
-            ahead = load_codes(next_at, next_left, U, R, False, USE_PTX)
-            if X_AHEAD:
-                planes = load_planes(sources, next_offset, next_left, 0, U, P, False)
-    totals = ()
-    for token in tl.static_range(len(sources)):
-        own = acc[token * P * R * 4 : (token + 1) * P * R * 4]
-        totals += (join_rows(own, lane, R, P, USE_PTX),)
-    return totals, (ahead, planes)
+                planes = load_planes(source_at, offset, n_pairs - first, 0, U, P, False)
+    if N_APART > 0:
+        offset = first * words_of_pair(P) + reading * 4
+        acc = add_round(
+            acc, ahead, planes, source_at, offset, n_pairs - first, R, P, U, X_AHEAD, USE_PTX
+        )
+    next_at = following if HAS_FOLLOWING else codes_at
+    return join_rows(acc, lane, R, P, NARROW, USE_PTX), (next_at, ahead, planes)

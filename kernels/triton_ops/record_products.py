@@ -15,6 +15,7 @@ from kernels.triton_ops.records import (
     load_sums,
     locate_codes,
     locate_source,
+    split_warps,
     start_record,
 )
 from kernels.triton_ops.tiles import multiply_tiles
@@ -22,18 +23,23 @@ from kernels.triton_ops.tiles import multiply_tiles
 
 @triton.jit
 def count_read(shares, readings):
-    """Sum of all numbers that were read, int64: each reading has half of those before."""
+    """Sum of all numbers that were read, int64: each reading has half of those before.
+
+    Args:
+        shares: Of `load_sums`.
+        readings: How often the source is read.
+
+    Returns:
+        A number; of [warps, SUMS] shares [32 warps], the same for all lanes of a warp.
+    """
     most = (1 << readings).to(tl.int64) - 1
-    return (tl.sum(shares, axis=0) * most) >> (readings - 1).to(tl.int64)
-
-
-@triton.jit
-def count_all(shares, fields):
-    """`count_read` for the record of each token's shares."""
-    counts = ()
-    for token in tl.static_range(len(shares)):
-        counts += (count_read(shares[token], fields[0]),)
-    return counts
+    WARPS: tl.constexpr = shares.shape[0] if len(shares.shape) > 1 else 0
+    if WARPS > 0:
+        whole = tl.sum(shares, axis=1)[:, None] + tl.zeros((WARPS, 32), dtype=tl.int64)
+        total = tl.reshape(whole, (32 * WARPS,))
+    else:
+        total = tl.sum(shares, axis=0)
+    return (total * most) >> (readings - 1).to(tl.int64)
 
 
 @triton.jit
@@ -56,13 +62,20 @@ def add_shares(totals, WK: tl.constexpr, WR: tl.constexpr):
 
 
 @triton.jit
-def row_of_share(block, R: tl.constexpr, WR: tl.constexpr):
-    """Row numbers of `add_shares`, int32 [32 WR], for the block's number in its band.
+def row_of_share(block, count, R: tl.constexpr, WR: tl.constexpr):
+    """Row numbers of `add_shares`, int32 [32 WR].
 
     With R = 1 every other lane has the row of the one before it.
+
+    Args:
+        block: Number of the block in its band.
+        count: Of `split_warps`.
+        R: Row blocks of a warp.
+        WR: Of `split_warps`.
     """
     lane = tl.arange(0, 32 * WR)
-    row = (block * WR + lane // 32) * 16 * R + lane % 32 // 4
+    _, own = split_warps(lane // 32, count, WR)
+    row = (block * (WR // count) + own) * 16 * R + lane % 32 // 4
     if R == 1:
         row += lane // 2 % 2 * 8
     else:
@@ -96,6 +109,7 @@ def finish_record(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Twice the products of a record and a token, over its bound, where records differ in kind.
@@ -114,6 +128,7 @@ def finish_record(
         WR: Warps that share no steps.
         U: Same.
         X_AHEAD: Same.
+        NARROW: Same.
         USE_PTX: Same.
 
     Returns:
@@ -135,7 +150,7 @@ def finish_record(
         started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
         found = finish_plain(
             started, fields, sums, slab, first_block, source_at, wk, lane,
-            R, P, WK, WR, U, X_AHEAD, USE_PTX,
+            R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
         )  # fmt: skip
     return found
 
@@ -156,18 +171,19 @@ def finish_plain(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """`finish_record` of one without scales for tiles.
 
     `started` is of `start_record`, source_at that of `multiply_columns`.
     """
-    begun = begin_products(started, fields, (source_at,), wk, P, U, X_AHEAD)
+    begun = begin_products(started, fields, source_at, wk, P, U, X_AHEAD)
     products, _ = finish_turn(
-        begun, 0, 1, fields, (sums,), slab, first_block, (source_at,), wk, lane,
-        R, P, WK, WR, U, X_AHEAD, False, USE_PTX,
+        begun, 0, 1, fields, sums, slab, first_block, R * WR, source_at, wk, lane,
+        R, P, WK, WR, U, X_AHEAD, NARROW, False, USE_PTX,
     )  # fmt: skip
-    return products[0]
+    return products
 
 
 @triton.jit
@@ -179,7 +195,8 @@ def finish_turn(
     sums,
     slab,
     first_block,
-    sources,
+    width,
+    source_at,
     wk,
     lane,
     R: tl.constexpr,
@@ -188,20 +205,22 @@ def finish_turn(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     HAS_FOLLOWING: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
-    """`finish_record` for tokens, of one of the blocks that a program multiplies after each other.
+    """`finish_record` of one of the blocks of rows that a program multiplies after each other.
 
     Args:
         begun: Of `begin_products`, or what the turn before returned.
         turn: Number of the block.
         n_turns: Of them; the loads of the next start with the last products of this.
         fields: Of `load_record`, and all others of `finish_record`; no scales for tiles.
-        sums: Of `load_sums`, of each token; with HAS_FOLLOWING of `count_read`.
+        sums: Of `load_sums`; with HAS_FOLLOWING of `count_read`.
         slab: Same.
         first_block: Of the first turn.
-        sources: Of `multiply_columns`.
+        width: Row blocks from one turn to the next.
+        source_at: Of `multiply_columns`.
         wk: Same.
         lane: Same.
         R: Same.
@@ -210,30 +229,26 @@ def finish_turn(
         WR: Same.
         U: Same.
         X_AHEAD: Same.
+        NARROW: Same.
         HAS_FOLLOWING: Whether there is more than one turn.
         USE_PTX: Same.
 
     Returns:
-        fp32 [32 WR] of `add_shares` for each token, and `begun` of the next turn.
+        fp32 [32 WR] of `add_shares`, and `begun` of the next turn.
     """
-    own_block = first_block + turn * (R * WR)
-    codes_at = locate_codes(fields, slab, own_block, lane, R)
     following = ()
     if HAS_FOLLOWING:
-        next_at = locate_codes(fields, slab, own_block + R * WR, lane, R)
-        following = (next_at, (turn + 1 < n_turns).to(tl.int32))
-    totals, begun = multiply_columns(
-        begun, codes_at, following, fields[0], fields[4], sources, wk, lane,
-        R, P, WK, U, X_AHEAD, HAS_FOLLOWING, USE_PTX,
+        # After the last turn its own once more, which are near; nothing reads them.
+        following_turn = tl.minimum(turn + 1, n_turns - 1)
+        following = locate_codes(fields, slab, first_block + following_turn * width, lane, R)
+    total, begun = multiply_columns(
+        begun, following, fields[0], fields[4], source_at, wk, lane,
+        R, P, WK, U, X_AHEAD, NARROW, HAS_FOLLOWING, USE_PTX,
     )  # fmt: skip
-    products = ()
-    for token in tl.static_range(len(sources)):
-        # One sum for all turns; where there is one turn, it is taken while nothing waits for it.
-        count = sums[token] if HAS_FOLLOWING else count_read(sums[token], fields[0])
-        twice = 2 * add_shares(totals[token], WK, WR)
-        # Of codes around 0, not of whole ones.
-        products += ((twice - count).to(tl.float32),)
-    return products, begun
+    # One sum for all turns; where there is one turn, it is taken while nothing waits for it.
+    count = sums if HAS_FOLLOWING else count_read(sums, fields[0])
+    # Of codes around 0, not of whole ones.
+    return (2 * add_shares(total, WK, WR) - count).to(tl.float32), begun
 
 
 @triton.jit
@@ -259,6 +274,7 @@ def sum_part(
     WR: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
+    NARROW: tl.constexpr,
     USE_PTX: tl.constexpr,
 ):
     """Twice the outputs of a part for a token, fp32 [32 WR].
@@ -285,15 +301,17 @@ def sum_part(
         WR: Same.
         U: Same.
         X_AHEAD: Same.
+        NARROW: Same.
         USE_PTX: Same.
     """
+    row = row_of_share(block, 1, R, WR)
     if IS_PLAIN:
         shares = load_sums(sums_ptr, n_inputs, first, SUMS)
         products = finish_plain(
             started, first, shares, slab, first_block, locate_source(first, source_ptr, lane, P),
-            wk, lane, R, P, WK, WR, U, X_AHEAD, USE_PTX,
+            wk, lane, R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
         )  # fmt: skip
-        sums = scale_shares(products, first, slab, block, HAS_FACTORS, R, WR)
+        sums = scale_shares(products, first, slab, row, HAS_FACTORS)
     else:
         sums = tl.zeros((32 * WR,), dtype=tl.float32)
         for number in range(n_records):
@@ -301,21 +319,18 @@ def sum_part(
             shares = load_sums(sums_ptr, n_inputs, fields, SUMS)
             products = finish_record(
                 fields, shares, slab, first_block, source_ptr, wk, lane,
-                R, P, WK, WR, U, X_AHEAD, USE_PTX,
+                R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
             )  # fmt: skip
-            sums += scale_shares(products, fields, slab, block, HAS_FACTORS, R, WR)
+            sums += scale_shares(products, fields, slab, row, HAS_FACTORS)
     return sums
 
 
 @triton.jit
-def scale_shares(
-    products, fields, slab, block, HAS_FACTORS: tl.constexpr, R: tl.constexpr, WR: tl.constexpr
-):
-    """`products` of `finish_record` times the record's bound, and its factors if it has any."""
+def scale_shares(products, fields, slab, row, HAS_FACTORS: tl.constexpr):
+    """`products` of `finish_record` times the record's bound, and its rows' factors if any."""
     scaled = products * load_bound(fields)
     if HAS_FACTORS:
         factors_ptr = load_pointer(slab, fields[5], tl.float32)
-        row = row_of_share(block, R, WR)
         mask = mask_if(row < fields[2], fields[5] > 0)
         scaled *= tl.load(factors_ptr + row, mask=mask, other=1.0)
     return scaled

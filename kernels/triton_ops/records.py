@@ -18,46 +18,106 @@ UNIT_BYTES = tl.constexpr(fragments.UNIT_BYTES)
 
 
 @triton.jit
-def find_block(sizes_ptr, block, ROWS: tl.constexpr):
-    """Which entry of a list of row counts a block of ROWS rows falls into.
+def find_block(sizes_ptr, block, count, ROWS: tl.constexpr):
+    """Which entry of a list of row counts a block of ROWS / count rows falls into.
 
     Args:
         sizes_ptr: int32 [32], rows of each entry, 0 beyond the last.
         block: Number of the block over all entries.
-        ROWS: Rows of a block.
+        count: A divisor of ROWS.
+        ROWS: Rows of `count` blocks.
 
     Returns:
         Number of the entry, 32 beyond the last, and the block's number within it.
     """
     entry = tl.arange(0, MAX_RECORDS)
-    blocks = (tl.load(sizes_ptr + entry) + ROWS - 1) // ROWS
+    blocks = (tl.load(sizes_ptr + entry) * count + ROWS - 1) // ROWS
     end = tl.cumsum(blocks, axis=0)
     before = end <= block
     return tl.sum(before.to(tl.int32), axis=0), block - tl.max(tl.where(before, end, 0), axis=0)
 
 
 @triton.jit
-def place_threads(block, R: tl.constexpr, WK: tl.constexpr, WR: tl.constexpr):
-    """Lane of each thread, which of WK shares is its warp's, and the warp's first row block.
+def split_warps(number, count, WR: tl.constexpr):
+    """Whose rows a warp multiplies, where WR warps are those of `count` tokens.
 
     Args:
-        block: Number of the program's first block of 16 R WR rows.
+        number: int32, of the warp.
+        count: Tokens, a divisor of WR.
+        WR: Same.
+
+    Returns:
+        Number of the token, and of the warp among those of the token.
+    """
+    token = number * count // WR
+    return token, number - token * (WR // count)
+
+
+@triton.jit
+def place_threads(block, count, R: tl.constexpr, WK: tl.constexpr, WR: tl.constexpr):
+    """What each thread multiplies.
+
+    Args:
+        block: Number of the program's first block of rows: of 16 R WR, shared by its tokens.
+        count: Tokens of the program.
         R: Row blocks of a warp.
         WK: Warps that share steps.
         WR: Warps that do not.
 
     Returns:
-        Three int32 [threads].
+        Four int32 [threads]: its lane, which of WK shares is its warp's, the warp's first row
+        block, and its token.
     """
     thread = tl.arange(0, 32 * WK * WR)
     warp = thread // 32
-    return thread % 32, warp % WK, (block * WR + warp // WK) * R
+    token, own = split_warps(warp // WK, count, WR)
+    return thread % 32, warp % WK, (block * (WR // count) + own) * R, token
 
 
 @triton.jit
-def count_turns(fields, own, R: tl.constexpr, WR: tl.constexpr, TURNS: tl.constexpr):
-    """Blocks of 16 R WR rows that a record has for its program `own`, at most TURNS."""
-    blocks = (fields[3] + R * WR - 1) // (R * WR)
+def load_group(count_ptr, number_ptr, TOKENS: tl.constexpr):
+    """Tokens that the programs of a place multiply, at most TOKENS, and the place's number there.
+
+    Args:
+        count_ptr: int32, tokens that stand together, a power of two.
+        number_ptr: int32, number of the place among them.
+        TOKENS: A power of two.
+    """
+    count = 1
+    number = 0
+    if TOKENS > 1:
+        count = tl.minimum(tl.load(count_ptr), TOKENS)
+        number = tl.load(number_ptr) & (count - 1)
+    return count, number
+
+
+@triton.jit
+def place_tokens(place, count, WR: tl.constexpr, TOKENS: tl.constexpr):
+    """Places of a program's tokens as `add_shares` has them, and as `load_sums` takes them.
+
+    Args:
+        place: Of the program's first token.
+        count: Of `split_warps`.
+        WR: Same.
+        TOKENS: Most tokens of a program.
+
+    Returns:
+        The place twice if there is only one, else int64 [32 WR] and [WR, 1].
+    """
+    at = place
+    sums_at = place
+    if TOKENS > 1:
+        token, _ = split_warps(tl.arange(0, 32 * WR) // 32, count, WR)
+        at = place + token
+        token, _ = split_warps(tl.arange(0, WR), count, WR)
+        sums_at = (place + token)[:, None]
+    return at, sums_at
+
+
+@triton.jit
+def count_turns(fields, own, width, TURNS: tl.constexpr):
+    """Blocks of 16 x width rows that a record has for its program `own`, at most TURNS."""
+    blocks = (fields[3] + width - 1) // width
     return tl.minimum(blocks - own * TURNS, TURNS)
 
 
@@ -103,17 +163,19 @@ def locate_codes(fields, slab, first_block, lane, R: tl.constexpr):
 def start_record(
     fields, slab, first_block, wk, lane, R: tl.constexpr, U: tl.constexpr, USE_PTX: tl.constexpr
 ):
-    """Start the first loads of a record's codes: those of `multiply_columns`'s `begun`.
+    """Start the first loads of a record's codes: what `multiply_columns` takes as `begun`.
 
     Arguments are those of `finish_record`.
+
+    Returns:
+        Of `locate_codes`, and of `load_codes`.
     """
     at = locate_codes(fields, slab, first_block, lane, R)
-    first = wk * U
+    first = tl.minimum(wk * U, (fields[4] + 1) // 2)
     places = ()
     for r in tl.static_range(R):
         places += (at[r] + 64 * first,)
-    left = tl.where(fields[0] > 0, (fields[4] + 1) // 2 - first, 0)
-    return load_codes(places, left, U, R, False, USE_PTX)
+    return at, load_codes(places, U, R, USE_PTX)
 
 
 @triton.jit
@@ -124,29 +186,30 @@ def locate_source(fields, source_ptr, lane, P: tl.constexpr):
 
 @triton.jit
 def begin_products(
-    ahead,
+    started,
     fields,
-    sources,
+    source_at,
     wk,
     P: tl.constexpr,
     U: tl.constexpr,
     X_AHEAD: tl.constexpr,
 ):
-    """`begun` of `multiply_columns`: `ahead` of `start_record`, and activations if they are too."""
+    """`begun` of `multiply_columns`: of `start_record`, and activations if they are ahead too."""
+    at, ahead = started
     planes = ()
     if X_AHEAD:
         first = wk * U
         left = (fields[4] + 1) // 2 - first
-        planes = load_planes(sources, first * words_of_pair(P), left, 0, U, P, False)
-    return ahead, planes
+        planes = load_planes(source_at, first * words_of_pair(P), left, 0, U, P, False)
+    return at, ahead, planes
 
 
 @triton.jit
 def load_sums(sums_ptr, n_inputs, fields, SUMS: tl.constexpr):
-    """What a record's source sums up to, in shares, int64 [SUMS].
+    """What a record's source sums up to, in shares, int64 [SUMS] or [warps, SUMS].
 
     Args:
-        sums_ptr: int64, those of the token.
+        sums_ptr: int64, those of the token; or [warps, 1], those of each warp's.
         n_inputs: Shares of an input; 0 where the source are hidden values, a share for each word.
         fields: Of `load_record`.
         SUMS: No fewer than there are.

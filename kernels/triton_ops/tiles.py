@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kernels.triton_ops.bits import split_word
 from kernels.triton_ops.items import replace_items
 from kernels.triton_ops.masks import mask_if
 from kernels.triton_ops.mma import add_pair, join_bits, words_of_pair
@@ -133,7 +134,7 @@ def multiply_tiles(
         words = ()
         for r in tl.static_range(R):
             word = tl.load(codes_at[r] + place // 2 * 64 + place % 2, mask=exists, other=0)
-            words += (word, tl.zeros_like(word))
+            words += split_word(word, USE_PTX)
         step = tl.where(is_read_again, tile, place)
         shift = tl.where(is_read_again, inner, 0)
         planes = load_step(source_at, step, shift, exists, P)

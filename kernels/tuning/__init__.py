@@ -18,7 +18,8 @@ class Shape:
     inputs_ahead: load the activations of those pairs ahead too.
     turns: blocks of rows that a program multiplies after each other, a power of two; the next one's
         loads are under way while it ends the one before.
-    tokens: of a tenant, that a program multiplies its codes with at once, at most two.
+    tokens: of a tenant, at most, that share a program: each has an equal part of the warps along
+        rows, which multiply the same codes at the same time. A power of two.
     tokens_first: the first programs are those of all tokens for the first rows, not those of the
         first token: tokens of a tenant read the same codes at the same time.
     shrinks: a lone token's layer does what `shrink` does, in its first programs.

@@ -109,7 +109,7 @@ def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
     site = replace(SITE, parts=("q",), out_features=(65,))
     delta = draw(replace(BY_VECTOR, wide=(RankBand(2, 33),)), site=site)
     arena, (slot,) = build_arena([delta], site=site)
-    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(9))
+    x = torch.randn(7, 70, generator=torch.Generator().manual_seed(9))
     found = []
     ahead = Shape(blocks=2, along_steps=1, along_rows=1, ahead=2, inputs_ahead=True)
     for shape in (
@@ -118,15 +118,17 @@ def test_how_a_program_is_cut_changes_no_bit(monkeypatch):
         Shape(blocks=1, along_steps=2, along_rows=4, ahead=1),
         # The last program has one block of rows where the others have two.
         replace(ahead, turns=2),
-        Shape(blocks=2, along_steps=2, along_rows=1, ahead=1, turns=8, tokens=2),
-        replace(ahead, tokens=2, tokens_first=True),
+        # Seven tokens are four, two and one.
+        Shape(blocks=2, along_steps=2, along_rows=2, ahead=1, turns=8, tokens=2),
+        Shape(blocks=2, along_steps=1, along_rows=4, ahead=1, tokens=4),
+        replace(ahead, along_rows=4, turns=2, tokens=4, tokens_first=True),
     ):
         monkeypatch.setattr(serving, "shape_for", lambda *_, shape=shape: shape)
-        plan = StepPlan(arena, n_tokens=3)
-        plan.assign([slot] * 3)
+        plan = StepPlan(arena, n_tokens=7)
+        plan.assign([slot] * 7)
         plan.h_planes.fill_(85)
-        found.append(serving.add_delta(torch.zeros(3, 65), x, plan, 0))
-    assert relative(found[0], expected_terms([delta], [0] * 3, x, site)) <= 2e-6
+        found.append(serving.add_delta(torch.zeros(7, 65), x, plan, 0))
+    assert relative(found[0], expected_terms([delta], [0] * 7, x, site)) <= 2e-6
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 

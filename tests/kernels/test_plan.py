@@ -9,8 +9,15 @@ def test_tokens_of_a_slot_stand_together():
     places = place_tokens([3, -1, 0, 3, 0, 3])
     assert places.slots.tolist() == [0, 0, 3, 3, 3, -1]
     assert places.tokens.tolist() == [2, 4, 0, 3, 5, -1]
-    # A program that takes two tokens has a pair of each slot, and the third token alone.
-    assert places.counts.tolist() == [2, 0, 2, 0, 1, 0]
+    # A pair of each slot, and the third token alone.
+    assert places.counts.tolist() == [2, 2, 2, 2, 1, 1]
+    assert places.numbers.tolist() == [0, 1, 0, 1, 0, 0]
+
+
+def test_tokens_stand_together_in_powers_of_two():
+    places = place_tokens([7] * 11 + [8] * 4)
+    assert places.counts.tolist() == [4] * 8 + [2, 2, 1] + [4] * 4
+    assert places.numbers.tolist() == [0, 1, 2, 3] * 2 + [0, 1, 0] + [0, 1, 2, 3]
 
 
 def test_a_batch_of_the_backbone_takes_no_place():
