@@ -72,12 +72,9 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
             for turns in (1, 2, 4)
             for side in (False, True)
         ),
-        _shape(2, 4, 1, 2, x=True, turns=4, side=True, registers=96),
-        *(
-            _shape(2, steps, rows, 4, x=True, turns=turns, tokens=tokens, side=True, registers=128)
-            for steps, rows, tokens in ((2, 2, 2), (4, 2, 2), (1, 4, 4), (2, 4, 4))
-            for turns in (1, 2, 4)
-        ),
+        # Warps along rows, so that tokens of a tenant can share them.
+        _shape(2, 2, 2, 4, x=True, tokens=2, side=True, registers=128),
+        _shape(2, 1, 4, 4, x=True, tokens=4, side=True, registers=128),
     ),
     "expand": (
         _shape(1, 4, 1, 2, x=True),
@@ -92,15 +89,9 @@ CANDIDATES: Final[dict[Stage, tuple[Shape, ...]]] = {
             for turns in (2, 4, 8)
             for side in (False, True)
         ),
-        _shape(2, 1, 4, 2, x=True, turns=8, side=True, registers=96),
-        _shape(2, 1, 4, 2, x=True, turns=8, tokens=4, side=True, registers=96),
         *(
-            _shape(
-                2, 1, 4, ahead, x=True, turns=turns, tokens=tokens, side=True, registers=registers
-            )
+            _shape(2, 1, 4, ahead, x=True, turns=4, tokens=4, side=True, registers=registers)
             for ahead, registers in ((3, 112), (4, 128))
-            for tokens in (2, 4)
-            for turns in (2, 4, 8)
         ),
     ),
     "layer": tuple(

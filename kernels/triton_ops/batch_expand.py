@@ -21,6 +21,7 @@ from kernels.triton_ops.records import (
     MAX_RECORDS,
     PART_INTS,
     RECORD_INTS,
+    ZERO_WORDS,
     begin_products,
     count_turns,
     find_block,
@@ -114,12 +115,12 @@ def expand_rows(
             gdc_wait()
         hidden_worth = tl.load(norm_ptr + at) / largest_number(P)
         worth = 0.5 * tl.where(is_direct, tl.load(step_ptr + at), hidden_worth)
-        source_at = locate_source(fields, source_ptr, lane, P)
+        source = locate_source(fields, source_ptr, planes_ptr - ZERO_WORDS, lane, P)
         sums = 0
         begun = ((), (), ())
         if IS_PLAIN:
             sums = load_sums(own_sums_ptr, n_own, fields, SUMS)
-            begun = begin_products(started, fields, source_at, wk, P, U, X_AHEAD)
+            begun = begin_products(started, fields, source, wk, P, U, X_AHEAD)
             if TURNS > 1:
                 sums = count_read(sums, fields[0])
         for turn in range(n_turns if TURNS > 1 else 1):
@@ -129,15 +130,15 @@ def expand_rows(
             y = tl.load(outputs + row, mask=row < fields[2], other=0.0).to(tl.float32)
             if IS_PLAIN:
                 products, begun = finish_turn(
-                    begun, turn, n_turns, fields, sums, slab, first_block, width, source_at, wk,
+                    begun, turn, n_turns, fields, sums, slab, first_block, width, source, wk,
                     lane, R, P, WK, WR, U, X_AHEAD, NARROW, TURNS > 1, USE_PTX,
                 )  # fmt: skip
                 products = scale_shares(products, fields, slab, row, HAS_FACTORS)
             else:
                 products = sum_part(
                     started, fields, record_ptr, n_records, own_sums_ptr, n_own, slab, block,
-                    first_block, source_ptr, wk, lane, SUMS, False, HAS_FACTORS,
-                    R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
+                    first_block, source_ptr, planes_ptr - ZERO_WORDS, wk, lane, SUMS, False,
+                    HAS_FACTORS, R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
                 )  # fmt: skip
             y += worth * products
             tl.store(outputs + row, y.to(y_ptr.dtype.element_ty), mask=row < fields[2])

@@ -18,6 +18,7 @@ from kernels.triton_ops.records import (
     MAX_RECORDS,
     RECORD_INTS,
     SHRINK_RECORDS,
+    ZERO_WORDS,
     begin_products,
     count_turns,
     find_block,
@@ -148,7 +149,7 @@ def shrink_rows(
         place: Of the first token.
         count: Tokens, a power of two; their warps multiply the same codes at the same time.
         slot: Of their tenant.
-        planes_ptr: int64 [places, planes_stride], the bits of tokens.
+        planes_ptr: int64 [places, planes_stride], the bits of tokens; ZERO_WORDS before are 0.
         planes_stride: Same.
         step_ptr: fp32 [places], what a unit of each token is worth.
         norm_ptr: fp32 [places], the length of each token.
@@ -198,10 +199,10 @@ def shrink_rows(
         unit = unit / load_bound(fields) * largest_number(P) / (1 << target[2] - 1)
         source_ptr = planes_ptr + (place + token) * planes_stride
         sums = load_sums(sums_ptr + sums_at * n_inputs, n_inputs, fields, SUMS)
-        source_at = locate_source(fields, source_ptr, lane, P)
+        source = locate_source(fields, source_ptr, planes_ptr - ZERO_WORDS, lane, P)
         begun = ((), (), ())
         if IS_PLAIN:
-            begun = begin_products(started, fields, source_at, wk, P, U, X_AHEAD)
+            begun = begin_products(started, fields, source, wk, P, U, X_AHEAD)
             if TURNS > 1:
                 sums = count_read(sums, fields[0])
         for turn in range(n_turns if TURNS > 1 else 1):
@@ -210,12 +211,13 @@ def shrink_rows(
             factor = tl.load(factors_ptr + row, mask=row < fields[2], other=0.0)
             if IS_PLAIN:
                 products, begun = finish_turn(
-                    begun, turn, n_turns, fields, sums, slab, first_block, width, source_at, wk,
+                    begun, turn, n_turns, fields, sums, slab, first_block, width, source, wk,
                     lane, R, P, WK, WR, U, X_AHEAD, NARROW, TURNS > 1, USE_PTX,
                 )  # fmt: skip
             else:
                 products = finish_record(
-                    fields, sums, slab, first_block, source_ptr, wk, lane,
+                    fields, sums, slab, first_block, source_ptr, planes_ptr - ZERO_WORDS, wk,
+                    lane,
                     R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
                 )  # fmt: skip
             h = round_to_int(products * factor * unit) << target[2] - 1

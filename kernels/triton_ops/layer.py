@@ -17,6 +17,7 @@ from kernels.triton_ops.records import (
     MAX_OUTPUTS,
     PART_INTS,
     RECORD_INTS,
+    ZERO_WORDS,
     load_record,
     place_threads,
     start_record,
@@ -128,8 +129,8 @@ def sum_delta(
                     worth = 0.5 * tl.load(step_ptr)
             total = sum_part(
                 started, fields, record_ptr, n_records, own_sums_ptr, n_own, slab, block,
-                first_block, source_ptr, wk, lane, SUMS, IS_PLAIN, HAS_FACTORS,
-                R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
+                first_block, source_ptr, planes_ptr - ZERO_WORDS, wk, lane, SUMS, IS_PLAIN,
+                HAS_FACTORS, R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
             )  # fmt: skip
             delta = total * worth
     return delta

@@ -36,12 +36,15 @@ def words_of_operand(use_ptx):
 
 
 @triton.jit
-def load_codes(at, COUNT: tl.constexpr, R: tl.constexpr, USE_PTX: tl.constexpr):
+def load_codes(
+    at, FIRST: tl.constexpr, COUNT: tl.constexpr, R: tl.constexpr, USE_PTX: tl.constexpr
+):
     """Words of COUNT pairs of steps of R row blocks, whether they exist or not.
 
     Args:
         at: R int64 pointers [threads], this lane's first two words.
-        COUNT: At most fragments.MOST_AHEAD: slabs go on for so many pairs.
+        FIRST: The first of the pairs.
+        COUNT: Pairs; with those before no more than fragments.MOST_AHEAD, for which slabs go on.
         R: Row blocks.
         USE_PTX: Of `load_four`.
 
@@ -49,46 +52,36 @@ def load_codes(at, COUNT: tl.constexpr, R: tl.constexpr, USE_PTX: tl.constexpr):
         Of `load_four`, for each pair and block in turn. Those that do not exist are any words:
         their source is 0.
     """
-    tl.static_assert(COUNT <= MOST_AHEAD)
+    tl.static_assert(FIRST + COUNT <= MOST_AHEAD)
     words = ()
-    for u in tl.static_range(COUNT):
+    for u in tl.static_range(FIRST, FIRST + COUNT):
         for r in tl.static_range(R):
             words += load_four(at[r] + 64 * u, USE_PTX)
     return words
 
 
 @triton.jit
-def load_planes(
-    source_at,
-    offset,
-    left,
-    FIRST: tl.constexpr,
-    COUNT: tl.constexpr,
-    P: tl.constexpr,
-    ALL_EXIST: tl.constexpr,
-):
+def load_planes(source, offset, left, FIRST: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr):
     """Bits of a token for COUNT pairs from the FIRST one on, those of a pair together.
 
     Args:
-        source_at: int64 pointers [threads], this lane's word of the first byte.
+        source: int64 pointers [threads], this lane's word of the first byte, and of zeros.
         offset: Words from there on.
-        left: int32 [threads], pairs that exist from there on.
+        left: int32 [threads], pairs that exist from there on; others are zeros.
         FIRST: Same.
         COUNT: Same.
         P: Bytes of a number.
-        ALL_EXIST: `left` is not asked.
 
     Returns:
         COUNT x P int64 [threads].
     """
+    source_at, zeros_at = source
     planes = ()
     for u in tl.static_range(FIRST, FIRST + COUNT):
+        # Zeros are read, not made: a load under a condition takes two instructions more.
+        at = tl.where(left > u, source_at + offset + u * words_of_pair(P), zeros_at)
         for byte in tl.static_range(P):
-            place = source_at + offset + u * words_of_pair(P) + 32 * byte
-            if ALL_EXIST:
-                planes += (tl.load(place),)
-            else:
-                planes += (tl.load(place, mask=left > u, other=0),)
+            planes += (tl.load(at + 32 * byte),)
     return planes
 
 
@@ -204,37 +197,12 @@ def join_rows(
 
 
 @triton.jit
-def add_round(
-    acc,
-    ahead,
-    planes,
-    source_at,
-    offset,
-    left,
-    R: tl.constexpr,
-    P: tl.constexpr,
-    U: tl.constexpr,
-    X_AHEAD: tl.constexpr,
-    USE_PTX: tl.constexpr,
-):
-    """`add_pair` for the U pairs of a round; without X_AHEAD their activations are loaded here."""
-    W: tl.constexpr = words_of_operand(USE_PTX) * R
-    for u in tl.static_range(U):
-        if X_AHEAD:
-            own = planes[u * P : (u + 1) * P]
-        else:
-            own = load_planes(source_at, offset, left, u, 1, P, False)
-        acc = add_pair(acc, ahead[W * u : W * (u + 1)], own, R, False, USE_PTX)
-    return acc
-
-
-@triton.jit
 def multiply_columns(
     begun,
     following,
     readings,
     n_steps,
-    source_at,
+    source,
     wk,
     lane,
     R: tl.constexpr,
@@ -256,13 +224,13 @@ def multiply_columns(
             last products of these.
         readings: How often the source is read, each time one bit further on.
         n_steps: Steps of a reading.
-        source_at: int64 pointers [threads], this lane's word of the token's first pair.
+        source: Of `load_planes`, at the token's first pair.
         wk: int32 [threads], which of the WK shares is this warp's.
         lane: int32 [threads], 0..31.
         R: Row blocks of a warp.
         P: Bytes of a number.
         WK: Warps that share the pairs.
-        U: Pairs of a round; their loads are under way during the round before.
+        U: Pairs of a round; each is loaded once that of the round before is multiplied.
         X_AHEAD: Whether their activations are loaded ahead too.
         NARROW: Of `join_rows`.
         HAS_FOLLOWING: Same.
@@ -275,6 +243,8 @@ def multiply_columns(
     n_rounds = (n_pairs + WK * U - 1) // (WK * U)
     # What the last round would load is what comes first in rows that follow, or nothing.
     N_APART: tl.constexpr = 0 if HAS_FOLLOWING else 1
+    # Words of a pair.
+    W: tl.constexpr = words_of_operand(USE_PTX) * R
     acc = (tl.zeros_like(lane),) * (P * R * 4)
     reading = 0
     number = 0
@@ -282,9 +252,7 @@ def multiply_columns(
     codes_at, ahead, planes = begun
     for _ in range(readings * n_rounds - N_APART):
         offset = first * words_of_pair(P) + reading * 4
-        acc = add_round(
-            acc, ahead, planes, source_at, offset, n_pairs - first, R, P, U, X_AHEAD, USE_PTX
-        )
+        left = n_pairs - first
         number += 1
         if number == n_rounds:
             number = 0
@@ -298,18 +266,25 @@ def multiply_columns(
             if HAS_FOLLOWING:
                 own_at = tl.where(is_over, following[r] + 64 * at, own_at)
             next_at += (own_at,)
-        ahead = load_codes(next_at, U, R, USE_PTX)
+        next_offset = first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
+        next_ahead = ()
+        for u in tl.static_range(U):
+            own = planes[u * P : (u + 1) * P]
+            if not X_AHEAD:
+                own = load_planes(source, offset, left, u, 1, P)
+            acc = add_pair(acc, ahead[W * u : W * (u + 1)], own, R, False, USE_PTX)
+            next_ahead += load_codes(next_at, u, 1, R, USE_PTX)
+        ahead = next_ahead
         if X_AHEAD:
-            offset = first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
-            # Loads that are asked one by one whether they exist take twice the instructions.
-            if (number + 1) * (WK * U) <= n_pairs:
-                planes = load_planes(source_at, offset, n_pairs - first, 0, U, P, True)
-            else:
-                planes = load_planes(source_at, offset, n_pairs - first, 0, U, P, False)
+            # Activations of a lone round are those of all rows.
+            if readings * n_rounds > 1:
+                planes = load_planes(source, next_offset, n_pairs - first, 0, U, P)
     if N_APART > 0:
         offset = first * words_of_pair(P) + reading * 4
-        acc = add_round(
-            acc, ahead, planes, source_at, offset, n_pairs - first, R, P, U, X_AHEAD, USE_PTX
-        )
+        for u in tl.static_range(U):
+            own = planes[u * P : (u + 1) * P]
+            if not X_AHEAD:
+                own = load_planes(source, offset, n_pairs - first, u, 1, P)
+            acc = add_pair(acc, ahead[W * u : W * (u + 1)], own, R, False, USE_PTX)
     next_at = following if HAS_FOLLOWING else codes_at
     return join_rows(acc, lane, R, P, NARROW, USE_PTX), (next_at, ahead, planes)

@@ -101,6 +101,7 @@ def finish_record(
     slab,
     first_block,
     source_ptr,
+    zeros_ptr,
     wk,
     lane,
     R: tl.constexpr,
@@ -119,7 +120,8 @@ def finish_record(
         sums: Of `load_sums`; unread where the record has scales for tiles.
         slab: Address of the tenant's slab.
         first_block: int32 [threads], first row block of this warp.
-        source_ptr: int64, the token's source.
+        source_ptr: Of `locate_source`.
+        zeros_ptr: Same.
         wk: Of `multiply_columns`, and so all that are not named here.
         lane: Same.
         R: Same.
@@ -134,7 +136,7 @@ def finish_record(
     Returns:
         fp32 [32 WR] of `add_shares`.
     """
-    source_at = locate_source(fields, source_ptr, lane, P)
+    source = locate_source(fields, source_ptr, zeros_ptr, lane, P)
     found = tl.zeros((32 * WR,), dtype=tl.float32)
     group = fields[6]
     if group > 0:
@@ -142,14 +144,14 @@ def finish_record(
         group_ptr = load_pointer(slab, group, tl.int32)
         tiles = multiply_tiles(
             codes_at, fields[0], fields[4], fields[9], fields[10], group_ptr,
-            first_block, fields[3], source_at, wk, lane,
+            first_block, fields[3], source[0], wk, lane,
             R, P, WK, USE_PTX,
         )  # fmt: skip
         found = add_shares(deal_rows(tiles, lane, R, USE_PTX), WK, WR)
     else:
         started = start_record(fields, slab, first_block, wk, lane, R, U, USE_PTX)
         found = finish_plain(
-            started, fields, sums, slab, first_block, source_at, wk, lane,
+            started, fields, sums, slab, first_block, source, wk, lane,
             R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
         )  # fmt: skip
     return found
@@ -162,7 +164,7 @@ def finish_plain(
     sums,
     slab,
     first_block,
-    source_at,
+    source,
     wk,
     lane,
     R: tl.constexpr,
@@ -176,11 +178,11 @@ def finish_plain(
 ):
     """`finish_record` of one without scales for tiles.
 
-    `started` is of `start_record`, source_at that of `multiply_columns`.
+    `started` is of `start_record`, source that of `multiply_columns`.
     """
-    begun = begin_products(started, fields, source_at, wk, P, U, X_AHEAD)
+    begun = begin_products(started, fields, source, wk, P, U, X_AHEAD)
     products, _ = finish_turn(
-        begun, 0, 1, fields, sums, slab, first_block, R * WR, source_at, wk, lane,
+        begun, 0, 1, fields, sums, slab, first_block, R * WR, source, wk, lane,
         R, P, WK, WR, U, X_AHEAD, NARROW, False, USE_PTX,
     )  # fmt: skip
     return products
@@ -196,7 +198,7 @@ def finish_turn(
     slab,
     first_block,
     width,
-    source_at,
+    source,
     wk,
     lane,
     R: tl.constexpr,
@@ -220,7 +222,7 @@ def finish_turn(
         slab: Same.
         first_block: Of the first turn.
         width: Row blocks from one turn to the next.
-        source_at: Of `multiply_columns`.
+        source: Of `multiply_columns`.
         wk: Same.
         lane: Same.
         R: Same.
@@ -242,7 +244,7 @@ def finish_turn(
         following_turn = tl.minimum(turn + 1, n_turns - 1)
         following = locate_codes(fields, slab, first_block + following_turn * width, lane, R)
     total, begun = multiply_columns(
-        begun, following, fields[0], fields[4], source_at, wk, lane,
+        begun, following, fields[0], fields[4], source, wk, lane,
         R, P, WK, U, X_AHEAD, NARROW, HAS_FOLLOWING, USE_PTX,
     )  # fmt: skip
     # One sum for all turns; where there is one turn, it is taken while nothing waits for it.
@@ -263,6 +265,7 @@ def sum_part(
     block,
     first_block,
     source_ptr,
+    zeros_ptr,
     wk,
     lane,
     SUMS: tl.constexpr,
@@ -290,6 +293,7 @@ def sum_part(
         block: Number of the program's block of rows in the part.
         first_block: Same.
         source_ptr: Same.
+        zeros_ptr: Same.
         wk: Same.
         lane: Same.
         SUMS: Of `load_sums`.
@@ -308,8 +312,9 @@ def sum_part(
     if IS_PLAIN:
         shares = load_sums(sums_ptr, n_inputs, first, SUMS)
         products = finish_plain(
-            started, first, shares, slab, first_block, locate_source(first, source_ptr, lane, P),
-            wk, lane, R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
+            started, first, shares, slab, first_block,
+            locate_source(first, source_ptr, zeros_ptr, lane, P), wk, lane,
+            R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
         )  # fmt: skip
         sums = scale_shares(products, first, slab, row, HAS_FACTORS)
     else:
@@ -318,7 +323,7 @@ def sum_part(
             fields = load_record(record_ptr + number * RECORD_INTS)
             shares = load_sums(sums_ptr, n_inputs, fields, SUMS)
             products = finish_record(
-                fields, shares, slab, first_block, source_ptr, wk, lane,
+                fields, shares, slab, first_block, source_ptr, zeros_ptr, wk, lane,
                 R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
             )  # fmt: skip
             sums += scale_shares(products, fields, slab, row, HAS_FACTORS)

@@ -15,6 +15,8 @@ EXPAND_SIZES = tl.constexpr(directory.EXPAND_SIZES)
 EXPAND_PARTS = tl.constexpr(directory.EXPAND_PARTS)
 EXPAND_RECORDS = tl.constexpr(directory.EXPAND_RECORDS)
 UNIT_BYTES = tl.constexpr(fragments.UNIT_BYTES)
+# int64 words before the bits of the first token.
+ZERO_WORDS = tl.constexpr(fragments.words_of_pair(fragments.PLANES) // 2)
 
 
 @triton.jit
@@ -175,20 +177,28 @@ def start_record(
     places = ()
     for r in tl.static_range(R):
         places += (at[r] + 64 * first,)
-    return at, load_codes(places, U, R, USE_PTX)
+    return at, load_codes(places, 0, U, R, USE_PTX)
 
 
 @triton.jit
-def locate_source(fields, source_ptr, lane, P: tl.constexpr):
-    """This lane's word of the first pair of a record's source."""
-    return source_ptr + fields[8].to(tl.int64) * words_of_pair(P) + lane
+def locate_source(fields, source_ptr, zeros_ptr, lane, P: tl.constexpr):
+    """`source` of `load_planes` at the first pair of a record.
+
+    Args:
+        fields: Of `load_record`.
+        source_ptr: int64, what the token is there.
+        zeros_ptr: int64, words of a pair that are 0.
+        lane: int32 [threads], 0..31.
+        P: Bytes of a number.
+    """
+    return source_ptr + fields[8].to(tl.int64) * words_of_pair(P) + lane, zeros_ptr + lane
 
 
 @triton.jit
 def begin_products(
     started,
     fields,
-    source_at,
+    source,
     wk,
     P: tl.constexpr,
     U: tl.constexpr,
@@ -200,7 +210,7 @@ def begin_products(
     if X_AHEAD:
         first = wk * U
         left = (fields[4] + 1) // 2 - first
-        planes = load_planes(source_at, first * words_of_pair(P), left, 0, U, P, False)
+        planes = load_planes(source, first * words_of_pair(P), left, 0, U, P)
     return at, ahead, planes
 
 
