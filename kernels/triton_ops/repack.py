@@ -14,19 +14,63 @@ JOB_FIELDS = tl.constexpr(16)
 
 
 @triton.jit
-def read_codes(
-    codes_ptr, row, col, n_cols, row_words, mask, BITS: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Codes [row, col] of a packed factor; WHOLE says that all lie in tiles of 128 codes."""
+def read_codes(codes_ptr, row, col, n_cols, row_words, mask, BITS: tl.constexpr):
+    """Codes [row, col] of a packed factor."""
     tile = col // TILE
-    if WHOLE:
-        n_codes = TILE
-        field = col % TILE
-    else:
-        n_codes = tl.minimum(n_cols - tile * TILE, TILE)
-        field = tl.minimum(col - tile * TILE, n_codes - 1)
+    n_codes = tl.minimum(n_cols - tile * TILE, TILE)
+    field = tl.minimum(col - tile * TILE, n_codes - 1)
     low_ptr = codes_ptr + row.to(tl.int64) * row_words + tile * (TILE * BITS // 32)
     return join_planes(low_ptr, field, n_codes, mask, BITS)
+
+
+@triton.jit
+def gather_ones(plane_ptr, quarter, mask):
+    """The word of 32 codes of one bit: a byte of each of four words, their bits in turn.
+
+    Args:
+        plane_ptr: int32 pointers [elements], the plane of a whole tile; see `load_plane`.
+        quarter: int32 [elements], which 32 codes of the tile.
+        mask: Which elements exist.
+
+    Returns:
+        int32 [elements], the first code in the lowest bit.
+    """
+    gathered = tl.zeros_like(quarter)
+    for word in tl.static_range(4):
+        bits = (tl.load(plane_ptr + word, mask=mask, other=0) >> (8 * quarter)) & 0xFF
+        # Bit i to bit 4 i.
+        bits = (bits | (bits << 12)) & 0x000F000F
+        bits = (bits | (bits << 6)) & 0x03030303
+        bits = (bits | (bits << 3)) & 0x11111111
+        gathered |= bits << word
+    return gathered
+
+
+@triton.jit
+def gather_twos(plane_ptr, quarter, mask):
+    """`gather_ones` for codes of two bits, of eight words: the higher bits, then the lower."""
+    high = tl.zeros_like(quarter)
+    low = tl.zeros_like(quarter)
+    for word in tl.static_range(8):
+        codes = tl.load(plane_ptr + word, mask=mask, other=0) >> (8 * quarter)
+        # Bit 2 i to bit 8 i: what the product carries stays between them.
+        high |= (((codes >> 1) & 0x55) * 0x41041 & 0x01010101) << word
+        low |= ((codes & 0x55) * 0x41041 & 0x01010101) << word
+    return high, low
+
+
+@triton.jit
+def gather_words(tile_ptr, quarter, mask, BITS: tl.constexpr):
+    """A word for each bit of 32 codes of a whole tile, the highest first; of one to four bits."""
+    if BITS == 1:
+        words = (gather_ones(tile_ptr, quarter, mask),)
+    else:
+        words = gather_twos(tile_ptr, quarter, mask)
+        if BITS == 3:  # noqa: PLR2004 bits of both planes
+            words = (gather_ones(tile_ptr + 8, quarter, mask),) + words  # noqa: RUF005 no unpacking
+        if BITS == 4:  # noqa: PLR2004 same
+            words = gather_twos(tile_ptr + 8, quarter, mask) + words
+    return words
 
 
 @triton.jit
@@ -50,7 +94,7 @@ def repack_group(
         mask: Which elements exist.
         job_ptr: int64 [16], the job.
         BITS: 1, 2, 3, 4 or 8.
-        WHOLE: Of `read_codes`.
+        WHOLE: All codes lie in whole tiles.
         COLUMNS: Codes of a row that are read at a time, a divisor of 32.
     """
     n_steps = tl.load(job_ptr + 3).to(tl.int32)
@@ -66,18 +110,22 @@ def repack_group(
     inside = mask & (row < n_rows) & (group < job_groups)
     # A group that does not exist would be of a tile without columns.
     group = first_group + tl.minimum(group, job_groups - 1)
-    words = (tl.zeros_like(element),) * BITS
-    # A loop, not unrolled: ten variants of this body would take a minute to compile.
-    for start in range(0, 32, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)[None, :]
-        col = group[:, None] * 32 + column
-        exists = inside[:, None] & (col < n_cols)
-        code = read_codes(codes_ptr, row[:, None], col, n_cols, row_words, exists, BITS, WHOLE)
-        found = ()
-        for bit in tl.static_range(BITS):
-            own = ((code >> (BITS - 1 - bit)) & 1) << column
-            found += (words[bit] | tl.sum(own, axis=1),)
-        words = found
+    if WHOLE and BITS <= 4:  # noqa: PLR2004 a byte has no planes
+        tile_ptr = codes_ptr + row.to(tl.int64) * row_words + group // 4 * (4 * BITS)
+        words = gather_words(tile_ptr, group % 4, inside, BITS)
+    else:
+        words = (tl.zeros_like(element),) * BITS
+        # A loop, not unrolled: all variants of this body would take a minute to compile.
+        for start in range(0, 32, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            col = group[:, None] * 32 + column
+            exists = inside[:, None] & (col < n_cols)
+            code = read_codes(codes_ptr, row[:, None], col, n_cols, row_words, exists, BITS)
+            found = ()
+            for bit in tl.static_range(BITS):
+                own = ((code >> (BITS - 1 - bit)) & 1) << column
+                found += (words[bit] | tl.sum(own, axis=1),)
+            words = found
     first = tl.load(job_ptr + 11).to(tl.int32)
     tile = tl.load(job_ptr + 12).to(tl.int32)
     step = tl.load(job_ptr + 13).to(tl.int32)

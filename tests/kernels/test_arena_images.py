@@ -64,20 +64,35 @@ def read_codes(image):
 def test_codes_read_one_column_at_a_time_lie_where_32_at_once_put_them():
     """As a device reads them; the interpreter is given 32 columns, for its speed."""
     arena, (slot,) = build_arena([draw(replace(BY_TILE, wide=(RankBand(3, 2),)))])
-    image, wanted = arena.images[slot], arena._slabs[slot]
+    check_repacked(arena._slabs[slot], arena.images[slot], bits=3, columns=1)
+
+
+def check_repacked(wanted, image, *, bits, columns):
     found = torch.full_like(wanted, 85)
     for chunk in image.chunks:
         repack_kernel[(1, chunk.n_jobs)](
             image.jobs[chunk.first_job : chunk.first_job + chunk.n_jobs],
             chunk.source.data_ptr(),
             found.data_ptr(),
-            WIDTHS=1 << 3,
+            WIDTHS=1 << bits,
             BLOCK=256,
-            COLUMNS=1,
+            COLUMNS=columns,
         )
     written = found != 85
     assert written.any()
     assert torch.equal(found[written], wanted[written])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_codes_of_whole_tiles_lie_where_one_code_after_the_other_puts_them(bits):
+    site = replace(SITE, in_features=256)
+    delta = draw(replace(BY_VECTOR, wide=(RankBand(bits, 128),)), site=site)
+    arena, (slot,) = build_arena([delta], site=site)
+    image = arena.images[slot]
+    lie_in_tiles = (image.jobs[:, 0] == kernels.image.CODES_JOB) & (image.jobs[:, 10] != 0)
+    assert lie_in_tiles.any()
+    image.jobs[lie_in_tiles, 10] = 0
+    check_repacked(arena._slabs[slot], image, bits=bits, columns=32)
 
 
 @pytest.mark.parametrize("order", [("one", "two"), ("two", "one")], ids=["in order", "backwards"])
