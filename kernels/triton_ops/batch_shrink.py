@@ -176,6 +176,8 @@ def shrink_rows(
     """
     ROWS: tl.constexpr = 16 * R * WR
     THREADS: tl.constexpr = 32 * WK * WR
+    # A token's rows are whole groups of 32.
+    tl.static_assert(TOKENS == 1 or R == 2)  # noqa: PLR2004
     number, own = find_block(entry_ptr, program, count, ROWS * TURNS)
     if number < MAX_RECORDS:
         slab = tl.load(table_ptr + slot)

@@ -106,6 +106,7 @@ def place_tokens(place, count, WR: tl.constexpr, TOKENS: tl.constexpr):
     Returns:
         The place twice if there is only one, else int64 [32 WR] and [WR, 1].
     """
+    tl.static_assert(WR % TOKENS == 0)
     at = place
     sums_at = place
     if TOKENS > 1:
