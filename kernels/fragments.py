@@ -56,6 +56,10 @@ def words_of_pair(planes: int) -> int:
     return (UNIT_COLUMNS * planes + SIGN_BITS) * 2 * STEP_WORDS
 
 
+# Words of zeros before the bits of a plan's first token: of a pair that does not exist.
+ZERO_WORDS: Final = words_of_pair(PLANES)
+
+
 def words_of(columns: int) -> int:
     """Words that the same bit of so many codes fills."""
     return -(-columns // WORD_COLUMNS)

@@ -17,6 +17,7 @@ from kernels.fragments import (
     PRECISIONS,
     STEP_ROWS,
     STEP_WORDS,
+    ZERO_WORDS,
     words_of_pair,
 )
 from kernels.streams import send
@@ -136,11 +137,9 @@ class StepPlan:
         hidden = max(1, *(arena.spec.hidden_pairs(site) for site in sites))
         width = words_of_pair(planes)
         # Zeros come before them: what kernels read in the place of pairs that do not exist.
-        n_zeros = words_of_pair(PLANES)
-        planes_room = torch.zeros(
-            n_zeros + n_places * pairs * width, dtype=torch.int32, device=device
-        )
-        self.x_planes = planes_room[n_zeros:].view(n_places, pairs * width)
+        room = ZERO_WORDS + n_places * pairs * width
+        planes_room = torch.zeros(room, dtype=torch.int32, device=device)
+        self.x_planes = planes_room[ZERO_WORDS:].view(n_places, pairs * width)
         self.h_planes = torch.empty((n_places, hidden * width), dtype=torch.int32, device=device)
         # What they sum up to: in shares of a program of `prepare`, and of 32 hidden values.
         self.x_sums = torch.empty((n_places, MOST_SHARES), dtype=torch.int64, device=device)

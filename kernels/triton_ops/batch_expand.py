@@ -29,8 +29,8 @@ from kernels.triton_ops.records import (
     load_record,
     load_sums,
     locate_source,
+    locate_tokens,
     place_threads,
-    place_tokens,
     start_record,
 )
 
@@ -106,7 +106,7 @@ def expand_rows(
         n_records = tl.load(part_ptr + 2)
         width = R * (WR // count)
         n_turns = count_turns(fields, own, width, TURNS)
-        at, sums_at = place_tokens(place, count, WR, TOKENS)
+        at, sums_at = locate_tokens(place, count, WR, TOKENS)
         y_row = tl.load(token_ptr + at).to(tl.int64)
         outputs = y_ptr + y_row * y_stride + first_row
         source_ptr += (place + token) * stride

@@ -28,8 +28,8 @@ from kernels.triton_ops.records import (
     load_record,
     load_sums,
     locate_source,
+    locate_tokens,
     place_threads,
-    place_tokens,
     split_warps,
     start_record,
 )
@@ -192,7 +192,7 @@ def shrink_rows(
         target = load_target(record_ptr)
         width = R * (WR // count)
         n_turns = count_turns(fields, own, width, TURNS)
-        at, sums_at = place_tokens(place, count, WR, TOKENS)
+        at, sums_at = locate_tokens(place, count, WR, TOKENS)
         strides = (hidden_stride, hidden_stride // words_of_pair(P) * 4)
         if OVERLAP:
             gdc_wait()
@@ -219,8 +219,7 @@ def shrink_rows(
             else:
                 products = finish_record(
                     fields, sums, slab, first_block, source_ptr, planes_ptr - ZERO_WORDS, wk,
-                    lane,
-                    R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
+                    lane, R, P, WK, WR, U, X_AHEAD, NARROW, USE_PTX,
                 )  # fmt: skip
             h = round_to_int(products * factor * unit) << target[2] - 1
             store_hidden(

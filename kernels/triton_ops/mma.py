@@ -197,6 +197,29 @@ def join_rows(
 
 
 @triton.jit
+def add_own(
+    acc,
+    ahead,
+    planes,
+    source,
+    offset,
+    left,
+    PAIR: tl.constexpr,
+    R: tl.constexpr,
+    P: tl.constexpr,
+    X_AHEAD: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """`add_pair` for one pair of a round; without X_AHEAD its activations are loaded here."""
+    W: tl.constexpr = words_of_operand(USE_PTX) * R
+    if X_AHEAD:
+        own = planes[PAIR * P : (PAIR + 1) * P]
+    else:
+        own = load_planes(source, offset, left, PAIR, 1, P)
+    return add_pair(acc, ahead[W * PAIR : W * (PAIR + 1)], own, R, False, USE_PTX)
+
+
+@triton.jit
 def multiply_columns(
     begun,
     following,
@@ -243,8 +266,6 @@ def multiply_columns(
     n_rounds = (n_pairs + WK * U - 1) // (WK * U)
     # What the last round would load is what comes first in rows that follow, or nothing.
     N_APART: tl.constexpr = 0 if HAS_FOLLOWING else 1
-    # Words of a pair.
-    W: tl.constexpr = words_of_operand(USE_PTX) * R
     acc = (tl.zeros_like(lane),) * (P * R * 4)
     reading = 0
     number = 0
@@ -269,10 +290,7 @@ def multiply_columns(
         next_offset = first * words_of_pair(P) + tl.where(is_over, 0, reading) * 4
         next_ahead = ()
         for u in tl.static_range(U):
-            own = planes[u * P : (u + 1) * P]
-            if not X_AHEAD:
-                own = load_planes(source, offset, left, u, 1, P)
-            acc = add_pair(acc, ahead[W * u : W * (u + 1)], own, R, False, USE_PTX)
+            acc = add_own(acc, ahead, planes, source, offset, left, u, R, P, X_AHEAD, USE_PTX)
             next_ahead += load_codes(next_at, u, 1, R, USE_PTX)
         ahead = next_ahead
         if X_AHEAD:
@@ -281,10 +299,8 @@ def multiply_columns(
                 planes = load_planes(source, next_offset, n_pairs - first, 0, U, P)
     if N_APART > 0:
         offset = first * words_of_pair(P) + reading * 4
+        left = n_pairs - first
         for u in tl.static_range(U):
-            own = planes[u * P : (u + 1) * P]
-            if not X_AHEAD:
-                own = load_planes(source, offset, n_pairs - first, u, 1, P)
-            acc = add_pair(acc, ahead[W * u : W * (u + 1)], own, R, False, USE_PTX)
+            acc = add_own(acc, ahead, planes, source, offset, left, u, R, P, X_AHEAD, USE_PTX)
     next_at = following if HAS_FOLLOWING else codes_at
     return join_rows(acc, lane, R, P, NARROW, USE_PTX), (next_at, ahead, planes)

@@ -16,7 +16,7 @@ EXPAND_PARTS = tl.constexpr(directory.EXPAND_PARTS)
 EXPAND_RECORDS = tl.constexpr(directory.EXPAND_RECORDS)
 UNIT_BYTES = tl.constexpr(fragments.UNIT_BYTES)
 # int64 words before the bits of the first token.
-ZERO_WORDS = tl.constexpr(fragments.words_of_pair(fragments.PLANES) // 2)
+ZERO_WORDS = tl.constexpr(fragments.ZERO_WORDS // 2)
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def load_group(count_ptr, number_ptr, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def place_tokens(place, count, WR: tl.constexpr, TOKENS: tl.constexpr):
+def locate_tokens(place, count, WR: tl.constexpr, TOKENS: tl.constexpr):
     """Places of a program's tokens as `add_shares` has them, and as `load_sums` takes them.
 
     Args:
